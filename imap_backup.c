@@ -1,0 +1,4850 @@
+/*
+ * imap_backup - backs up all mailboxes of many IMAP accounts into mbox files
+ *
+ * To be read from top to bottom; a chapter calls only what stands above it:
+ *
+ *     log           one place for messages to the person
+ *     config        the configuration file
+ *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
+ *     sets          of UIDs, as ranges
+ *     imap          commands and responses (RFC 3501 and some of its extensions)
+ *     http          success_url, failure_url
+ *     sync          makes one archive match one mailbox
+ *     workers       one process for each connection; the parent hands out mailboxes
+ *     command line  options, exit status
+ *
+ * The way of a mail: socket, TLS record, chunk of a literal, mbox writer, file. It is never held
+ * in memory as a whole.
+ *
+ * The server is never changed: EXAMINE, BODY.PEEK. RFC 3501 (IMAP4rev1) with, where the server
+ * offers them, 2595 (STARTTLS), 2971 (ID), 4315 (UIDPLUS' UID sets), 4731 (ESEARCH), 4959
+ * (SASL-IR), 5530 (response codes), 5819 (LIST-STATUS), 7162 (CONDSTORE), 7888 (LITERAL+),
+ * 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT).
+ *
+ * What it does not do, and why: QRESYNC (a missed VANISHED loses for good, a full set heals),
+ * IDLE (it is run by cron), UTF8=ACCEPT (renames mailboxes on the wire), sequence numbers (they
+ * shift), POP3.
+ */
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <bearssl.h>
+#include <curl/curl.h>
+
+#include "imap_backup.h"
+
+#define VERSION "1.0"
+
+/*
+ * Limits. What a server or a file contains never decides how much memory is taken: it is decided
+ * here (and, for the archive, by MBOX_MAILS_MAX).
+ */
+enum {
+	CONFIG_ACCOUNTS_MAX = 1000,
+	CONFIG_PROCESSES_MAX = 64,
+	CONFIG_PINS_MAX = 8,            /* fingerprints of one account */
+	PATH_MAX_OCTETS = 3900,         /* mbox.c adds a suffix to it */
+	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
+	CA_DER_MAX = 8 << 10,           /* of one certificate; also of the server's, if it is kept */
+	CA_ANCHORS_MAX = 1000,
+	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
+	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
+	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
+	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
+	IMAP_FLIGHT_MAX = 32,           /* commands without an answer */
+	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
+	IMAP_NOISE_MAX = 1 << 20,       /* octets without anything that we asked for */
+	IMAP_DEPTH_MAX = 64,            /* parentheses in what we skip */
+	IMAP_SKIP_MAX = 16 << 20,       /* octets of a literal that we skip */
+	SET_RANGES_MAX = MBOX_MAILS_MAX,
+	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
+	BATCH_RANGES = 128,             /* of UIDs in one command */
+	MAILBOXES_MAX = 20000,          /* of one account */
+	POISON_MAX = 32,                /* mails of one mailbox that break the connection */
+	BACKOFF_SEC = 60,               /* the longest pause of our own making */
+	WAIT_SEC = 900,                 /* the longest that a server can ask for */
+	PLACE_SEC = 10                  /* a worker that must wait longer gives its place back */
+};
+
+/* ======== log: one place for messages to the person ======== */
+
+enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DETAIL, LOG_TRACE };
+
+static struct {
+	enum log_level level;     /* the most talkative that is shown */
+	bool terminal, color;     /* stderr is one; it may be coloured */
+	char context[200];        /* "account: mailbox: ", in front of each line */
+} log_to = { .level = LOG_INFO };
+
+/* Make a text fit for the terminal: control characters and broken UTF-8 as \xNN. Returns out. */
+static char *log_visible(char *out, size_t size, const char *text, size_t n)
+{
+	size_t length = 0;
+
+	for (size_t i = 0; i < n && length + 5 < size;) {
+		const uint8_t *p = (const uint8_t *)text + i;
+		size_t octets = utf8_octets(p, n - i);
+
+		if (octets == 0 || *p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] < 0xA0)) {
+			length += (size_t)snprintf(out + length, 5, "\\x%02x", *p);
+			octets = 1;
+		} else {
+			memcpy(out + length, p, octets);
+			length += octets;
+		}
+		i += octets;
+	}
+	out[length] = '\0';
+	return out;
+}
+
+/* One message is one line and one write(), so that workers do not mix theirs. */
+static void log_write(enum log_level level, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+
+static void log_write(enum log_level level, const char *format, ...)
+{
+	static const char *const words[] = { "error: ", "warning: ", "", "", "" };
+	static const char *const colors[] = { "\033[1;31m", "\033[1;33m", "", "", "" };
+	char text[1200], visible[1600], line[2000];
+	bool color = log_to.color && *colors[level] != '\0';
+	ssize_t ignored;
+	va_list arguments;
+	int n;
+
+	if (level > log_to.level)
+		return;
+	va_start(arguments, format);
+	n = vsnprintf(text, sizeof text, format, arguments);
+	va_end(arguments);
+	log_visible(visible, sizeof visible, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
+	n = snprintf(line, sizeof line, "%s%s%s%s%s%s\n", log_to.terminal ? "\r\033[K" : "",
+		     color ? colors[level] : "", words[level], color ? "\033[m" : "",
+		     log_to.context, visible);
+	ignored = write(STDERR_FILENO, line, (size_t)n);
+	(void)ignored; /* if stderr is gone there is nobody to tell */
+}
+
+#define log_error(...) log_write(LOG_ERROR, __VA_ARGS__)
+#define log_warn(...) log_write(LOG_WARN, __VA_ARGS__)
+#define log_info(...) log_write(LOG_INFO, __VA_ARGS__)
+#define log_detail(...) log_write(LOG_DETAIL, __VA_ARGS__)
+
+static void log_context(const char *account, const char *mailbox)
+{
+	char visible[150];
+
+	log_visible(visible, sizeof visible, mailbox, strlen(mailbox));
+	snprintf(log_to.context, sizeof log_to.context, "%s%s%s%s", account,
+		 *account != '\0' ? ": " : "", visible, *mailbox != '\0' ? ": " : "");
+}
+
+static int err_fill(struct err *e, enum err_code code, const char *format, va_list arguments)
+{
+	if (e->code == E_NONE) {
+		e->code = code;
+		vsnprintf(e->text, sizeof e->text, format, arguments);
+	}
+	return -1;
+}
+
+int err_set(struct err *e, enum err_code code, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	err_fill(e, code, format, arguments);
+	va_end(arguments);
+	return -1;
+}
+
+int err_errno(struct err *e, enum err_code code, const char *format, ...)
+{
+	const char *reason = strerror(errno);
+	bool first = e->code == E_NONE;
+	va_list arguments;
+	size_t n;
+
+	va_start(arguments, format);
+	err_fill(e, code, format, arguments);
+	va_end(arguments);
+	n = strlen(e->text);
+	if (first)
+		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
+	return -1;
+}
+
+/* Milliseconds of a clock that nobody sets. */
+static int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Memory for a handful of small things; without it there is no going on. */
+static void *allocate(size_t n)
+{
+	void *p = calloc(1, n > 0 ? n : 1);
+
+	if (p == NULL) {
+		log_error("out of memory");
+		_exit(1);
+	}
+	return p;
+}
+
+static char *copy_text(const char *text)
+{
+	char *copy = allocate(strlen(text) + 1);
+
+	return strcpy(copy, text);
+}
+
+/* A signal asks to end the run. The first asks, the second takes. */
+static volatile sig_atomic_t stop_asked;
+
+static void on_stop_signal(int number)
+{
+	(void)number;
+	stop_asked = 1;
+}
+
+/* ======== config: the configuration file ======== */
+
+/*
+ * Turns JSON into struct config, with every default and every complaint; it contacts nobody and
+ * writes nothing. Strings are borrowed from the JSON tree, which lives as long as the config.
+ */
+enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
+
+struct account {
+	const char *email, *host, *username, *ca_file;
+	const char *password;         /* or NULL, then: */
+	const char *password_command;
+	enum ssl_mode ssl;
+	unsigned port, processes;
+	unsigned pins;                /* SHA-256 fingerprints of the certificate; 0: use the CAs */
+	uint8_t pin[CONFIG_PINS_MAX][32];
+	const struct json *ignore;    /* an array, or NULL */
+};
+
+struct config {
+	const char *path;             /* of the file, for messages */
+	struct json *root;            /* owned */
+	const char *destination, *success_url, *failure_url, *ca_file;
+	unsigned total_processes, processes_per_account, timeout_sec, retries;
+	unsigned header_batch, email_batch;
+	bool keep_duplicates, require_mount;
+	const struct json *ignore;    /* an array, or NULL */
+	struct account *accounts;
+	unsigned n_accounts, complaints;
+};
+
+/* Where a complaint is about: the value's line and column, and its path ("accounts[1].host"). */
+static void config_complain(struct config *c, const struct json *at, const char *where,
+			    const char *key, const char *format, ...)
+	__attribute__((format(printf, 5, 6)));
+
+static void config_complain(struct config *c, const struct json *at, const char *where,
+			    const char *key, const char *format, ...)
+{
+	char text[500];
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(text, sizeof text, format, arguments);
+	va_end(arguments);
+	log_error("%s:%u:%u: %s%s%s: %s", c->path, at->line, at->column, where,
+		  *where != '\0' && *key != '\0' ? "." : "", key, text);
+	c->complaints++;
+}
+
+/* A member of the right type, or NULL; required: it must be there and not be empty. */
+static const struct json *config_get(struct config *c, const struct json *object, const char *where,
+				     const char *key, enum json_type type, bool required)
+{
+	const struct json *value = json_get(object, key);
+
+	if (value == NULL || value->type == JSON_NULL) {
+		if (required)
+			config_complain(c, object, where, key, "missing; expected %s",
+					json_type_name(type));
+		return NULL;
+	}
+	if (value->type != type) {
+		config_complain(c, value, where, key, "found %s, expected %s",
+				json_type_name(value->type), json_type_name(type));
+		return NULL;
+	}
+	if (type == JSON_STRING && required && value->text[0] == '\0') {
+		config_complain(c, value, where, key, "found an empty string, expected %s",
+				key[0] == 'e' ? "an e-mail address" : "some text");
+		return NULL;
+	}
+	return value;
+}
+
+static const char *config_text(struct config *c, const struct json *object, const char *where,
+			       const char *key, bool required)
+{
+	const struct json *value = config_get(c, object, where, key, JSON_STRING, required);
+
+	return value != NULL && value->text[0] != '\0' ? value->text : NULL;
+}
+
+static unsigned config_number(struct config *c, const struct json *object, const char *where,
+			      const char *key, unsigned standard, unsigned low, unsigned high)
+{
+	const struct json *value = config_get(c, object, where, key, JSON_NUMBER, false);
+
+	if (value == NULL)
+		return standard;
+	if (!value->integral || value->number < low || value->number > high) {
+		config_complain(c, value, where, key, "found %s, expected a whole number from %u to %u",
+				value->text, low, high);
+		return standard;
+	}
+	return (unsigned)value->number;
+}
+
+static bool config_bool(struct config *c, const struct json *object, const char *where, const char *key)
+{
+	const struct json *value = config_get(c, object, where, key, JSON_BOOL, false);
+
+	return value != NULL && value->number != 0;
+}
+
+static const struct json *config_texts(struct config *c, const struct json *object, const char *where,
+				       const char *key)
+{
+	const struct json *list = config_get(c, object, where, key, JSON_ARRAY, false);
+	unsigned i = 0;
+
+	for (const struct json *entry = list != NULL ? list->child : NULL; entry != NULL;
+	     entry = entry->next, i++)
+		if (entry->type != JSON_STRING) {
+			char place[80];
+
+			snprintf(place, sizeof place, "%s[%u]", key, i);
+			config_complain(c, entry, where, place, "found %s, expected a string",
+					json_type_name(entry->type));
+		}
+	return list;
+}
+
+/* How many letters must change, at most 'limit', to make one word of the other. */
+static unsigned config_distance(const char *a, const char *b, unsigned limit)
+{
+	unsigned best;
+
+	while (*a != '\0' && *a == *b)
+		a++, b++;
+	if (*a == *b || limit == 0)
+		return *a == *b ? 0 : 1;
+	best = *a != '\0' ? config_distance(a + 1, b, limit - 1) : limit;
+	for (int both = 0; both < 2 && *b != '\0' && best > 0; both++) {
+		unsigned other = limit;
+
+		if (both == 0 || *a != '\0')
+			other = config_distance(a + both, b + 1, limit - 1);
+		best = other < best ? other : best;
+	}
+	return best + 1;
+}
+
+static void config_unknown_keys(struct config *c, const struct json *object, const char *where,
+				const char *const known[])
+{
+	for (const struct json *value = object->child; value != NULL; value = value->next) {
+		const char *near = NULL;
+		bool found = false;
+		unsigned best = 3;
+
+		for (int i = 0; known[i] != NULL && !found; i++) {
+			unsigned distance = config_distance(value->key, known[i], 2);
+
+			found = strcmp(value->key, known[i]) == 0;
+			if (distance < best && strlen(value->key) > distance) {
+				best = distance;
+				near = known[i];
+			}
+		}
+		if (!found)
+			log_warn("%s:%u:%u: %s%s%s: unknown key%s%s%s", c->path, value->line,
+				 value->column, where, *where != '\0' ? "." : "", value->key,
+				 near != NULL ? "; did you mean \"" : "", near != NULL ? near : "",
+				 near != NULL ? "\"?" : "");
+	}
+}
+
+/* 64 hex digits, with or without colons between the octets. */
+static bool config_pin(const char *text, uint8_t pin[32])
+{
+	unsigned digits = 0;
+
+	for (; *text != '\0'; text++) {
+		static const char hex[] = "0123456789abcdef";
+		const char *digit = strchr(hex, tolower((unsigned char)*text));
+
+		if (*text == ':' && digits > 0 && digits % 2 == 0)
+			continue;
+		if (digit == NULL || digits == 64)
+			return false;
+		pin[digits / 2] = (uint8_t)(pin[digits / 2] << 4 | (digit - hex));
+		digits++;
+	}
+	return digits == 64;
+}
+
+static void config_pins(struct config *c, const struct json *object, const char *where,
+			struct account *account)
+{
+	const struct json *value = json_get(object, "tls_fingerprint"), *pin = value;
+
+	if (value == NULL || value->type == JSON_NULL)
+		return;
+	if (value->type == JSON_ARRAY)
+		pin = value->child;
+	for (; pin != NULL; pin = value->type == JSON_ARRAY ? pin->next : NULL) {
+		if (pin->type != JSON_STRING || account->pins == CONFIG_PINS_MAX ||
+		    !config_pin(pin->text, account->pin[account->pins])) {
+			config_complain(c, pin, where, "tls_fingerprint", "expected the SHA-256 of the "
+					"server's certificate as 64 hex digits, or up to %d of them in an "
+					"array", CONFIG_PINS_MAX);
+			return;
+		}
+		account->pins++;
+	}
+	if (account->pins == 0)
+		config_complain(c, value, where, "tls_fingerprint", "found an empty array, expected at "
+				"least one fingerprint");
+}
+
+static void config_account(struct config *c, const struct json *object, unsigned number)
+{
+	static const char *const known[] = { "email", "host", "username", "password",
+		"password_command", "oauth2", "ssl", "port", "ca_file", "tls_fingerprint",
+		"processes_per_account", "ignore_mailboxes", NULL };
+	struct account *account = &c->accounts[number];
+	const struct json *ssl, *at;
+	char where[32];
+	int secrets;
+
+	snprintf(where, sizeof where, "accounts[%u]", number);
+	if (object->type != JSON_OBJECT) {
+		config_complain(c, object, where, "", "found %s, expected an object",
+				json_type_name(object->type));
+		return;
+	}
+	config_unknown_keys(c, object, where, known);
+	account->email = config_text(c, object, where, "email", true);
+	account->host = config_text(c, object, where, "host", true);
+	account->username = config_text(c, object, where, "username", false);
+	account->password = config_text(c, object, where, "password", false);
+	account->password_command = config_text(c, object, where, "password_command", false);
+	account->ca_file = config_text(c, object, where, "ca_file", false);
+	account->ignore = config_texts(c, object, where, "ignore_mailboxes");
+	account->processes = config_number(c, object, where, "processes_per_account",
+					   c->processes_per_account, 1, CONFIG_PROCESSES_MAX);
+	if (account->processes > c->processes_per_account)
+		account->processes = c->processes_per_account;
+	if (account->username == NULL)
+		account->username = account->email;
+	if (account->ca_file == NULL)
+		account->ca_file = c->ca_file;
+	ssl = config_get(c, object, where, "ssl", JSON_BOOL, false);
+	account->ssl = ssl == NULL ? SSL_UNSET : ssl->number != 0 ? SSL_ON : SSL_OFF;
+	account->port = config_number(c, object, where, "port", account->ssl == SSL_ON ? 993 : 143, 1,
+				      65535);
+	config_pins(c, object, where, account);
+	secrets = (account->password != NULL) + (account->password_command != NULL);
+	if ((at = json_get(object, "oauth2")) != NULL && at->type != JSON_NULL)
+		config_complain(c, at, where, "oauth2", "OAuth is not supported by this version; "
+				"expected \"password\" or \"password_command\" instead");
+	else if (secrets != 1)
+		config_complain(c, object, where, "password", "expected %s of \"password\" and "
+				"\"password_command\"", secrets == 0 ? "one" : "only one");
+	if (account->email == NULL)
+		return;
+	at = json_get(object, "email");
+	if (strlen(account->email) > 200 || account->email[0] == '.' ||
+	    strpbrk(account->email, "/\\:*?\"<>|") != NULL)
+		config_complain(c, at, where, "email", "\"%s\" cannot name a folder; expected an address "
+				"without any of / \\ : * ? \" < > | and without a leading dot, at most 200 "
+				"octets", account->email);
+	for (const char *p = account->email; *p != '\0'; p++)
+		if ((unsigned char)*p < 0x20 || *p == 0x7F) {
+			config_complain(c, at, where, "email", "a control character cannot be part of a "
+					"folder's name");
+			break;
+		}
+	for (unsigned i = 0; i < number; i++)
+		if (c->accounts[i].email != NULL && strcasecmp(c->accounts[i].email, account->email) == 0)
+			config_complain(c, at, where, "email", "\"%s\" has the same folder as "
+					"accounts[%u].email", account->email, i);
+}
+
+static void config_url(struct config *c, const struct json *root, const char *key, const char **url)
+{
+	*url = config_text(c, root, "", key, false);
+	if (*url != NULL && strncasecmp(*url, "http://", 7) != 0 && strncasecmp(*url, "https://", 8) != 0)
+		config_complain(c, json_get(root, key), "", key, "\"%s\" found, expected a URL that begins "
+				"with http:// or https://", *url);
+}
+
+/*
+ * Read and check the configuration file. Returns 0, or -1 after each complaint has been printed.
+ */
+static int config_load(struct config *c, const char *path)
+{
+	static const char *const known[] = { "destination", "total_processes", "processes_per_account",
+		"success_url", "failure_url", "ignore_mailboxes", "timeout", "retries",
+		"header_batch_size", "email_batch_size", "keep_duplicates", "require_mount", "ca_file",
+		"oauth2", "oauth2_cache", "accounts", NULL };
+	const struct json *accounts, *account;
+	struct err e = { 0 };
+	size_t room, got = 0;
+	struct stat st;
+	char *text;
+	ssize_t n;
+	int fd;
+
+	*c = (struct config){ .path = path };
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || fstat(fd, &st) != 0) {
+		log_error("%s: cannot open the configuration: %s%s", path, strerror(errno),
+			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
+		return -1;
+	}
+	room = S_ISREG(st.st_mode) && st.st_size < JSON_OCTETS_MAX ? (size_t)st.st_size + 1 :
+								     JSON_OCTETS_MAX + 1;
+	text = allocate(room);
+	while ((n = read(fd, text + got, room - got)) > 0)
+		got += (size_t)n;
+	if (n < 0)
+		err_errno(&e, E_CONFIG, " cannot read");
+	else
+		c->root = json_parse(text, got, &e);
+	close(fd);
+	memset(text, 0, got);
+	free(text);
+	if (c->root == NULL) {
+		log_error("%s:%s", path, e.text);
+		return -1;
+	}
+	if (c->root->type != JSON_OBJECT) {
+		config_complain(c, c->root, "", "", "found %s, expected an object",
+				json_type_name(c->root->type));
+		return -1;
+	}
+	config_unknown_keys(c, c->root, "", known);
+	c->destination = config_text(c, c->root, "", "destination", true);
+	c->total_processes = config_number(c, c->root, "", "total_processes", 4, 1,
+					   CONFIG_PROCESSES_MAX);
+	c->processes_per_account = config_number(c, c->root, "", "processes_per_account", 2, 1,
+						 CONFIG_PROCESSES_MAX);
+	c->timeout_sec = config_number(c, c->root, "", "timeout", 120, 1, 3600);
+	c->retries = config_number(c, c->root, "", "retries", 6, 0, 100);
+	c->header_batch = config_number(c, c->root, "", "header_batch_size", 500, 1, 100000);
+	c->email_batch = config_number(c, c->root, "", "email_batch_size", 50, 1, 100000);
+	c->keep_duplicates = config_bool(c, c->root, "", "keep_duplicates");
+	c->require_mount = config_bool(c, c->root, "", "require_mount");
+	c->ca_file = config_text(c, c->root, "", "ca_file", false);
+	c->ignore = config_texts(c, c->root, "", "ignore_mailboxes");
+	config_url(c, c->root, "success_url", &c->success_url);
+	config_url(c, c->root, "failure_url", &c->failure_url);
+	if (c->destination != NULL && strlen(c->destination) > PATH_MAX_OCTETS / 2)
+		config_complain(c, json_get(c->root, "destination"), "", "destination",
+				"the path is too long; expected at most %d octets", PATH_MAX_OCTETS / 2);
+	accounts = config_get(c, c->root, "", "accounts", JSON_ARRAY, true);
+	if (accounts != NULL && (accounts->count == 0 || accounts->count > CONFIG_ACCOUNTS_MAX))
+		config_complain(c, accounts, "", "accounts", "found %u accounts, expected 1 to %d",
+				accounts->count, CONFIG_ACCOUNTS_MAX);
+	if (accounts == NULL || c->complaints > 0)
+		return -1;
+	c->accounts = allocate(accounts->count * sizeof *c->accounts);
+	for (account = accounts->child; account != NULL; account = account->next)
+		config_account(c, account, c->n_accounts++);
+	for (unsigned i = 0; i < c->n_accounts && st.st_mode & (S_IRGRP | S_IROTH); i++)
+		if (c->accounts[i].password != NULL) {
+			log_warn("%s holds a password and others may read it; try: chmod 600 %s", path,
+				 path);
+			break;
+		}
+	return c->complaints > 0 ? -1 : 0;
+}
+
+/* Does a pattern with * and ? match the text? Octets, but '?' is a whole UTF-8 character. */
+static bool match(const char *pattern, const char *text)
+{
+	const char *star = NULL, *back = NULL;
+
+	while (*text != '\0') {
+		size_t octets = utf8_octets((const uint8_t *)text, strlen(text));
+
+		if (*pattern == '*') {
+			star = ++pattern;
+			back = text;
+		} else if (*pattern == '?' && *pattern != '\0') {
+			pattern++;
+			text += octets > 0 ? octets : 1;
+		} else if (*pattern == *text) {
+			pattern++;
+			text++;
+		} else if (star != NULL) {
+			pattern = star;
+			text = ++back;
+		} else {
+			return false;
+		}
+	}
+	while (*pattern == '*')
+		pattern++;
+	return *pattern == '\0';
+}
+
+/* ======== stream: octets to and from one server ======== */
+
+/*
+ * TCP, TLS, timeouts and counters; it knows no IMAP. Everything sticks: after an error each call
+ * fails and s->err says why. What arrives is lent from the TLS engine's own buffer, uncopied.
+ */
+struct trust {                         /* what a server's certificate is checked against */
+	br_x509_trust_anchor *anchors; /* owned, as all that they point to */
+	size_t n;
+	const char *named;             /* "ca_file" of the config, NULL: the system's */
+	char path[PATH_MAX_OCTETS];    /* of the CA bundle; "": there is none */
+	struct err err;                /* why it could not be loaded */
+};
+
+struct verifier {                      /* an X.509 engine around BearSSL's own, for the server's leaf */
+	const br_x509_class *vtable;
+	br_x509_minimal_context *chain;
+	br_x509_decoder_context leaf;  /* key and dates */
+	br_sha256_context hash;
+	uint8_t fingerprint[32];
+	const struct account *account; /* borrowed: its pins */
+	uint8_t address[16];           /* the host, if it is an IP address */
+	unsigned address_octets;       /* 4, 16; 0: the host is a name */
+	bool first, pinned;
+	uint8_t *der;                  /* the leaf, kept only to look for an address; owned */
+	size_t der_octets;
+};
+
+struct tls {
+	br_ssl_client_context client;
+	br_x509_minimal_context chain;
+	struct verifier verifier;
+	char names[2][256];            /* the certificate's: common name, DNS name */
+	br_name_element elements[2];
+	uint8_t buffer[BR_SSL_BUFSIZE_BIDI];
+};
+
+struct stream {
+	int fd, parent;                /* the parent's pipe: if it closes, so do we; or -1 */
+	const struct account *account; /* borrowed */
+	unsigned timeout_sec;
+	struct tls *tls;               /* owned; NULL: in the clear */
+	struct err err;                /* the first error; sticks */
+	const uint8_t *at, *end;       /* what has arrived and is not consumed */
+	size_t lent;                   /* octets of the TLS engine's that 'end' ends */
+	uint8_t *plain;                /* owned; without TLS they are here */
+	uint64_t in, out;              /* octets of payload */
+	unsigned waits;                /* how often it was our turn to wait for an answer */
+	bool sent;                     /* something was sent since the last wait */
+	int64_t connect_ms;            /* what the TCP handshake took: one round trip */
+};
+
+static bool der_next(const uint8_t **p, const uint8_t *end, unsigned tag, const uint8_t **value,
+		     size_t *n)
+{
+	size_t octets;
+
+	if (end - *p < 2 || (tag != 0 && **p != tag))
+		return false;
+	octets = (*p)[1];
+	*p += 2;
+	if (octets >= 0x80) {
+		unsigned lengths = octets & 0x7F;
+
+		for (octets = 0; lengths > 0 && *p < end && octets < CA_DER_MAX; lengths--)
+			octets = octets << 8 | *(*p)++;
+		if (lengths > 0)
+			return false;
+	}
+	if (octets > (size_t)(end - *p))
+		return false;
+	*value = *p;
+	*n = octets;
+	*p += octets;
+	return true;
+}
+
+/* Does the certificate carry this address as subjectAltName iPAddress (RFC 5280 4.2.1.6)? */
+static bool der_has_address(const uint8_t *der, size_t n, const uint8_t *address, size_t octets)
+{
+	static const uint8_t san[] = { 0x55, 0x1D, 0x11 };
+	const uint8_t *p = der, *end = der + n, *v;
+
+	if (!der_next(&p, end, 0x30, &v, &n) || (p = v, end = v + n, false) ||
+	    !der_next(&p, end, 0x30, &v, &n)) /* Certificate, TBSCertificate */
+		return false;
+	p = v;
+	end = v + n;
+	while (p < end && *p != 0xA3) /* up to the extensions */
+		if (!der_next(&p, end, 0, &v, &n))
+			return false;
+	if (!der_next(&p, end, 0xA3, &v, &n) || (p = v, end = v + n, false) ||
+	    !der_next(&p, end, 0x30, &v, &n))
+		return false;
+	for (const uint8_t *list = v, *list_end = v + n; der_next(&list, list_end, 0x30, &v, &n);) {
+		p = v;
+		end = v + n;
+		if (!der_next(&p, end, 0x06, &v, &n) || n != sizeof san || memcmp(v, san, n) != 0)
+			continue;
+		if (p < end && *p == 0x01 && !der_next(&p, end, 0x01, &v, &n)) /* critical */
+			return false;
+		if (!der_next(&p, end, 0x04, &v, &n))
+			return false;
+		p = v;
+		end = v + n;
+		if (!der_next(&p, end, 0x30, &v, &n))
+			return false;
+		for (p = v, end = v + n; p < end;) {
+			bool is_address = *p == 0x87;
+
+			if (!der_next(&p, end, 0, &v, &n))
+				return false;
+			if (is_address && n == octets && memcmp(v, address, n) == 0)
+				return true;
+		}
+	}
+	return false;
+}
+
+static void verifier_start_chain(const br_x509_class **self, const char *name)
+{
+	struct verifier *v = (struct verifier *)(void *)self;
+
+	v->first = true;
+	v->der_octets = 0;
+	br_x509_decoder_init(&v->leaf, NULL, NULL);
+	br_sha256_init(&v->hash);
+	v->chain->vtable->start_chain(&v->chain->vtable, v->address_octets > 0 ? NULL : name);
+}
+
+static void verifier_start_cert(const br_x509_class **self, uint32_t n)
+{
+	struct verifier *v = (struct verifier *)(void *)self;
+
+	v->chain->vtable->start_cert(&v->chain->vtable, n);
+}
+
+static void verifier_append(const br_x509_class **self, const unsigned char *octets, size_t n)
+{
+	struct verifier *v = (struct verifier *)(void *)self;
+
+	v->chain->vtable->append(&v->chain->vtable, octets, n);
+	if (!v->first)
+		return;
+	br_x509_decoder_push(&v->leaf, octets, n);
+	br_sha256_update(&v->hash, octets, n);
+	if (v->der != NULL && n <= CA_DER_MAX - v->der_octets) {
+		memcpy(v->der + v->der_octets, octets, n);
+		v->der_octets += n;
+	}
+}
+
+static void verifier_end_cert(const br_x509_class **self)
+{
+	struct verifier *v = (struct verifier *)(void *)self;
+
+	v->chain->vtable->end_cert(&v->chain->vtable);
+	if (v->first)
+		br_sha256_out(&v->hash, v->fingerprint);
+	v->first = false;
+}
+
+static unsigned verifier_end_chain(const br_x509_class **self)
+{
+	struct verifier *v = (struct verifier *)(void *)self;
+	unsigned error;
+
+	for (unsigned i = 0; i < v->account->pins; i++)
+		if (memcmp(v->account->pin[i], v->fingerprint, 32) == 0)
+			v->pinned = true;
+	error = v->chain->vtable->end_chain(&v->chain->vtable);
+	if (v->account->pins > 0)
+		return v->pinned ? 0 : BR_ERR_X509_NOT_TRUSTED;
+	if (error == 0 && v->address_octets > 0 &&
+	    !der_has_address(v->der, v->der_octets, v->address, v->address_octets))
+		return BR_ERR_X509_BAD_SERVER_NAME;
+	return error;
+}
+
+static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, unsigned *usages)
+{
+	const struct verifier *v = (const struct verifier *)(const void *)self;
+
+	if (!v->pinned)
+		return v->chain->vtable->get_pkey(&v->chain->vtable, usages);
+	if (usages != NULL)
+		*usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+	return br_x509_decoder_get_pkey((br_x509_decoder_context *)(uintptr_t)&v->leaf);
+}
+
+static const br_x509_class verifier_class = {
+	sizeof(struct verifier), verifier_start_chain, verifier_start_cert, verifier_append,
+	verifier_end_cert, verifier_end_chain, verifier_get_pkey
+};
+
+/* Octets in DER that br_x509_decoder gives out piece by piece: a subject's name. */
+struct dn {
+	uint8_t octets[CA_DER_MAX];
+	size_t n;
+};
+
+static void dn_append(void *context, const void *octets, size_t n)
+{
+	struct dn *dn = context;
+
+	if (n <= sizeof dn->octets - dn->n) {
+		memcpy(dn->octets + dn->n, octets, n);
+		dn->n += n;
+	}
+}
+
+static unsigned char *copy_octets(const void *octets, size_t n)
+{
+	return memcpy(allocate(n), octets, n);
+}
+
+/* Take one certificate as an anchor. What BearSSL cannot use (Ed25519, say) is passed over. */
+static void trust_add(struct trust *t, const uint8_t *der, size_t n)
+{
+	br_x509_decoder_context decoder;
+	br_x509_trust_anchor anchor;
+	const br_x509_pkey *key;
+	struct dn dn = { .n = 0 };
+
+	br_x509_decoder_init(&decoder, dn_append, &dn);
+	br_x509_decoder_push(&decoder, der, n);
+	key = br_x509_decoder_get_pkey(&decoder);
+	if (key == NULL || t->n == CA_ANCHORS_MAX)
+		return;
+	if (t->n % 32 == 0) {
+		br_x509_trust_anchor *more = allocate((t->n + 32) * sizeof *more);
+
+		if (t->n > 0)
+			memcpy(more, t->anchors, t->n * sizeof *more);
+		free(t->anchors);
+		t->anchors = more;
+	}
+	memset(&anchor, 0, sizeof anchor);
+	anchor.dn.data = copy_octets(dn.octets, dn.n);
+	anchor.dn.len = dn.n;
+	anchor.flags = br_x509_decoder_isCA(&decoder) ? BR_X509_TA_CA : 0;
+	anchor.pkey = *key;
+	if (key->key_type == BR_KEYTYPE_RSA) {
+		anchor.pkey.key.rsa.n = copy_octets(key->key.rsa.n, key->key.rsa.nlen);
+		anchor.pkey.key.rsa.e = copy_octets(key->key.rsa.e, key->key.rsa.elen);
+	} else {
+		anchor.pkey.key.ec.q = copy_octets(key->key.ec.q, key->key.ec.qlen);
+	}
+	t->anchors[t->n++] = anchor;
+}
+
+/*
+ * Read the certificates of a PEM file (RFC 7468). Our own reader: BearSSL's loses a certificate
+ * without a final line end, and all of them in a file with CRLF.
+ */
+static int trust_read(struct trust *t, const char *path, struct err *e)
+{
+	static const char alphabet[] =
+		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+	static uint8_t der[CA_DER_MAX];
+	FILE *file = fopen(path, "re");
+	char line[256];
+	size_t n = 0, total = 0;
+	uint32_t bits = 0;
+	unsigned digits = 0;
+	bool inside = false;
+
+	if (file == NULL)
+		return err_errno(e, E_ACCOUNT, "%s: cannot read the CA bundle", path);
+	while (fgets(line, sizeof line, file) != NULL && (total += strlen(line)) < CA_FILE_MAX) {
+		if (strncmp(line, "-----BEGIN ", 11) == 0) {
+			inside = strstr(line, "CERTIFICATE-----") != NULL;
+			n = digits = 0;
+			continue;
+		}
+		if (strncmp(line, "-----END ", 9) == 0) {
+			if (inside && n < sizeof der)
+				trust_add(t, der, n);
+			inside = false;
+		}
+		for (const char *p = line; inside && *p != '\0' && *p != '='; p++) {
+			const char *digit = strchr(alphabet, *p);
+
+			if (digit == NULL)
+				continue;
+			bits = bits << 6 | (uint32_t)(digit - alphabet);
+			if (++digits % 4 != 1 && n < sizeof der)
+				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
+		}
+	}
+	fclose(file);
+	if (t->n == 0)
+		return err_set(e, E_ACCOUNT, "%s: no certificate in it that could be used; expected a CA "
+			       "bundle in PEM form", path);
+	return 0;
+}
+
+/* Load a CA bundle: the file named, else SSL_CERT_FILE, else the first usual place that has one. */
+static int trust_load(struct trust *t, const char *path, struct err *e)
+{
+	static const char *const places[] = {
+		"/etc/ssl/certs/ca-certificates.crt",     /* Debian, Alpine, Arch, OpenWrt, Synology */
+		"/etc/pki/tls/certs/ca-bundle.crt",       /* Fedora, RHEL */
+		"/etc/ssl/ca-bundle.pem",                 /* openSUSE */
+		"/etc/ssl/cert.pem",                      /* Alpine, OpenWrt, BSD, macOS */
+		"/usr/local/etc/ssl/cert.pem",            /* FreeBSD */
+		"/usr/local/share/certs/ca-root-nss.crt",
+		"/etc/openssl/certs/ca-certificates.crt", /* NetBSD */
+		"/opt/etc/ssl/certs/ca-certificates.crt", /* Entware: QNAP, Synology, Asus */
+		"/etc/config/ssl/ca-bundle.crt",          /* QNAP */
+	};
+
+	if (path == NULL)
+		path = getenv("SSL_CERT_FILE");
+	for (size_t i = 0; path == NULL && i < sizeof places / sizeof *places; i++)
+		if (access(places[i], R_OK) == 0)
+			path = places[i];
+	if (path == NULL)
+		return err_set(e, E_ACCOUNT, "this device has no CA bundle (looked for SSL_CERT_FILE, %s, "
+			       "%s and others); copy cacert.pem from curl.se and name it as \"ca_file\", or "
+			       "set \"tls_fingerprint\" (--check prints it)", places[0], places[3]);
+	snprintf(t->path, sizeof t->path, "%s", path);
+	return trust_read(t, path, e);
+}
+
+static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	err_fill(&s->err, code, format, arguments);
+	va_end(arguments);
+	s->at = s->end;
+	return -1;
+}
+
+/*
+ * Wait until the socket can be read (POLLIN) or written (POLLOUT). A stop that was asked for, or a
+ * parent that is gone, ends the wait as soon as the line is silent for a second.
+ */
+static int stream_wait(struct stream *s, short events, unsigned seconds, const char *what)
+{
+	int64_t deadline = now_ms() + (int64_t)seconds * 1000;
+
+	if (events == POLLIN && s->sent) {
+		s->waits++;
+		s->sent = false;
+	}
+	for (;;) {
+		struct pollfd fds[] = { { .fd = s->fd, .events = events }, { .fd = s->parent } };
+		int64_t left = deadline - now_ms();
+		int n = poll(fds, s->parent >= 0 ? 2 : 1, left < 1000 ? left < 0 ? 0 : (int)left : 1000);
+
+		if (n < 0 && errno != EINTR)
+			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
+		if (n > 0 && fds[1].revents != 0 && s->parent >= 0)
+			return stream_fail(s, E_STOPPED, "the parent process is gone");
+		if (n > 0)
+			return 0;
+		if (n == 0 && stop_asked)
+			return stream_fail(s, E_STOPPED, "stopped by a signal");
+		if (n == 0 && left <= 1000)
+			return stream_fail(s, E_NET, "%s: nothing for %u seconds", what, seconds);
+	}
+}
+
+static ssize_t stream_receive(struct stream *s, void *to, size_t n)
+{
+	for (;;) {
+		ssize_t got = recv(s->fd, to, n, 0);
+
+		if (got > 0)
+			return got;
+		if (got == 0)
+			return stream_fail(s, E_NET, s->tls != NULL ? "connection cut without a TLS close" :
+								      "connection closed by the server");
+		if (errno == EAGAIN || errno == EWOULDBLOCK) {
+			if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
+				return -1;
+		} else if (errno != EINTR) {
+			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
+		}
+	}
+}
+
+static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
+{
+	for (;;) {
+		ssize_t put = send(s->fd, from, n, MSG_NOSIGNAL);
+
+		if (put > 0) {
+			s->sent = true;
+			return put;
+		}
+		if (put < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+			if (stream_wait(s, POLLOUT, s->timeout_sec, "sending to the server") != 0)
+				return -1;
+		} else if (errno != EINTR) {
+			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
+		}
+	}
+}
+
+/* A day of BearSSL's (from year 0) as a date. */
+static const char *tls_date(char out[16], uint32_t days)
+{
+	time_t sec = ((time_t)days - 719528) * 86400;
+	struct tm tm;
+
+	if (gmtime_r(&sec, &tm) == NULL || strftime(out, 16, "%Y-%m-%d", &tm) == 0)
+		strcpy(out, "an odd date");
+	return out;
+}
+
+/* Why the handshake or the connection failed, in words. */
+static int tls_fail(struct stream *s)
+{
+	static const struct { int code; const char *text; } words[] = {
+		{ BR_ERR_UNSUPPORTED_VERSION, "the server speaks no TLS 1.2 here (143 is the port for "
+		  "\"ssl\": false, 993 for true)" },
+		{ BR_ERR_BAD_VERSION, "what answers here does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_UNKNOWN_TYPE, "what answers here does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_BAD_MAC, "data damaged on the way" },
+		{ BR_ERR_NO_RANDOM, "no random numbers: /dev/urandom cannot be read" },
+		{ BR_ERR_BAD_CIPHER_SUITE, "the server chose a cipher that was not offered" },
+		{ BR_ERR_X509_UNSUPPORTED, "the certificate has a kind of key or signature that BearSSL "
+		  "cannot check (Ed25519, RSA-PSS, SHA-1)" },
+		{ BR_ERR_X509_LIMIT_EXCEEDED, "the certificate's key is larger than BearSSL can check" },
+		{ BR_ERR_X509_BAD_SIGNATURE, "the certificate is forged or damaged: bad signature" },
+		{ BR_ERR_X509_DN_MISMATCH, "the server sends its certificates in the wrong order" },
+		{ BR_ERR_X509_CRITICAL_EXTENSION, "the certificate has a restriction that BearSSL cannot "
+		  "check" },
+		{ BR_ERR_X509_NOT_CA, "the certificate was issued by one that is no CA" },
+		{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, "the certificate is not meant for a server" },
+		{ BR_ERR_X509_WEAK_PUBLIC_KEY, "the certificate's key is too weak" },
+		{ BR_ERR_RECV_FATAL_ALERT + 40, "no cipher in common with the server" },
+		{ BR_ERR_RECV_FATAL_ALERT + 70, "the server speaks only TLS 1.3, or only something older "
+		  "than 1.2; BearSSL speaks 1.2" },
+		{ BR_ERR_RECV_FATAL_ALERT + 112, "the server does not know this host name" },
+	};
+	struct tls *t = s->tls;
+	const struct verifier *v = &t->verifier;
+	int code = br_ssl_engine_last_error(&t->client.eng);
+	const char *host = s->account->host;
+	char from[16], until[16], hex[65];
+	uint32_t today = (uint32_t)(time(NULL) / 86400 + 719528);
+
+	if (s->err.code != E_NONE)
+		return -1;
+	if (code == BR_ERR_OK)
+		return stream_fail(s, E_NET, "connection closed by the server");
+	for (int i = 0; i < 32; i++)
+		snprintf(hex + 2 * i, 3, "%02x", v->fingerprint[i]);
+	if (code == BR_ERR_X509_EXPIRED) {
+		tls_date(from, v->leaf.notbefore_days);
+		tls_date(until, v->leaf.notafter_days);
+		if (today < v->leaf.notbefore_days)
+			return stream_fail(s, E_ACCOUNT, "%s: the certificate is not valid before %s, and "
+					   "this device's clock says %s", host, from,
+					   tls_date(until, today));
+		if (today >= v->leaf.notafter_days)
+			return stream_fail(s, E_ACCOUNT, "%s: the certificate expired on %s", host, until);
+		return stream_fail(s, E_ACCOUNT, "%s: the certificate of an issuer has expired, or is not "
+				   "valid yet", host);
+	}
+	if (code == BR_ERR_X509_BAD_SERVER_NAME) {
+		const char *name = t->elements[1].status > 0 ? t->names[1] :
+				   t->elements[0].status > 0 ? t->names[0] : "another name";
+
+		return stream_fail(s, E_ACCOUNT, "the certificate is for %s, not for %s", name, host);
+	}
+	if (code == BR_ERR_X509_NOT_TRUSTED && s->account->pins > 0)
+		return stream_fail(s, E_ACCOUNT, "%s: the certificate's SHA-256 is %s, which is not "
+				   "\"tls_fingerprint\"", host, hex);
+	if (code == BR_ERR_X509_NOT_TRUSTED)
+		return stream_fail(s, E_ACCOUNT, "%s: the certificate is signed by nobody whom the CA bundle "
+				   "knows; to trust it alone: \"tls_fingerprint\": \"%s\"", host, hex);
+	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+		if (words[i].code == code)
+			return stream_fail(s, code >= BR_ERR_X509_OK && code < 64 ? E_ACCOUNT : E_NET,
+					   "%s: TLS: %s", host, words[i].text);
+	return stream_fail(s, code >= BR_ERR_X509_OK && code < 64 ? E_ACCOUNT : E_NET,
+			   "%s: TLS failed with BearSSL's error %d", host, code);
+}
+
+/* Run the TLS engine until it has what is wanted: BR_SSL_SENDAPP or BR_SSL_RECVAPP. */
+static int tls_run(struct stream *s, unsigned wanted)
+{
+	br_ssl_engine_context *engine = &s->tls->client.eng;
+
+	for (;;) {
+		unsigned state = br_ssl_engine_current_state(engine);
+		unsigned char *octets;
+		ssize_t n;
+		size_t room;
+
+		if (state & BR_SSL_CLOSED)
+			return tls_fail(s);
+		if (state & BR_SSL_SENDREC) {
+			octets = br_ssl_engine_sendrec_buf(engine, &room);
+			if ((n = stream_transmit(s, octets, room)) < 0)
+				return -1;
+			br_ssl_engine_sendrec_ack(engine, (size_t)n);
+		} else if (state & wanted) {
+			return 0;
+		} else if (state & BR_SSL_RECVREC) {
+			octets = br_ssl_engine_recvrec_buf(engine, &room);
+			if ((n = stream_receive(s, octets, room)) < 0)
+				return -1;
+			br_ssl_engine_recvrec_ack(engine, (size_t)n);
+		} else {
+			return stream_fail(s, E_PROTO, "the server talks while TLS cannot listen");
+		}
+	}
+}
+
+/*
+ * Begin TLS. Everything that arrived before is refused: whoever sits on the line may have sent it,
+ * to be taken for the server's once we trust it (RFC 3501 11.1).
+ */
+static int stream_start_tls(struct stream *s, const struct trust *trust)
+{
+	static const uint16_t suites[] = { /* for a CPU without AES; with it the order is another */
+		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+		BR_TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA256,
+		BR_TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA384,
+		BR_TLS_RSA_WITH_AES_128_GCM_SHA256,
+		BR_TLS_RSA_WITH_AES_256_GCM_SHA384,
+	};
+	static const unsigned char common_name[] = { 3, 0x55, 0x04, 0x03 };
+	static const unsigned char dns_name[] = { 0, 2 };
+	const size_t n = sizeof suites / sizeof *suites;
+	uint16_t order[sizeof suites / sizeof *suites];
+	const char *host = s->account->host;
+	struct tls *t;
+	uint8_t seed[32];
+	FILE *random;
+
+	if (s->at < s->end)
+		return stream_fail(s, E_PROTO, "the server talked before the TLS handshake");
+	t = allocate(sizeof *t);
+	s->tls = t;
+	br_ssl_client_init_full(&t->client, &t->chain, trust->anchors, trust->n);
+	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
+	memcpy(order, suites, sizeof order);
+	if (br_aes_x86ni_ctr_get_vtable() != NULL) {
+		memcpy(order, suites + 2, 2 * sizeof *order);
+		memcpy(order + 2, suites, 2 * sizeof *order);
+	}
+	br_ssl_engine_set_suites(&t->client.eng, order, n);
+	br_x509_minimal_set_hash(&t->chain, br_sha1_ID, NULL);
+	for (int i = 0; i < 2; i++)
+		t->elements[i] = (br_name_element){ .oid = i == 0 ? common_name : dns_name,
+						    .buf = t->names[i], .len = sizeof t->names[i] };
+	br_x509_minimal_set_name_elements(&t->chain, t->elements, 2);
+	t->verifier.vtable = &verifier_class;
+	t->verifier.chain = &t->chain;
+	t->verifier.account = s->account;
+	if (inet_pton(AF_INET, host, t->verifier.address) == 1)
+		t->verifier.address_octets = 4;
+	else if (inet_pton(AF_INET6, host, t->verifier.address) == 1)
+		t->verifier.address_octets = 16;
+	if (t->verifier.address_octets > 0)
+		t->verifier.der = allocate(CA_DER_MAX);
+	br_ssl_engine_set_x509(&t->client.eng, &t->verifier.vtable);
+	br_ssl_engine_set_buffer(&t->client.eng, t->buffer, sizeof t->buffer, 1);
+	/* On top of BearSSL's own seed, which may come from RDRAND alone. */
+	random = fopen("/dev/urandom", "re");
+	if (random != NULL) {
+		setvbuf(random, NULL, _IONBF, 0);
+		if (fread(seed, sizeof seed, 1, random) == 1)
+			br_ssl_engine_inject_entropy(&t->client.eng, seed, sizeof seed);
+		fclose(random);
+	}
+	if (!br_ssl_client_reset(&t->client, t->verifier.address_octets > 0 ? NULL : host, 0))
+		return tls_fail(s);
+	return tls_run(s, BR_SSL_SENDAPP);
+}
+
+/* Connect the socket to one address. */
+static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds)
+{
+	int on = 1, error = 0;
+	socklen_t n = sizeof error;
+	int64_t began = now_ms();
+
+	s->fd = socket(address->ai_family, address->ai_socktype, address->ai_protocol);
+	if (s->fd < 0)
+		return stream_fail(s, E_NET, "socket: %s", strerror(errno));
+	fcntl(s->fd, F_SETFL, O_NONBLOCK);
+	fcntl(s->fd, F_SETFD, FD_CLOEXEC);
+	setsockopt(s->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+	setsockopt(s->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+	s->sent = true;
+	if (connect(s->fd, address->ai_addr, address->ai_addrlen) != 0) {
+		if (errno != EINPROGRESS)
+			return stream_fail(s, E_NET, "%s", strerror(errno));
+		s->waits++;
+		if (stream_wait(s, POLLOUT, seconds, "connecting") != 0)
+			return -1;
+		if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0 || error != 0)
+			return stream_fail(s, E_NET, "%s", strerror(error));
+	}
+	s->connect_ms = now_ms() - began;
+	return 0;
+}
+
+static void stream_close(struct stream *s)
+{
+	if (s->fd >= 0)
+		close(s->fd);
+	if (s->tls != NULL)
+		free(s->tls->verifier.der);
+	free(s->tls);
+	free(s->plain);
+	s->fd = -1;
+	s->tls = NULL;
+	s->plain = NULL;
+}
+
+/*
+ * Connect to the account's host, trying its addresses in turn (IPv6 and IPv4, as the system orders
+ * them). With SSL_ON TLS begins at once. 'parent' is a pipe to watch, or -1.
+ */
+static int stream_open(struct stream *s, const struct account *account, const struct trust *trust,
+		       unsigned timeout_sec, int parent)
+{
+	struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG }, *list = NULL;
+	char port[8];
+	int error;
+
+	*s = (struct stream){ .fd = -1, .parent = parent, .account = account, .timeout_sec = timeout_sec };
+	snprintf(port, sizeof port, "%u", account->port);
+	error = getaddrinfo(account->host, port, &hints, &list);
+	if (error == EAI_BADFLAGS || error == EAI_NONAME) { /* ADDRCONFIG hides the loopback's address */
+		hints.ai_flags = 0;
+		error = getaddrinfo(account->host, port, &hints, &list);
+	}
+	if (error != 0)
+		return stream_fail(s, E_NET, "%s: %s", account->host, error == EAI_SYSTEM ?
+				   strerror(errno) : gai_strerror(error));
+	for (const struct addrinfo *address = list; address != NULL; address = address->ai_next) {
+		bool last = address->ai_next == NULL;
+
+		s->err = (struct err){ 0 };
+		if (s->fd >= 0)
+			close(s->fd);
+		if (stream_connect(s, address, last || timeout_sec < CONNECT_SEC ? timeout_sec :
+						       CONNECT_SEC) == 0 || s->err.code == E_STOPPED)
+			break;
+	}
+	freeaddrinfo(list);
+	if (s->err.code != E_NONE) {
+		char reason[sizeof s->err.text];
+
+		memcpy(reason, s->err.text, sizeof reason);
+		snprintf(s->err.text, sizeof s->err.text, "%.100s, port %u: %.250s%s", account->host,
+			 account->port, reason, account->ssl == SSL_UNSET && account->port == 143 ?
+			 " (\"ssl\": true uses port 993)" : "");
+		return -1;
+	}
+	if (account->ssl == SSL_ON)
+		return stream_start_tls(s, trust);
+	s->plain = allocate(STREAM_PLAIN_OCTETS);
+	return 0;
+}
+
+/* Have at least one octet between s->at and s->end. Pointers into what was there before die. */
+static int stream_fill(struct stream *s)
+{
+	size_t n;
+
+	if (s->err.code != E_NONE)
+		return -1;
+	if (s->at < s->end)
+		return 0;
+	if (s->tls != NULL) {
+		br_ssl_engine_context *engine = &s->tls->client.eng;
+
+		if (s->lent > 0)
+			br_ssl_engine_recvapp_ack(engine, s->lent);
+		s->lent = 0;
+		if (tls_run(s, BR_SSL_RECVAPP) != 0)
+			return -1;
+		s->at = br_ssl_engine_recvapp_buf(engine, &n);
+		s->lent = n;
+	} else {
+		ssize_t got = stream_receive(s, s->plain, STREAM_PLAIN_OCTETS);
+
+		if (got < 0)
+			return -1;
+		s->at = s->plain;
+		n = (size_t)got;
+	}
+	s->end = s->at + n;
+	s->in += n;
+	return 0;
+}
+
+/* Write; with TLS it is kept until the buffer is full or stream_flush(). */
+static int stream_write(struct stream *s, const void *octets, size_t n)
+{
+	const uint8_t *p = octets;
+
+	if (s->err.code != E_NONE)
+		return -1;
+	s->out += n;
+	while (n > 0) {
+		size_t part;
+
+		if (s->tls != NULL) {
+			br_ssl_engine_context *engine = &s->tls->client.eng;
+			uint8_t *to;
+
+			if (tls_run(s, BR_SSL_SENDAPP) != 0)
+				return -1;
+			to = br_ssl_engine_sendapp_buf(engine, &part);
+			part = part < n ? part : n;
+			memcpy(to, p, part);
+			br_ssl_engine_sendapp_ack(engine, part);
+		} else {
+			ssize_t put = stream_transmit(s, p, n);
+
+			if (put < 0)
+				return -1;
+			part = (size_t)put;
+		}
+		p += part;
+		n -= part;
+	}
+	return 0;
+}
+
+static int stream_flush(struct stream *s)
+{
+	if (s->err.code != E_NONE)
+		return -1;
+	if (s->tls == NULL)
+		return 0;
+	br_ssl_engine_flush(&s->tls->client.eng, 0);
+	return tls_run(s, BR_SSL_SENDAPP);
+}
+
+/* ======== sets: of UIDs, as ranges ======== */
+
+struct range {
+	uint32_t low, high; /* both are in it */
+};
+
+/* 8 octets a range: a mailbox without gaps needs one. */
+struct set {
+	struct range *ranges; /* owned */
+	size_t n, room;
+	size_t taken;         /* ranges before this one have been taken out by set_take() */
+	bool unsorted;        /* set_sort() is due */
+};
+
+static void set_clear(struct set *set)
+{
+	set->n = set->taken = 0;
+	set->unsorted = false;
+}
+
+static void set_free(struct set *set)
+{
+	free(set->ranges);
+	*set = (struct set){ 0 };
+}
+
+/* Add a range. False: SET_RANGES_MAX is reached, or memory is out. */
+static bool set_add(struct set *set, uint32_t low, uint32_t high)
+{
+	struct range *last = set->n > set->taken ? &set->ranges[set->n - 1] : NULL;
+
+	if (last != NULL && low >= last->low && low - 1 <= last->high) {
+		last->high = high > last->high ? high : last->high;
+		return true;
+	}
+	if (set->n == set->room) {
+		size_t room = set->room + set->room / 4 + 64;
+		struct range *ranges;
+
+		if (set->n == SET_RANGES_MAX ||
+		    (ranges = realloc(set->ranges, room * sizeof *ranges)) == NULL)
+			return false;
+		set->ranges = ranges;
+		set->room = room;
+	}
+	set->unsorted = set->unsorted || (last != NULL && low < last->low);
+	set->ranges[set->n++] = (struct range){ low, high };
+	return true;
+}
+
+static int range_compare(const void *a, const void *b)
+{
+	const struct range *first = a, *second = b;
+
+	return (first->low > second->low) - (first->low < second->low);
+}
+
+/* Put the ranges in order and join those that touch. */
+static void set_sort(struct set *set)
+{
+	struct set sorted = *set;
+
+	if (!set->unsorted)
+		return;
+	qsort(set->ranges + set->taken, set->n - set->taken, sizeof *set->ranges, range_compare);
+	sorted.n = sorted.taken;
+	sorted.unsorted = false;
+	for (size_t i = set->taken; i < set->n; i++) /* never grows past where it reads */
+		set_add(&sorted, set->ranges[i].low, set->ranges[i].high);
+	*set = sorted;
+}
+
+static uint64_t set_count(const struct set *set)
+{
+	uint64_t count = 0;
+
+	for (size_t i = set->taken; i < set->n; i++)
+		count += (uint64_t)set->ranges[i].high - set->ranges[i].low + 1;
+	return count;
+}
+
+/* The smallest UID in a sorted set that is at least 'uid', or 0. */
+static uint32_t set_next(const struct set *set, uint32_t uid)
+{
+	size_t low = set->taken, high = set->n;
+
+	while (low < high) {
+		size_t middle = low + (high - low) / 2;
+
+		if (set->ranges[middle].high < uid)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	if (low == set->n)
+		return 0;
+	return set->ranges[low].low > uid ? set->ranges[low].low : uid;
+}
+
+static bool set_has(const struct set *set, uint32_t uid)
+{
+	return set_next(set, uid) == uid && uid != 0;
+}
+
+static unsigned digits(uint32_t number)
+{
+	unsigned n = 1;
+
+	for (; number >= 10; number /= 10)
+		n++;
+	return n;
+}
+
+/* Take up to 'count' UIDs out of a sorted set, lowest first, as many as a command's line holds. */
+static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH_RANGES])
+{
+	unsigned n = 0, octets = 0;
+
+	while (n < BATCH_RANGES && count > 0 && set->taken < set->n) {
+		struct range *range = &set->ranges[set->taken];
+		uint32_t part = range->high - range->low;
+
+		octets += digits(range->low) + digits(range->high) + 2;
+		if (octets > SET_TEXT_OCTETS)
+			break;
+		part = part < count - 1 ? part : count - 1;
+		out[n++] = (struct range){ range->low, range->low + part };
+		count -= part + 1;
+		if (range->low + part == range->high)
+			set->taken++;
+		else
+			range->low += part + 1;
+	}
+	if (set->taken == set->n)
+		set_clear(set);
+	return n;
+}
+
+/* Write ranges as a sequence set (RFC 3501 9), ascending; returns its length. */
+static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
+{
+	size_t length = 0;
+
+	for (unsigned i = 0; i < n; i++) {
+		length += (size_t)sprintf(out + length, "%s%lu", i > 0 ? "," : "",
+					  (unsigned long)ranges[i].low);
+		if (ranges[i].high > ranges[i].low)
+			length += (size_t)sprintf(out + length, ":%lu", (unsigned long)ranges[i].high);
+	}
+	return length;
+}
+
+/* ======== imap: commands and responses ======== */
+
+/*
+ * An IMAP4rev1 client over a stream. It reads by token, never by line; keeps nothing of what a
+ * server sends but what its fields say; and hands literals on in chunks. Commands may run ahead of
+ * their answers: imap_send() returns a tag, imap_wait() reads until that tag's command is done.
+ * Responses that belong to no command go to the same place as all others, the struct's callbacks.
+ * An error sticks, in im->s.err.
+ */
+enum imap_capability {
+	CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8,
+	CAP_LIST_STATUS = 16, CAP_ESEARCH = 32, CAP_CONDSTORE = 64, CAP_LITERAL_PLUS = 128,
+	CAP_ID = 256, CAP_STATUS_SIZE = 512, CAP_IMAP4REV1 = 1024,
+};
+
+enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
+
+struct imap_result { /* of a command */
+	enum imap_condition condition;
+	unsigned octets;           /* of the command, while it is pending */
+	char code[32];             /* the response code's name, upper case, or "" (RFC 5530) */
+	uint64_t numbers[2];       /* that follow it */
+	char text[200];
+};
+
+struct imap_status { /* of a mailbox; 0 is unknown but for messages */
+	uint32_t messages, uidnext, uidvalidity;
+	uint32_t unseen;           /* UINT32_MAX: unknown */
+	uint64_t highestmodseq, octets;
+	bool known;
+};
+
+enum imap_section { SECTION_NONE, SECTION_MAIL, SECTION_ID, SECTION_MADE };
+
+struct imap_fetch { /* what a FETCH response has told so far */
+	uint32_t uid;              /* 0: not yet */
+	bool has_flags, has_date, has_size;
+	unsigned flags;            /* MBOX_SEEN ... */
+	int64_t date_sec;
+	uint64_t size;             /* RFC822.SIZE */
+	enum imap_section section; /* of the literal */
+	uint64_t octets;           /* it has */
+};
+
+struct imap {
+	struct stream s;
+	unsigned capabilities;     /* enum imap_capability */
+	bool greeted, capabilities_known, preauth;
+	bool one_at_a_time;        /* no second command before the first one's answer */
+	unsigned status_flight;    /* STATUS commands at a time */
+	unsigned tag, oldest;      /* the last one given out; the first that is not known done */
+	struct imap_result results[IMAP_FLIGHT_MAX];
+	unsigned in_flight;        /* octets of commands without an answer */
+	uint64_t noise;            /* octets since something that we asked for came */
+	bool trace;
+	char line[300];            /* of the response in hand, for -vv */
+	size_t line_octets;
+
+	bool selected;             /* a mailbox is; then, as EXAMINE and what came since said: */
+	uint32_t exists, uidvalidity, uidnext;
+	uint64_t highestmodseq;
+	unsigned expunged;         /* messages that left since it was selected */
+
+	void *context;             /* for the callbacks; each returns -1 to give up the connection */
+	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable);
+	int (*on_status)(void *context, const char *name, const struct imap_status *status);
+	int (*on_uids)(void *context, uint32_t low, uint32_t high);
+	/* A literal begins, comes, and the response that it stands in ends. Which mail it is may only
+	 * be known then. Responses without a literal have only the end. */
+	int (*on_literal)(void *context, const struct imap_fetch *fetch);
+	int (*on_octets)(void *context, const struct imap_fetch *fetch, const void *octets, size_t n);
+	int (*on_fetch)(void *context, const struct imap_fetch *fetch);
+};
+
+static int imap_proto(struct imap *im, const char *found, const char *expected)
+{
+	return stream_fail(&im->s, E_PROTO, "the server sent %s where %s was expected", found, expected);
+}
+
+/* -- reading tokens -- */
+
+/* The next octet, not consumed; -1 at an error. */
+static int imap_peek(struct imap *im)
+{
+	if (im->s.at == im->s.end && stream_fill(&im->s) != 0)
+		return -1;
+	return *im->s.at;
+}
+
+static int imap_next(struct imap *im)
+{
+	int c = imap_peek(im);
+
+	if (c < 0)
+		return -1;
+	im->s.at++;
+	if (im->trace && im->line_octets < sizeof im->line && c != '\n' && c != '\r')
+		im->line[im->line_octets++] = (char)c;
+	if (++im->noise > IMAP_NOISE_MAX)
+		return stream_fail(&im->s, E_PROTO, "the server sends more than %d octets that nobody "
+				   "asked for", IMAP_NOISE_MAX);
+	return c;
+}
+
+static bool imap_is(struct imap *im, int c)
+{
+	if (imap_peek(im) != c)
+		return false;
+	imap_next(im);
+	return true;
+}
+
+static int imap_expect(struct imap *im, int c)
+{
+	char found[16], expected[16];
+	int next = imap_peek(im);
+
+	if (next == c) {
+		imap_next(im);
+		return 0;
+	}
+	if (next < 0)
+		return -1;
+	snprintf(found, sizeof found, next > 0x20 && next < 0x7F ? "'%c'" : "octet 0x%02x", next);
+	snprintf(expected, sizeof expected, "'%c'", c);
+	return imap_proto(im, found, expected);
+}
+
+/* The end of a response's line; a bare LF is taken too. */
+static int imap_line_end(struct imap *im)
+{
+	while (imap_is(im, ' ') || imap_is(im, '\r'))
+		;
+	if (!imap_is(im, '\n'))
+		return imap_expect(im, '\n');
+	if (im->trace && im->line_octets > 0) {
+		char visible[sizeof im->line + 100];
+
+		log_visible(visible, sizeof visible, im->line, im->line_octets);
+		log_write(LOG_TRACE, "S: %s", visible);
+	}
+	im->line_octets = 0;
+	return 0;
+}
+
+static bool imap_atom_char(int c)
+{
+	return c > 0x20 && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
+}
+
+/* An atom, upper case; what is too long is read but cut. Brackets end it. Returns its length. */
+static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
+{
+	size_t n = 0;
+
+	for (int c; (c = imap_peek(im)) >= 0 && imap_atom_char(c) && c != 0x7F; imap_next(im))
+		if (n < IMAP_ATOM_MAX - 1)
+			out[n++] = (char)toupper(c);
+	out[n] = '\0';
+	return n;
+}
+
+/*
+ * A number; what is none (mail.ru prints 9.37e+06, Zoho -1) or does not fit counts as 0,
+ * "unknown".
+ */
+static uint64_t imap_number(struct imap *im)
+{
+	char text[IMAP_ATOM_MAX];
+	uint64_t number = 0;
+	const char *p;
+
+	imap_atom(im, text);
+	for (p = text; *p >= '0' && *p <= '9' && number <= (UINT64_MAX >> 1) / 10; p++)
+		number = number * 10 + (uint64_t)(*p - '0');
+	return *p == '\0' ? number : 0;
+}
+
+static uint32_t imap_number32(struct imap *im)
+{
+	uint64_t number = imap_number(im);
+
+	return number <= UINT32_MAX ? (uint32_t)number : 0;
+}
+
+/* "{n}" or "~{n+}" up to the line end: the length of a literal. */
+static int imap_literal(struct imap *im, uint64_t *octets)
+{
+	char text[IMAP_ATOM_MAX];
+	char *end;
+
+	imap_is(im, '~');
+	if (imap_expect(im, '{') != 0)
+		return -1;
+	imap_atom(im, text);
+	errno = 0;
+	*octets = strtoumax(text, &end, 10);
+	if (text[0] < '0' || text[0] > '9' || errno != 0 || (*end != '\0' && strcmp(end, "+}") != 0 &&
+							     strcmp(end, "}") != 0))
+		return imap_proto(im, "a literal without a length", "{number}");
+	if (*octets > UINT32_MAX)
+		return stream_fail(&im->s, E_PROTO, "the server announces a literal of %s octets; more than "
+				   "4294967295 is no mail", text);
+	imap_is(im, '\r');
+	return imap_expect(im, '\n');
+}
+
+/* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
+static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
+{
+	if (fetch == NULL && octets > IMAP_SKIP_MAX)
+		return stream_fail(&im->s, E_PROTO, "the server sends a literal of %llu octets that nobody "
+				   "asked for", (unsigned long long)octets);
+	while (octets > 0) {
+		size_t n;
+
+		if (stream_fill(&im->s) != 0)
+			return -1;
+		n = (size_t)(im->s.end - im->s.at);
+		n = n < octets ? n : (size_t)octets;
+		if (fetch != NULL && im->on_octets(im->context, fetch, im->s.at, n) != 0)
+			return -1;
+		im->s.at += n;
+		octets -= n;
+	}
+	return 0;
+}
+
+/*
+ * A string in any form (atom, quoted, literal) into out, cut at size - 1 and closed with NUL.
+ * Returns the length it really has, -1 at an error.
+ */
+static int64_t imap_string(struct imap *im, char *out, size_t size)
+{
+	uint64_t n = 0, octets = 0;
+	int c = imap_peek(im);
+	bool quoted = c == '"', literal = c == '{';
+
+	if (literal && imap_literal(im, &octets) != 0)
+		return -1;
+	if (quoted)
+		imap_next(im);
+	for (; !literal || n < octets; n++) {
+		if ((c = imap_peek(im)) < 0)
+			return -1;
+		if (!literal && (c == '\r' || c == '\n'))
+			break;
+		if (!literal && !quoted && (c == ' ' || c == '(' || c == ')'))
+			break;
+		imap_next(im);
+		if (quoted && c == '"')
+			break;
+		if (quoted && c == '\\')
+			c = imap_next(im);
+		if (n < size - 1)
+			out[n] = (char)c;
+	}
+	out[n < size - 1 ? n : size - 1] = '\0';
+	return (int64_t)n;
+}
+
+/* Pass over one value: an atom, a string, or a list with all that is in it. */
+static int imap_skip(struct imap *im)
+{
+	unsigned depth = 0;
+
+	do {
+		uint64_t octets;
+		char ignored[8];
+		int c = imap_peek(im);
+
+		if (c < 0)
+			return -1;
+		if (c == '(' || c == '[') {
+			if (++depth > IMAP_DEPTH_MAX)
+				return stream_fail(&im->s, E_PROTO, "the server nests parentheses more than "
+						   "%d deep", IMAP_DEPTH_MAX);
+			imap_next(im);
+		} else if (c == ')' || c == ']') {
+			if (depth == 0)
+				return 0;
+			depth--;
+			imap_next(im);
+		} else if (c == '{') {
+			if (imap_literal(im, &octets) != 0 || imap_pour(im, octets, NULL) != 0)
+				return -1;
+		} else if (c == '"') {
+			if (imap_string(im, ignored, sizeof ignored) < 0)
+				return -1;
+		} else if (c == '\r' || c == '\n') {
+			return depth == 0 ? 0 : imap_proto(im, "a line's end", "a closing parenthesis");
+		} else {
+			imap_next(im);
+			if (depth == 0 && c != ' ')
+				for (; (c = imap_peek(im)) >= 0 && imap_atom_char(c); imap_next(im))
+					;
+		}
+	} while (depth > 0);
+	return im->s.err.code != E_NONE ? -1 : 0;
+}
+
+/* Pass over the rest of a response, literals included. */
+static int imap_skip_line(struct imap *im)
+{
+	for (int c; (c = imap_peek(im)) != '\n'; ) {
+		if (c < 0)
+			return -1;
+		if (c == '"' || c == '(' || c == '{' || c == '[' || imap_atom_char(c)) {
+			if (imap_skip(im) != 0)
+				return -1;
+		} else {
+			imap_next(im);
+		}
+	}
+	return imap_line_end(im);
+}
+
+/* -- reading responses -- */
+
+static void imap_capability_word(struct imap *im, const char *word)
+{
+	static const struct { const char *word; unsigned capability; } known[] = {
+		{ "STARTTLS", CAP_STARTTLS }, { "LOGINDISABLED", CAP_LOGINDISABLED },
+		{ "AUTH=PLAIN", CAP_AUTH_PLAIN }, { "SASL-IR", CAP_SASL_IR },
+		{ "LIST-STATUS", CAP_LIST_STATUS }, { "ESEARCH", CAP_ESEARCH },
+		{ "CONDSTORE", CAP_CONDSTORE }, { "QRESYNC", CAP_CONDSTORE },
+		{ "LITERAL+", CAP_LITERAL_PLUS }, { "ID", CAP_ID }, { "STATUS=SIZE", CAP_STATUS_SIZE },
+		{ "IMAP4REV1", CAP_IMAP4REV1 },
+	};
+
+	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+		if (strcmp(word, known[i].word) == 0)
+			im->capabilities |= known[i].capability;
+}
+
+static int imap_capabilities(struct imap *im)
+{
+	char word[IMAP_ATOM_MAX];
+
+	im->capabilities = 0;
+	im->capabilities_known = true;
+	while (imap_is(im, ' ') || imap_atom_char(imap_peek(im)))
+		if (imap_atom(im, word) > 0)
+			imap_capability_word(im, word);
+	return im->s.err.code != E_NONE ? -1 : 0;
+}
+
+/* The text behind OK, NO, BAD, BYE: "[CODE numbers] words". What a code tells is taken in. */
+static int imap_text(struct imap *im, struct imap_result *result)
+{
+	size_t n = 0;
+	char word[IMAP_ATOM_MAX];
+	int c;
+
+	result->code[0] = '\0';
+	result->numbers[0] = result->numbers[1] = 0;
+	if (imap_is(im, '[')) {
+		imap_atom(im, word);
+		snprintf(result->code, sizeof result->code, "%.31s", word);
+		if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
+			return -1;
+		for (int i = 0; i < 2 && imap_is(im, ' '); i++)
+			if ((c = imap_peek(im)) >= '0' && c <= '9')
+				result->numbers[i] = imap_number(im);
+		while ((c = imap_peek(im)) >= 0 && c != ']' && c != '\r' && c != '\n')
+			if (c == '(' || c == '"' || c == '{') {
+				if (imap_skip(im) != 0)
+					return -1;
+			} else {
+				imap_next(im);
+			}
+		imap_is(im, ']');
+		imap_is(im, ' ');
+	}
+	for (; (c = imap_peek(im)) >= 0 && c != '\r' && c != '\n'; imap_next(im))
+		if (n < sizeof result->text - 1)
+			result->text[n++] = (char)c;
+	result->text[n] = '\0';
+	if (strcmp(result->code, "UIDVALIDITY") == 0)
+		im->uidvalidity = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
+	else if (strcmp(result->code, "UIDNEXT") == 0)
+		im->uidnext = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
+	else if (strcmp(result->code, "HIGHESTMODSEQ") == 0)
+		im->highestmodseq = result->numbers[0];
+	else if (strcmp(result->code, "ALERT") == 0)
+		log_info("the server says: %s", result->text);
+	return imap_line_end(im);
+}
+
+/*
+ * What a server that wants to be left alone asks for, in seconds; 0: it does not ask for that.
+ * Sources of the wordings: Exchange, Gmail, Dovecot, Cyrus, Yahoo; codes: RFC 5530.
+ */
+static unsigned imap_wait_asked(const struct imap_result *result)
+{
+	static const char *const codes[] = { "THROTTLED", "LIMIT", "UNAVAILABLE", "INUSE", "SERVERBUG",
+		"OVERQUOTA" };
+	static const char *const words[] = { "Too many simultaneous", "Maximum number of connections",
+		"Too many open connections", "Too many login", "Rate limit", "is throttled",
+		"exceeded command or bandwidth", "Server Unavailable", "service busy", "try again later" };
+	const char *backoff = strstr(result->text, "Backoff Time: ");
+
+	if (backoff != NULL) {
+		unsigned long ms = strtoul(backoff + 14, NULL, 10);
+
+		return ms / 900 < WAIT_SEC ? (unsigned)(ms / 900) + 1 : WAIT_SEC; /* and a tenth */
+	}
+	for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+		if (strcmp(result->code, codes[i]) == 0)
+			return strcmp(codes[i], "OVERQUOTA") == 0 ? 60 : 5;
+	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+		if (strstr(result->text, words[i]) != NULL)
+			return 5;
+	return 0;
+}
+
+/* INTERNALDATE: "17-Jul-1996 02:44:25 -0700" (RFC 3501 9), the day may be one digit. */
+static bool parse_date(const char *text, int64_t *sec)
+{
+	static const char months[] = "janfebmaraprmayjunjulaugsepoctnovdec";
+	int day, year, hour, minute, second, zone;
+	int64_t y, era, days;
+	char month[4], sign;
+	unsigned m;
+
+	/* Fixed fields after the day; no sscanf(), which overflows silently. */
+	while (*text == ' ')
+		text++;
+	for (day = 0; *text >= '0' && *text <= '9' && day < 100; text++)
+		day = day * 10 + (*text - '0');
+	if (strlen(text) < 24 || text[0] != '-' || text[4] != '-' || text[9] != ' ')
+		return false;
+	for (int i = 0; i < 3; i++)
+		month[i] = (char)tolower((unsigned char)text[1 + i]);
+	month[3] = '\0';
+	for (m = 0; m < 12 && strncmp(months + 3 * m, month, 3) != 0; m++)
+		;
+	for (int i = 5; i < 24; i++)
+		if ((i < 9 || (i > 9 && i != 12 && i != 15 && i != 18 && i != 19)) &&
+		    !isdigit((unsigned char)text[i]))
+			return false;
+	year = atoi(text + 5);
+	hour = atoi(text + 10);
+	minute = atoi(text + 13);
+	second = atoi(text + 16);
+	sign = text[19];
+	zone = atoi(text + 20);
+	if (m == 12 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60 ||
+	    (sign != '+' && sign != '-'))
+		return false;
+	y = year - (m < 2);
+	era = (y >= 0 ? y : y - 399) / 400;
+	days = era * 146097 + (y - era * 400) * 365 + (y - era * 400) / 4 - (y - era * 400) / 100 +
+	       (153 * ((int)(m + 10) % 12) + 2) / 5 + day - 1 - 719468;
+	zone = zone / 100 * 3600 + zone % 100 * 60;
+	*sec = days * 86400 + hour * 3600 + minute * 60 + second + (sign == '+' ? -zone : zone);
+	return true;
+}
+
+static int imap_flags(struct imap *im, struct imap_fetch *fetch)
+{
+	static const struct { const char *word; unsigned flag; } known[] = {
+		{ "\\SEEN", MBOX_SEEN }, { "\\ANSWERED", MBOX_ANSWERED }, { "\\FLAGGED", MBOX_FLAGGED },
+		{ "$FORWARDED", MBOX_FORWARDED },
+	};
+	char word[IMAP_ATOM_MAX];
+
+	if (imap_expect(im, '(') != 0)
+		return -1;
+	fetch->has_flags = true;
+	fetch->flags = 0;
+	while (!imap_is(im, ')')) {
+		if (imap_is(im, ' '))
+			continue;
+		if (imap_peek(im) < 0 || imap_peek(im) == '\n')
+			return imap_proto(im, "a line's end", "the flags' closing parenthesis");
+		if (imap_atom(im, word) == 0) /* an odd octet, in an odd keyword */
+			imap_next(im);
+		for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+			if (strcmp(word, known[i].word) == 0)
+				fetch->flags |= known[i].flag;
+	}
+	return 0;
+}
+
+/* What stands in the brackets of BODY[...], and perhaps <0> behind them: which literal is this? */
+static int imap_section(struct imap *im, enum imap_section *section)
+{
+	char text[200];
+	size_t n = 0;
+	int c;
+
+	while ((c = imap_peek(im)) >= 0 && c != ']') {
+		char name[64];
+
+		if (c == '"' || c == '{') { /* a field's name is an astring */
+			if (imap_string(im, name, sizeof name) < 0)
+				return -1;
+			for (const char *p = name; *p != '\0' && n < sizeof text - 1; p++)
+				text[n++] = (char)toupper((unsigned char)*p);
+			continue;
+		}
+		if (c == '\r' || c == '\n')
+			return imap_proto(im, "a line's end", "']'");
+		if (n < sizeof text - 1)
+			text[n++] = (char)toupper(c);
+		imap_next(im);
+	}
+	text[n] = '\0';
+	if (imap_expect(im, ']') != 0)
+		return -1;
+	*section = n == 0 ? SECTION_MAIL : SECTION_NONE;
+	if (strncmp(text, "HEADER.FIELDS (", 15) == 0)
+		*section = strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID :
+			   strstr(text, "SUBJECT") != NULL ? SECTION_MADE : SECTION_NONE;
+	if (imap_peek(im) == '<') {
+		*section = SECTION_NONE; /* a part of it: nothing that we asked for */
+		while ((c = imap_peek(im)) >= 0 && c != ' ' && c != ')' && c != '\n')
+			imap_next(im);
+	}
+	return 0;
+}
+
+/* The value of BODY[...]: a literal, a quoted string, or NIL. */
+static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
+{
+	struct imap_fetch *sink = section != SECTION_NONE && fetch->section == SECTION_NONE ? fetch : NULL;
+	int c = imap_peek(im);
+
+	if (c == '{' || c == '~') {
+		uint64_t octets;
+
+		if (imap_literal(im, &octets) != 0)
+			return -1;
+		if (sink != NULL) {
+			sink->section = section;
+			sink->octets = octets;
+			if (im->on_literal(im->context, sink) != 0)
+				return -1;
+		}
+		im->noise = sink != NULL ? 0 : im->noise;
+		return imap_pour(im, octets, sink);
+	}
+	if (c == '"') { /* short ones may come so */
+		char text[IMAP_LINE_MAX];
+		int64_t n = imap_string(im, text, sizeof text);
+
+		if (n < 0)
+			return -1;
+		if (sink == NULL)
+			return 0;
+		if (n >= (int64_t)sizeof text)
+			return imap_proto(im, "a mail as a long quoted string", "a literal");
+		sink->section = section;
+		sink->octets = (uint64_t)n;
+		if (im->on_literal(im->context, sink) != 0)
+			return -1;
+		return n == 0 ? 0 : im->on_octets(im->context, sink, text, (size_t)n);
+	}
+	return c == ')' ? 0 : imap_skip(im); /* NIL; Yandex sends nothing at all */
+}
+
+static int imap_fetch_response(struct imap *im, uint32_t uid)
+{
+	struct imap_fetch fetch = { .uid = uid };
+	char word[IMAP_ATOM_MAX], text[64];
+
+	if (imap_expect(im, '(') != 0)
+		return -1;
+	while (!imap_is(im, ')')) {
+		enum imap_section section;
+		int result = 0;
+
+		if (imap_is(im, ' '))
+			continue;
+		if (imap_atom(im, word) == 0)
+			return imap_expect(im, ')');
+		if (strcmp(word, "BODY") == 0 && imap_is(im, '[')) {
+			if (imap_section(im, &section) != 0)
+				return -1;
+			imap_is(im, ' ');
+			if (imap_body(im, &fetch, section) != 0)
+				return -1;
+			continue;
+		}
+		imap_is(im, ' ');
+		if (strcmp(word, "UID") == 0) {
+			fetch.uid = imap_number32(im);
+		} else if (strcmp(word, "FLAGS") == 0) {
+			result = imap_flags(im, &fetch);
+		} else if (strcmp(word, "RFC822.SIZE") == 0) {
+			fetch.size = imap_number(im);
+			fetch.has_size = true;
+		} else if (strcmp(word, "INTERNALDATE") == 0) {
+			result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
+			fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
+		} else {
+			result = imap_skip(im);
+		}
+		if (result != 0 || im->s.err.code != E_NONE)
+			return -1;
+	}
+	if (im->s.err.code != E_NONE || im->on_fetch(im->context, &fetch) != 0)
+		return -1;
+	return imap_line_end(im);
+}
+
+/* "1:5,9", as in ESEARCH and VANISHED. */
+static int imap_uid_set(struct imap *im)
+{
+	for (;;) {
+		uint32_t low = 0, high;
+		int c;
+
+		while ((c = imap_peek(im)) >= '0' && c <= '9') {
+			if (low > (UINT32_MAX - 9) / 10)
+				return imap_proto(im, "a number over 4294967295", "a UID");
+			low = low * 10 + (uint32_t)(imap_next(im) - '0');
+		}
+		high = low;
+		if (imap_is(im, ':'))
+			for (high = 0; (c = imap_peek(im)) >= '0' && c <= '9';) {
+				if (high > (UINT32_MAX - 9) / 10)
+					return imap_proto(im, "a number over 4294967295", "a UID");
+				high = high * 10 + (uint32_t)(imap_next(im) - '0');
+			}
+		if (low == 0 || high == 0)
+			return imap_proto(im, "something else", "a UID");
+		if (im->on_uids(im->context, low < high ? low : high, low < high ? high : low) != 0)
+			return -1;
+		im->noise = 0;
+		if (!imap_is(im, ','))
+			return 0;
+	}
+}
+
+/* "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731) */
+static int imap_esearch(struct imap *im)
+{
+	char word[IMAP_ATOM_MAX];
+
+	for (int c; (c = imap_peek(im)) != '\r' && c != '\n';) {
+		if (c < 0)
+			return -1;
+		if (imap_is(im, ' '))
+			continue;
+		if (c == '(' || imap_atom(im, word) == 0) {
+			if (imap_skip(im) != 0)
+				return -1;
+		} else if (strcmp(word, "ALL") == 0 && imap_is(im, ' ') && imap_uid_set(im) != 0) {
+			return -1;
+		}
+	}
+	return imap_line_end(im);
+}
+
+/* "* SEARCH 1 2 5"; a CONDSTORE server may end it with (MODSEQ n). */
+static int imap_search(struct imap *im)
+{
+	for (int c; (c = imap_peek(im)) != '\r' && c != '\n';) {
+		if (c < 0 || (c == '(' && imap_skip(im) != 0))
+			return -1;
+		if (c >= '0' && c <= '9') {
+			if (imap_uid_set(im) != 0)
+				return -1;
+		} else if (c != '(' && imap_expect(im, ' ') != 0) {
+			return -1;
+		}
+	}
+	return imap_line_end(im);
+}
+
+/* "* LIST (\HasNoChildren) "/" INBOX" */
+static int imap_list_response(struct imap *im)
+{
+	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4];
+	bool selectable = true;
+	int64_t n;
+
+	if (imap_expect(im, ' ') != 0 || imap_expect(im, '(') != 0)
+		return -1;
+	while (!imap_is(im, ')')) {
+		if (imap_is(im, ' '))
+			continue;
+		if (imap_atom(im, word) == 0)
+			return imap_expect(im, ')');
+		if (strcmp(word, "\\NOSELECT") == 0 || strcmp(word, "\\NONEXISTENT") == 0)
+			selectable = false;
+	}
+	if (imap_expect(im, ' ') != 0)
+		return -1;
+	if (imap_peek(im) == 'N' || imap_peek(im) == 'n') {
+		imap_atom(im, word);
+		delimiter[0] = '\0'; /* NIL: there is no hierarchy */
+	} else if (imap_string(im, delimiter, sizeof delimiter) < 0) {
+		return -1;
+	}
+	if (imap_expect(im, ' ') != 0 || (n = imap_string(im, name, sizeof name)) < 0)
+		return -1;
+	im->noise = 0;
+	if (im->on_list(im->context, name, (size_t)n, delimiter[0], selectable) != 0)
+		return -1;
+	return imap_skip_line(im); /* RFC 5258 adds things behind the name */
+}
+
+/* "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)" */
+static int imap_status_response(struct imap *im)
+{
+	struct imap_status status = { .unseen = UINT32_MAX, .known = true };
+	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX];
+
+	if (imap_expect(im, ' ') != 0 || imap_string(im, name, sizeof name) < 0 ||
+	    imap_expect(im, ' ') != 0 || imap_expect(im, '(') != 0)
+		return -1;
+	while (!imap_is(im, ')')) {
+		if (imap_is(im, ' '))
+			continue;
+		if (imap_atom(im, word) == 0)
+			return imap_expect(im, ')');
+		if (imap_expect(im, ' ') != 0)
+			return -1;
+		if (strcmp(word, "MESSAGES") == 0)
+			status.messages = imap_number32(im);
+		else if (strcmp(word, "UIDNEXT") == 0)
+			status.uidnext = imap_number32(im);
+		else if (strcmp(word, "UIDVALIDITY") == 0)
+			status.uidvalidity = imap_number32(im);
+		else if (strcmp(word, "UNSEEN") == 0)
+			status.unseen = imap_number32(im);
+		else if (strcmp(word, "HIGHESTMODSEQ") == 0)
+			status.highestmodseq = imap_number(im);
+		else if (strcmp(word, "SIZE") == 0)
+			status.octets = imap_number(im);
+		else if (imap_skip(im) != 0)
+			return -1;
+	}
+	im->noise = 0;
+	if (im->on_status != NULL && im->on_status(im->context, name, &status) != 0)
+		return -1;
+	return imap_line_end(im);
+}
+
+/* Goodbye: a reason to wait, or merely the end of this connection. */
+static int imap_bye(struct imap *im, const struct imap_result *result)
+{
+	unsigned sec = imap_wait_asked(result);
+
+	stream_fail(&im->s, sec > 0 ? E_WAIT : E_NET, "the server ended the connection: %s",
+		    result->text[0] != '\0' ? result->text : "no reason given");
+	im->s.err.wait_sec = sec;
+	return -1;
+}
+
+static int imap_untagged(struct imap *im)
+{
+	struct imap_result result = { 0 };
+	char word[IMAP_ATOM_MAX];
+	uint32_t number = 0;
+	bool leaving;
+
+	if (imap_peek(im) == '[') /* home.pl: "* [COPYUID ...]" */
+		return imap_text(im, &result);
+	imap_atom(im, word);
+	if (word[0] >= '0' && word[0] <= '9') {
+		number = (uint32_t)strtoul(word, NULL, 10);
+		if (imap_expect(im, ' ') != 0)
+			return -1;
+		imap_atom(im, word);
+		if (strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0)
+			return imap_expect(im, ' ') != 0 ? -1 :
+			       imap_fetch_response(im, word[0] == 'U' ? number : 0);
+		if (strcmp(word, "EXISTS") == 0)
+			im->exists = number;
+		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0)
+			im->exists--, im->expunged++;
+		return imap_skip_line(im);
+	}
+	if (strcmp(word, "OK") == 0 || strcmp(word, "NO") == 0 || strcmp(word, "BAD") == 0 ||
+	    strcmp(word, "PREAUTH") == 0 || strcmp(word, "BYE") == 0) {
+		im->preauth = im->preauth || word[0] == 'P';
+		leaving = word[1] == 'Y';
+		imap_is(im, ' ');
+		if (imap_text(im, &result) != 0)
+			return -1;
+		/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
+		if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
+			im->one_at_a_time = true;
+		if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
+			im->status_flight = 20;
+		im->greeted = true;
+		return leaving ? imap_bye(im, &result) : 0;
+	}
+	if (strcmp(word, "CAPABILITY") == 0)
+		return imap_capabilities(im) != 0 ? -1 : imap_line_end(im);
+	if (strcmp(word, "LIST") == 0 && im->on_list != NULL)
+		return imap_list_response(im);
+	if (strcmp(word, "STATUS") == 0)
+		return imap_status_response(im);
+	if (strcmp(word, "SEARCH") == 0 && im->on_uids != NULL)
+		return imap_search(im);
+	if (strcmp(word, "ESEARCH") == 0 && im->on_uids != NULL)
+		return imap_esearch(im);
+	return imap_skip_line(im);
+}
+
+/* Read one response. Returns 0, 1 if it was a continuation request, -1 at an error. */
+static int imap_response(struct imap *im)
+{
+	struct imap_result *result;
+	struct imap_result ignored;
+	char word[IMAP_ATOM_MAX], *end;
+	unsigned long tag;
+
+	im->line_octets = 0;
+	if (imap_is(im, '*')) {
+		imap_is(im, ' ');
+		return imap_untagged(im);
+	}
+	if (imap_is(im, '+')) {
+		imap_is(im, ' ');
+		return imap_text(im, &ignored) != 0 ? -1 : 1;
+	}
+	if (imap_peek(im) == '[') /* Office 365: a code without a status */
+		return imap_text(im, &ignored);
+	imap_atom(im, word);
+	if (im->s.err.code != E_NONE)
+		return -1;
+	tag = word[0] == 'A' && isdigit((unsigned char)word[1]) ? strtoul(word + 1, &end, 10) : 0;
+	result = &im->results[tag % IMAP_FLIGHT_MAX];
+	if (tag == 0 || *end != '\0' || tag > im->tag || tag + IMAP_FLIGHT_MAX <= im->tag ||
+	    result->condition != IMAP_PENDING) {
+		char found[60];
+
+		snprintf(found, sizeof found, "a line that begins with \"%.30s\"", word);
+		return imap_proto(im, found, "\"*\", \"+\" or the tag of a command");
+	}
+	if (imap_expect(im, ' ') != 0)
+		return -1;
+	imap_atom(im, word);
+	imap_is(im, ' ');
+	if (imap_text(im, result) != 0)
+		return -1;
+	if (strcmp(word, "OK") != 0 && strcmp(word, "NO") != 0 && strcmp(word, "BAD") != 0)
+		return imap_proto(im, word, "OK, NO or BAD");
+	result->condition = word[0] == 'O' ? IMAP_OK : word[0] == 'N' ? IMAP_NO : IMAP_BAD;
+	im->in_flight -= result->octets;
+	im->noise = 0;
+	return 0;
+}
+
+/* -- sending commands -- */
+
+/* Read until the command is done. Returns its result, or NULL at an error. */
+static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
+{
+	struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+
+	while (result->condition == IMAP_PENDING)
+		if (imap_response(im) != 0) {
+			if (im->s.err.code == E_NONE)
+				imap_proto(im, "a continuation request", "an answer");
+			return NULL;
+		}
+	return result;
+}
+
+static bool imap_may_send(const struct imap *im, unsigned pending)
+{
+	if (im->one_at_a_time)
+		return pending == 0;
+	return pending < IMAP_FLIGHT_MAX - 2 && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
+}
+
+/*
+ * Send a command; the format takes what printf() takes. 'shown', if not NULL, is what the trace
+ * may see of it. Returns its tag, 0 at an error.
+ */
+static unsigned imap_send(struct imap *im, const char *shown, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+static unsigned imap_send(struct imap *im, const char *shown, const char *format, ...)
+{
+	char line[IMAP_LINE_MAX * 5];
+	unsigned tag = ++im->tag;
+	struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+	va_list arguments;
+	int n, prefix;
+
+	prefix = snprintf(line, sizeof line, "A%u ", tag);
+	va_start(arguments, format);
+	n = vsnprintf(line + prefix, sizeof line - (size_t)prefix - 2, format, arguments);
+	va_end(arguments);
+	if (n < 0 || (size_t)n >= sizeof line - (size_t)prefix - 2) {
+		stream_fail(&im->s, E_REFUSED, "a command to the server would be too long");
+		return 0;
+	}
+	n += prefix;
+	if (im->trace)
+		log_write(LOG_TRACE, "C: A%u %s", tag, shown != NULL ? shown : line + prefix);
+	memcpy(line + n, "\r\n", 2);
+	*result = (struct imap_result){ .octets = (unsigned)n + 2 };
+	im->in_flight += result->octets;
+	if (stream_write(&im->s, line, (size_t)n + 2) != 0 || stream_flush(&im->s) != 0)
+		tag = 0;
+	memset(line, 0, shown != NULL ? sizeof line : 0); /* it was a secret */
+	return tag;
+}
+
+/* Does a string need a literal, that is, can it not be quoted (RFC 3501 4.3)? */
+static bool imap_needs_literal(const char *text)
+{
+	for (; *text != '\0'; text++)
+		if (*text == '\r' || *text == '\n' || (unsigned char)*text >= 0x80)
+			return true;
+	return false;
+}
+
+/* A string as a quoted string, or as a non-synchronising literal where it must be one. */
+static const char *imap_quote(char *out, size_t size, const char *text)
+{
+	size_t n = 0;
+
+	if (imap_needs_literal(text)) {
+		snprintf(out, size, "{%zu+}\r\n%s", strlen(text), text);
+		return out;
+	}
+	out[n++] = '"';
+	for (; *text != '\0' && n < size - 3; text++) {
+		if (*text == '"' || *text == '\\')
+			out[n++] = '\\';
+		out[n++] = *text;
+	}
+	out[n++] = '"';
+	out[n] = '\0';
+	return out;
+}
+
+/* A refused command as an error: wait, or give up what it was about. */
+static int imap_refused(struct err *e, const struct imap_result *result, const char *what)
+{
+	unsigned sec = imap_wait_asked(result);
+
+	err_set(e, sec > 0 ? E_WAIT : E_REFUSED, "%s: the server says %s %s%s%s%s", what,
+		result->condition == IMAP_BAD ? "BAD" : "NO", result->code[0] != '\0' ? "[" : "",
+		result->code, result->code[0] != '\0' ? "] " : "", result->text);
+	e->wait_sec = sec;
+	return -1;
+}
+
+/* Send one command and wait for it. Returns 0, or -1 with an error if it was not OK. */
+static int imap_do(struct imap *im, const char *what, unsigned tag)
+{
+	const struct imap_result *result = tag > 0 ? imap_wait(im, tag) : NULL;
+
+	if (result == NULL)
+		return -1;
+	return result->condition == IMAP_OK ? 0 : imap_refused(&im->s.err, result, what);
+}
+
+static int imap_know_capabilities(struct imap *im)
+{
+	if (im->capabilities_known)
+		return 0;
+	return imap_do(im, "CAPABILITY", imap_send(im, NULL, "CAPABILITY"));
+}
+
+/* Wait for "+ ", then send a line. The command's own answer may come instead. */
+static int imap_continue(struct imap *im, unsigned tag, const char *line)
+{
+	int got;
+
+	while ((got = imap_response(im)) == 0)
+		if (im->results[tag % IMAP_FLIGHT_MAX].condition != IMAP_PENDING)
+			return 0;
+	if (got < 0 || stream_write(&im->s, line, strlen(line)) != 0 ||
+	    stream_write(&im->s, "\r\n", 2) != 0)
+		return -1;
+	return stream_flush(&im->s);
+}
+
+/* AUTHENTICATE PLAIN (RFC 4616), else LOGIN. A refusal is E_ACCOUNT unless it asks to wait. */
+static int imap_login(struct imap *im, const char *user, const char *password)
+{
+	const size_t users = strlen(user), passwords = strlen(password), n = users + passwords + 2;
+	char plain[1400], coded[2000], quoted_user[700], quoted_password[700];
+	const struct imap_result *result;
+	unsigned tag;
+
+	if (users > 500 || passwords > 500)
+		return stream_fail(&im->s, E_ACCOUNT, "user name or password is longer than 500 octets");
+	if (im->capabilities & CAP_AUTH_PLAIN) {
+		static const char digits[] =
+			"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+		size_t length = 0;
+
+		memset(plain, 0, n + 3);
+		memcpy(plain + 1, user, users);
+		memcpy(plain + users + 2, password, passwords);
+		for (size_t i = 0; i < n; i += 3) {
+			const uint8_t *p = (const uint8_t *)plain + i;
+			uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 8 | p[2];
+
+			for (unsigned k = 0; k < 4; k++)
+				coded[length++] = i + k > n ? '=' : digits[bits >> (18 - 6 * k) & 63];
+		}
+		coded[length] = '\0';
+		if (im->capabilities & CAP_SASL_IR) {
+			tag = imap_send(im, "AUTHENTICATE PLAIN ***", "AUTHENTICATE PLAIN %s", coded);
+		} else {
+			tag = imap_send(im, NULL, "AUTHENTICATE PLAIN");
+			if (tag != 0 && imap_continue(im, tag, coded) != 0)
+				tag = 0;
+		}
+	} else if (im->capabilities & CAP_LOGINDISABLED) {
+		return stream_fail(&im->s, E_ACCOUNT, "the server allows no login with a password here "
+				   "(LOGINDISABLED)");
+	} else if (imap_needs_literal(user) || imap_needs_literal(password)) {
+		const char *parts[2] = { user, password };
+
+		snprintf(quoted_user, sizeof quoted_user, "LOGIN {%zu}", users);
+		tag = imap_send(im, NULL, "%s", quoted_user);
+		for (int i = 0; i < 2 && tag != 0; i++) {
+			snprintf(plain, sizeof plain, i == 0 ? "%s {%zu}" : "%s", parts[i], passwords);
+			if (imap_continue(im, tag, plain) != 0)
+				tag = 0;
+		}
+	} else {
+		tag = imap_send(im, "LOGIN ***", "LOGIN %s %s",
+				imap_quote(quoted_user, sizeof quoted_user, user),
+				imap_quote(quoted_password, sizeof quoted_password, password));
+	}
+	memset(plain, 0, sizeof plain);
+	memset(coded, 0, sizeof coded);
+	memset(quoted_password, 0, sizeof quoted_password);
+	im->capabilities_known = false; /* others hold now; many servers tell them at once */
+	result = tag > 0 ? imap_wait(im, tag) : NULL;
+	if (result == NULL)
+		return -1;
+	if (result->condition != IMAP_OK) {
+		imap_refused(&im->s.err, result, "login");
+		if (im->s.err.code == E_REFUSED)
+			im->s.err.code = E_ACCOUNT;
+		return -1;
+	}
+	return imap_know_capabilities(im);
+}
+
+/* Is the server on this machine, so that nobody can listen on the way? */
+static bool stream_is_local(const struct stream *s)
+{
+	struct sockaddr_storage own, peer;
+	socklen_t n = sizeof own, m = sizeof peer;
+
+	if (getsockname(s->fd, (struct sockaddr *)&own, &n) != 0 ||
+	    getpeername(s->fd, (struct sockaddr *)&peer, &m) != 0 || own.ss_family != peer.ss_family)
+		return false;
+	if (own.ss_family == AF_INET)
+		return memcmp(&((struct sockaddr_in *)&own)->sin_addr,
+			      &((struct sockaddr_in *)&peer)->sin_addr, sizeof(struct in_addr)) == 0;
+	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr,
+		      &((struct sockaddr_in6 *)&peer)->sin6_addr, sizeof(struct in6_addr)) == 0;
+}
+
+/* The greeting, and STARTTLS where it is to be had; else refuse to talk in the clear unasked. */
+static int imap_greet(struct imap *im, const struct trust *trust)
+{
+	const struct account *account = im->s.account;
+	uint8_t *plain;
+
+	/* "* OK", "* PREAUTH" or "* BYE"; HTTP servers and the like say something else. */
+	if (imap_peek(im) >= 0 && imap_peek(im) != '*')
+		return imap_proto(im, "no IMAP greeting", "\"* OK\"");
+	if (imap_response(im) != 0)
+		return -1;
+	if (account->ssl == SSL_ON)
+		return imap_know_capabilities(im);
+	if (im->preauth && !stream_is_local(&im->s))
+		return stream_fail(&im->s, E_ACCOUNT, "the server lets us in without a login and without "
+				   "TLS (PREAUTH): it cannot be trusted; try \"ssl\": true");
+	if (imap_know_capabilities(im) != 0)
+		return -1;
+	if (!im->preauth && im->capabilities & CAP_STARTTLS) {
+		if (imap_do(im, "STARTTLS", imap_send(im, NULL, "STARTTLS")) != 0)
+			return -1;
+		plain = im->s.plain;
+		if (stream_start_tls(&im->s, trust) != 0)
+			return -1;
+		im->s.plain = NULL;
+		im->s.at = im->s.end = NULL;
+		free(plain);
+		im->capabilities_known = false;
+		return imap_know_capabilities(im);
+	}
+	if (account->ssl == SSL_OFF) {
+		if (!stream_is_local(&im->s))
+			log_warn("%s offers no STARTTLS: the password goes over the line in the clear, as "
+				 "\"ssl\": false says", account->host);
+	} else if (!stream_is_local(&im->s)) {
+		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; set \"ssl\": true for "
+				   "TLS on port 993, or \"ssl\": false to send the password in the clear",
+				   account->host, account->port);
+	}
+	return 0;
+}
+
+/* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
+static int imap_open(struct imap *im, const struct account *account, const char *password,
+		     const struct trust *trust, unsigned timeout_sec, int parent)
+{
+	memset(im, 0, sizeof *im);
+	im->trace = log_to.level >= LOG_TRACE;
+	im->status_flight = IMAP_FLIGHT_MAX;
+	if (stream_open(&im->s, account, trust, timeout_sec, parent) != 0 || imap_greet(im, trust) != 0)
+		return -1;
+	if (!im->preauth && imap_login(im, account->username, password) != 0)
+		return -1;
+	if (im->capabilities & CAP_ID &&
+	    imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")") == 0)
+		return -1; /* its answer comes with that of the next command */
+	return 0;
+}
+
+/* Say goodbye and close. Nothing can go wrong any more. */
+static void imap_close(struct imap *im)
+{
+	unsigned tag;
+
+	if (im->s.fd >= 0 && im->s.err.code == E_NONE && (tag = imap_send(im, NULL, "LOGOUT")) != 0) {
+		im->s.timeout_sec = im->s.timeout_sec < 5 ? im->s.timeout_sec : 5;
+		while (im->s.err.code == E_NONE && imap_response(im) == 0 &&
+		       im->results[tag % IMAP_FLIGHT_MAX].condition == IMAP_PENDING)
+			;
+	}
+	stream_close(&im->s);
+}
+
+/* ======== http: success_url, failure_url ======== */
+
+static size_t http_ignore(char *octets, size_t size, size_t n, void *context)
+{
+	(void)octets;
+	(void)context;
+	return size * n;
+}
+
+/* GET a URL, a few times if need be; redirects are followed, but never from https to http. */
+static int http_get(const char *url, const char *ca_path, struct err *e)
+{
+	bool secure = strncasecmp(url, "https:", 6) == 0;
+	char reason[CURL_ERROR_SIZE] = "";
+	CURLcode code = CURLE_FAILED_INIT;
+
+	for (int attempt = 0; attempt < 3 && code != CURLE_OK && !stop_asked; attempt++) {
+		CURL *curl = curl_easy_init();
+
+		if (attempt > 0)
+			poll(NULL, 0, attempt * 2000);
+		if (curl == NULL)
+			break;
+		curl_easy_setopt(curl, CURLOPT_URL, url);
+		curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 1L);
+		curl_easy_setopt(curl, CURLOPT_MAXREDIRS, 5L);
+#if LIBCURL_VERSION_NUM >= 0x075500
+		curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, "http,https");
+		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
+#else
+		curl_easy_setopt(curl, CURLOPT_PROTOCOLS, (long)(CURLPROTO_HTTP | CURLPROTO_HTTPS));
+		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS,
+				 (long)(CURLPROTO_HTTPS | (secure ? 0 : CURLPROTO_HTTP)));
+#endif
+		curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
+		curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT, 15L);
+		curl_easy_setopt(curl, CURLOPT_TIMEOUT, 30L);
+		curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
+		curl_easy_setopt(curl, CURLOPT_FAILONERROR, 1L);
+		curl_easy_setopt(curl, CURLOPT_USERAGENT, "imap_backup/" VERSION);
+		curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, http_ignore);
+		curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, reason);
+		if (*ca_path != '\0')
+			curl_easy_setopt(curl, CURLOPT_CAINFO, ca_path);
+		code = curl_easy_perform(curl);
+		curl_easy_cleanup(curl);
+	}
+	if (code == CURLE_OK)
+		return 0;
+	return err_set(e, E_NET, "%s", *reason != '\0' ? reason : curl_easy_strerror(code));
+}
+
+/* ======== sync: makes one archive match one mailbox ======== */
+
+/* What a run has done, for the summary. */
+struct counts {
+	uint64_t mailboxes, unchanged, stored, gone, back, others, octets, failures, mended;
+};
+
+/* One mailbox of an account, as the server lists it and as the parent plans it. */
+struct mailbox {
+	char *name;              /* on the wire; owned */
+	char *file;              /* of the archive, without folder; owned */
+	char delimiter;          /* '\0': none */
+	bool selectable, ignored;
+	struct imap_status status;
+	enum { BOX_DONE, BOX_TODO, BOX_BUSY } state;
+	unsigned tries;          /* of workers that died of it */
+	uint32_t weight;         /* mails that are probably new */
+};
+
+/*
+ * Decode modified UTF-7 (RFC 3501 5.1.3). Returns the length, or 0 if it is no such text: then the
+ * raw octets are the name.
+ */
+static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
+{
+	static const char alphabet[] =
+		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+	size_t length = 0;
+
+	for (size_t i = 0; i < n; i++) {
+		uint32_t bits = 0, pending = 0, high = 0;
+		bool any = false;
+
+		if (length + 5 > size || text[i] < 0x20 || text[i] > 0x7E)
+			return 0;
+		if (text[i] != '&') {
+			out[length++] = text[i];
+			continue;
+		}
+		if (i + 1 < n && text[i + 1] == '-') {
+			out[length++] = '&';
+			i++;
+			continue;
+		}
+		for (i++; i < n && text[i] != '-'; i++) {
+			const char *digit = memchr(alphabet, text[i], 64);
+			uint32_t c;
+
+			if (digit == NULL || length + 5 > size)
+				return 0;
+			bits = bits << 6 | (uint32_t)(digit - alphabet);
+			pending += 6;
+			if (pending < 16)
+				continue;
+			pending -= 16;
+			c = bits >> pending & 0xFFFF;
+			any = true;
+			if (high != 0) {
+				if (c < 0xDC00 || c > 0xDFFF)
+					return 0;
+				c = 0x10000 + ((high & 0x3FF) << 10 | (c & 0x3FF));
+				high = 0;
+			} else if (c >= 0xD800 && c <= 0xDBFF) {
+				high = c;
+				continue;
+			} else if ((c >= 0xDC00 && c <= 0xDFFF) || (c >= 0x20 && c <= 0x7E)) {
+				return 0; /* a lone surrogate; printable ASCII stands for itself */
+			}
+			if (c < 0x80) {
+				out[length++] = (char)c;
+			} else if (c < 0x800) {
+				out[length++] = (char)(0xC0 | c >> 6);
+				out[length++] = (char)(0x80 | (c & 0x3F));
+			} else if (c < 0x10000) {
+				out[length++] = (char)(0xE0 | c >> 12);
+				out[length++] = (char)(0x80 | (c >> 6 & 0x3F));
+				out[length++] = (char)(0x80 | (c & 0x3F));
+			} else {
+				out[length++] = (char)(0xF0 | c >> 18);
+				out[length++] = (char)(0x80 | (c >> 12 & 0x3F));
+				out[length++] = (char)(0x80 | (c >> 6 & 0x3F));
+				out[length++] = (char)(0x80 | (c & 0x3F));
+			}
+		}
+		if (i == n || !any || high != 0 || pending >= 6 || (bits & ((1u << pending) - 1)) != 0)
+			return 0;
+	}
+	return length;
+}
+
+/* The parts of a mailbox name, one after the other: decoded, in 'part'. False: no more. */
+static bool name_part(const char **name, char delimiter, char *part, size_t size, size_t *n)
+{
+	const char *end;
+
+	if (*name == NULL)
+		return false;
+	end = delimiter != '\0' ? strchr(*name, delimiter) : NULL;
+	*n = end != NULL ? (size_t)(end - *name) : strlen(*name);
+	if (*n > 0 && mutf7_decode(part, size, *name, *n) > 0) {
+		*n = mutf7_decode(part, size, *name, *n);
+	} else {
+		*n = *n < size ? *n : size - 1;
+		memcpy(part, *name, *n);
+	}
+	part[*n] = '\0';
+	*name = end != NULL ? end + 1 : NULL;
+	return true;
+}
+
+enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escaped name */
+
+/* The name as a person writes it: UTF-8, with '/' between the parts. INBOX in capitals. */
+static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
+{
+	size_t length = 0, n;
+	bool first = true;
+
+	while (name_part(&name, delimiter, out + length + !first, NAME_OCTETS - length - 1, &n)) {
+		if (!first)
+			out[length] = '/';
+		length += n + !first;
+		if (first && strcasecmp(out, "INBOX") == 0)
+			memcpy(out, "INBOX", 5);
+		first = false;
+	}
+	out[length] = '\0';
+}
+
+/* The archive's file name by the rule of DESIGN section 5, with ".mbox". */
+static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimiter)
+{
+	char part[NAME_OCTETS], escaped[NAME_OCTETS * 3] = "";
+	size_t length = 0, n;
+
+	while (name_part(&name, delimiter, part, sizeof part, &n)) {
+		if (length > 0)
+			escaped[length++] = '.';
+		if (length == 0 && strcasecmp(part, "INBOX") == 0)
+			memcpy(part, "INBOX", 5);
+		if (n > 0)
+			length += mbox_escape(escaped + length, sizeof escaped - length, part, n,
+					      delimiter == '\0');
+	}
+	if (length > MBOX_FILE_MAX) {
+		uint8_t hash[br_sha256_SIZE];
+		br_sha256_context context;
+		size_t cut = 0;
+
+		br_sha256_init(&context);
+		br_sha256_update(&context, escaped, length);
+		br_sha256_out(&context, hash);
+		for (size_t i = 0; i <= MBOX_FILE_MAX - 9; i += n) { /* at a character, or an escape */
+			cut = i;
+			n = escaped[i] == '%' ? 3 : utf8_octets((const uint8_t *)escaped + i, length - i);
+			n = n > 0 ? n : 1;
+		}
+		length = cut + (size_t)snprintf(escaped + cut, 10, "~%02x%02x%02x%02x", hash[0], hash[1],
+						hash[2], hash[3]);
+	}
+	memcpy(out, escaped, length);
+	memcpy(out + length, ".mbox", 6);
+}
+
+/* Where the Python original put it: octets outside [a-zA-Z0-9._ -] dropped from the raw name. */
+static void name_file_original(char out[MBOX_NAME_MAX + 8], const char *name, char delimiter)
+{
+	size_t length = 0;
+
+	for (; *name != '\0' && length < MBOX_NAME_MAX; name++)
+		if (delimiter != '\0' && *name == delimiter)
+			out[length++] = '.';
+		else if (isalnum((unsigned char)*name) || strchr("._ -", *name) != NULL)
+			out[length++] = *name;
+	memcpy(out + length, ".mbox", 6);
+}
+
+/* Does one of the patterns match the whole name, or any one part of it? INBOX in any case. */
+static bool name_matches(const struct json *patterns, const char *name, char delimiter)
+{
+	char text[NAME_OCTETS], part[NAME_OCTETS];
+	size_t n;
+
+	if (patterns == NULL)
+		return false;
+	name_text(text, name, delimiter);
+	for (const struct json *p = patterns->child; p != NULL; p = p->next) {
+		const char *rest = name, *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
+
+		if (match(pattern, text))
+			return true;
+		while (name_part(&rest, delimiter, part, sizeof part, &n))
+			if (match(pattern, part) ||
+			    (strcmp(pattern, "INBOX") == 0 && strcasecmp(part, "INBOX") == 0))
+				return true;
+	}
+	return false;
+}
+
+/* Does the STATUS say anything that the archive does not know? Unknown values are always news. */
+static bool mailbox_has_news(const struct imap_status *status, const struct mbox_info *info,
+			     bool keep_duplicates)
+{
+	const struct mbox_claim *claim = &info->claim;
+
+	if (!info->fits || !status->known || status->uidvalidity == 0 || status->uidnext == 0 ||
+	    status->uidvalidity != claim->uidvalidity || status->uidnext != claim->uidnext ||
+	    status->messages != claim->messages || (keep_duplicates && info->others > 0))
+		return true;
+	if (status->highestmodseq != 0 || claim->highestmodseq != 0)
+		return status->highestmodseq != claim->highestmodseq;
+	return status->unseen == UINT32_MAX || status->unseen != claim->unseen;
+}
+
+/* A command that asks for mails, on the wire. */
+struct batch {
+	enum { BATCH_ASK, BATCH_ASK_MADE, BATCH_MAILS } kind;
+	unsigned tag, n;
+	bool single;              /* one UID, asked for again because it did not come before */
+	struct range ranges[BATCH_RANGES];
+};
+
+/* What is remembered of a mailbox from one connection to the next, within a worker. */
+struct attempt {
+	bool careful;             /* the line broke without a mail: one mail at a time now */
+	uint32_t asked_uid;       /* the mail asked for last then */
+	unsigned poisons;
+	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
+};
+
+struct sync {
+	const struct config *config;
+	struct imap *im;
+	struct mbox *m;
+	struct err *e;
+	struct attempt *attempt;
+	struct counts *counts;
+	bool dry;                 /* say what would be done */
+	void (*progress)(void *context);
+	void *context;
+
+	struct set listing;       /* what the server lists */
+	struct set ask, ask_made, want, again, failed;
+	struct batch flight[IMAP_FLIGHT_MAX];
+	unsigned first, pending;  /* of the ring 'flight' */
+	bool listing_now;         /* the FETCH responses that come are the listing */
+	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	bool window;              /* the server shows only the newest mails */
+
+	struct mbox_header header; /* of a mail that is asked for by its header */
+	struct mbox_made made;
+	bool has_header, writing;
+	uint32_t flags_uid;       /* flags that came apart from their mail */
+	unsigned flags;
+};
+
+static int sync_out_of_room(struct sync *y)
+{
+	return err_set(y->e, E_FORMAT, "more than %d mails, or gaps between them: the most that one mailbox "
+		       "may have", MBOX_MAILS_MAX);
+}
+
+static int on_uids(void *context, uint32_t low, uint32_t high)
+{
+	struct sync *y = context;
+
+	if (high - low >= MBOX_MAILS_MAX || !set_add(&y->listing, low, high))
+		return sync_out_of_room(y);
+	return 0;
+}
+
+/* Is this UID among those that a command on the wire asks for? */
+static bool sync_asked(const struct sync *y, uint32_t uid)
+{
+	for (unsigned i = 0; i < y->pending; i++) {
+		const struct batch *b = &y->flight[(y->first + i) % IMAP_FLIGHT_MAX];
+
+		for (unsigned k = 0; k < b->n; k++)
+			if (uid >= b->ranges[k].low && uid <= b->ranges[k].high)
+				return true;
+	}
+	return false;
+}
+
+static bool sync_wants(const struct sync *y, uint32_t uid)
+{
+	return sync_asked(y, uid) && mbox_next_uid(y->m, uid) != uid;
+}
+
+static int on_literal(void *context, const struct imap_fetch *fetch)
+{
+	struct sync *y = context;
+
+	y->has_header = y->writing = false;
+	if (fetch->uid != 0 && !sync_wants(y, fetch->uid))
+		return 0; /* nobody asked for it: let it pass */
+	if (fetch->section == SECTION_ID) {
+		mbox_header_init(&y->header, NULL);
+		y->has_header = true;
+	} else if (fetch->section == SECTION_MADE) {
+		mbox_made_init(&y->made);
+		y->has_header = true;
+	} else if (fetch->octets > 0 && !y->dry) {
+		y->writing = mbox_begin(y->m, y->e) == 0;
+		return y->writing ? 0 : -1;
+	}
+	return 0;
+}
+
+static int on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
+{
+	struct sync *y = context;
+
+	if (y->writing) {
+		y->counts->octets += n;
+		if (mbox_write(y->m, octets, n, y->e) != 0)
+			return -1;
+		y->progress(y->context);
+	} else if (y->has_header && fetch->section == SECTION_ID) {
+		mbox_header_feed(&y->header, octets, n);
+	} else if (y->has_header) {
+		mbox_made_feed(&y->made, octets, n);
+	}
+	return 0;
+}
+
+/* A mail has come as a whole: store it. */
+static int sync_store(struct sync *y, const struct imap_fetch *fetch)
+{
+	unsigned flags = fetch->flags;
+	int stored;
+
+	y->writing = false;
+	if (fetch->uid == 0 || !sync_wants(y, fetch->uid)) {
+		mbox_abort(y->m);
+		return 0;
+	}
+	if (!fetch->has_flags && fetch->uid == y->flags_uid)
+		flags = y->flags;
+	stored = mbox_end(y->m, fetch->uid, fetch->has_date ? fetch->date_sec : 0, flags, y->e);
+	if (stored < 0)
+		return -1;
+	y->counts->stored += (unsigned)stored;
+	y->im->noise = 0;
+	y->attempt->careful = false;
+	y->progress(y->context);
+	if (stop_asked)
+		return err_set(y->e, E_STOPPED, "stopped by a signal");
+	return 0;
+}
+
+/* The answer to a question for a header has come: is the mail stored already? */
+static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
+{
+	struct mbox_id id;
+	uint8_t key[20];
+	int known;
+
+	if (fetch->uid == 0 || !sync_wants(y, fetch->uid))
+		return 0;
+	y->im->noise = 0;
+	if (fetch->section == SECTION_MADE) {
+		mbox_made_end(&y->made, key);
+		known = mbox_bind_made(y->m, fetch->uid, key, y->e);
+	} else if (mbox_header_end(&y->header, &id)) {
+		known = mbox_bind(y->m, fetch->uid, &id, y->e);
+	} else {
+		return set_add(&y->ask_made, fetch->uid, fetch->uid) ? 0 : sync_out_of_room(y);
+	}
+	return known < 0 ? -1 : 0;
+}
+
+static int on_fetch(void *context, const struct imap_fetch *fetch)
+{
+	struct sync *y = context;
+
+	if (!y->im->selected)
+		return 0;
+	if (y->writing)
+		return sync_store(y, fetch);
+	if (fetch->section == SECTION_ID || fetch->section == SECTION_MADE)
+		return y->has_header ? sync_bind(y, fetch) : 0;
+	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size &&
+	    fetch->size == 0 && fetch->uid != 0 && !y->dry && sync_wants(y, fetch->uid)) {
+		/* Really empty: the server says so twice. */
+		if (mbox_begin(y->m, y->e) != 0)
+			return -1;
+		return sync_store(y, fetch);
+	}
+	if (fetch->uid == 0 || !fetch->has_flags)
+		return 0;
+	if (y->listing_now) {
+		y->im->noise = 0;
+		if (!set_add(&y->listing, fetch->uid, fetch->uid))
+			return sync_out_of_room(y);
+	}
+	y->flags_uid = fetch->uid;
+	y->flags = fetch->flags;
+	if (y->rekeyed)
+		return 0;
+	if (mbox_next_uid(y->m, fetch->uid) == fetch->uid)
+		y->im->noise = 0;
+	return mbox_set_flags(y->m, fetch->uid, fetch->flags, y->e);
+}
+
+/* -- the conversation -- */
+
+/* The connection's error becomes ours, unless one of the callbacks gave it up with one of its own. */
+static int sync_line_failed(struct sync *y)
+{
+	if (y->e->code == E_NONE)
+		*y->e = y->im->s.err;
+	return -1;
+}
+
+/* Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. */
+static unsigned sync_send_search(struct sync *y, const char *which)
+{
+	return imap_send(y->im, NULL, "UID SEARCH%s %s",
+			 y->im->capabilities & CAP_ESEARCH ? " RETURN (ALL)" : "", which);
+}
+
+/* Ask for the listing: with the flags, where CONDSTORE does not tell them more cheaply. */
+static unsigned sync_send_listing(struct sync *y, bool flags)
+{
+	set_clear(&y->listing);
+	y->listing_now = flags;
+	return flags ? imap_send(y->im, NULL, "UID FETCH 1:* (FLAGS)") : sync_send_search(y, "ALL");
+}
+
+/* Wait for the listing. 1: it is complete, 0: it is not, and proves nothing; -1: error. */
+static int sync_listed(struct sync *y, unsigned tag)
+{
+	const struct imap_result *result;
+	char below[24];
+
+	for (;;) {
+		result = tag > 0 ? imap_wait(y->im, tag) : NULL;
+		if (result == NULL)
+			return sync_line_failed(y);
+		if (result->condition != IMAP_OK)
+			return imap_refused(y->e, result, "listing the mails");
+		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
+			break;
+		/* Only the newest were searched (RFC 9738): go on below them, keeping what we have. */
+		snprintf(below, sizeof below, "UID 1:%lu", (unsigned long)result->numbers[1] - 1);
+		tag = sync_send_search(y, below);
+	}
+	y->listing_now = false;
+	set_sort(&y->listing);
+	return set_count(&y->listing) == y->im->exists;
+}
+
+static int sync_send_batch(struct sync *y, struct batch *b)
+{
+	static const char *const items[] = {
+		"(UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
+		"(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
+		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
+		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
+	};
+	char uids[SET_TEXT_OCTETS + 1];
+
+	ranges_text(uids, b->ranges, b->n);
+	b->tag = imap_send(y->im, NULL, "UID FETCH %s %s", uids, items[b->single ? 3 : b->kind]);
+	if (b->tag == 0)
+		return sync_line_failed(y);
+	y->pending++;
+	return 0;
+}
+
+/* Look at what a command left undone. */
+static int sync_batch_done(struct sync *y)
+{
+	struct batch *b = &y->flight[y->first % IMAP_FLIGHT_MAX];
+	const struct imap_result *result = imap_wait(y->im, b->tag);
+
+	if (result == NULL)
+		return sync_line_failed(y);
+	y->first++;
+	y->pending--;
+	if (result->condition != IMAP_OK && imap_wait_asked(result) > 0 && !b->single)
+		return imap_refused(y->e, result, "fetching mails");
+	if (result->condition == IMAP_BAD)
+		y->im->one_at_a_time = true;
+	set_sort(&y->ask_made);
+	for (unsigned i = 0; i < b->n; i++)
+		for (uint32_t uid = b->ranges[i].low;; uid++) {
+			struct set *to = &y->want;
+
+			if (b->kind == BATCH_MAILS)
+				to = b->single ? &y->failed : &y->again;
+			if (mbox_next_uid(y->m, uid) != uid && !set_has(&y->ask_made, uid) &&
+			    !sync_asked(y, uid) && !set_add(to, uid, uid))
+				return sync_out_of_room(y);
+			if (uid == b->ranges[i].high)
+				break;
+		}
+	if (b->single && result->condition != IMAP_OK)
+		log_detail("mail with UID %lu: %s %s", (unsigned long)b->ranges[0].low,
+			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
+	return 0;
+}
+
+/* The next command: mails as long as there are enough of them to ask for, else headers. */
+static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
+{
+	const struct config *c = y->config;
+	bool mails = !only_ask && y->want.n > 0, asks = y->ask.n > 0 || y->ask_made.n > 0;
+	unsigned most = c->header_batch;
+	struct set *from;
+
+	if (mails && (!asks || set_count(&y->want) >= 2 * (uint64_t)c->email_batch)) {
+		b->kind = BATCH_MAILS;
+		from = &y->want;
+		most = c->email_batch;
+	} else if (asks) {
+		b->kind = y->ask.n > 0 ? BATCH_ASK : BATCH_ASK_MADE;
+		from = y->ask.n > 0 ? &y->ask : &y->ask_made;
+	} else if (!only_ask && y->pending == 0 && y->again.n > 0) {
+		b->kind = BATCH_MAILS;
+		from = &y->again;
+		most = 1;
+	} else {
+		return false;
+	}
+	b->single = from == &y->again || (y->attempt->careful && b->kind == BATCH_MAILS);
+	set_sort(from);
+	b->n = set_take(from, y->attempt->careful ? 1 : most, b->ranges);
+	y->attempt->asked_uid = b->ranges[0].low;
+	return true;
+}
+
+/* Ask and fetch until nothing is left to ask for; the next command is sent before the last ends. */
+static int sync_pump(struct sync *y, bool only_ask)
+{
+	for (;;) {
+		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+
+		while (imap_may_send(y->im, y->attempt->careful ? y->pending * IMAP_FLIGHT_MAX : y->pending) &&
+		       sync_next_batch(y, only_ask, b)) {
+			if (sync_send_batch(y, b) != 0)
+				return -1;
+			b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+		}
+		if (y->pending == 0)
+			return 0;
+		if (sync_batch_done(y) != 0)
+			return -1;
+	}
+}
+
+/* drop_uids' question. Below a window that the server shows nothing is proved. */
+static bool sync_lives(void *context, uint32_t uid)
+{
+	struct sync *y = context;
+
+	return set_has(&y->listing, uid) || (y->window && uid < set_next(&y->listing, 1));
+}
+
+static bool sync_is_poison(const struct sync *y, uint32_t uid)
+{
+	for (unsigned i = 0; i < y->attempt->poisons; i++)
+		if (y->attempt->poison[i] == uid)
+			return true;
+	return false;
+}
+
+/* The listed UIDs that the archive does not know: to be asked about, or at once to be fetched. */
+static int sync_find_unknown(struct sync *y, struct set *into)
+{
+	uint32_t known = mbox_next_uid(y->m, 1);
+
+	for (uint32_t uid = set_next(&y->listing, 1); uid != 0;
+	     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0) {
+		if (known != 0 && known < uid)
+			known = mbox_next_uid(y->m, uid);
+		if (uid != known && !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
+			return sync_out_of_room(y);
+	}
+	return 0;
+}
+
+/* Of the mails that never came, which does the server still list? Only those are failures. */
+static int sync_still_listed(struct sync *y)
+{
+	char which[SET_TEXT_OCTETS + 8] = "UID ", visible[300];
+	struct range ranges[BATCH_RANGES];
+	unsigned n;
+
+	set_clear(&y->listing);
+	set_sort(&y->failed);
+	while ((n = set_take(&y->failed, UINT_MAX, ranges)) > 0) {
+		ranges_text(which + 4, ranges, n);
+		if (sync_listed(y, sync_send_search(y, which)) < 0)
+			return -1;
+	}
+	if (y->listing.n == 0)
+		return 0;
+	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
+	ranges_text(visible, y->listing.ranges, n);
+	y->counts->failures += set_count(&y->listing);
+	log_error("%llu mails are listed but could not be fetched: UID %s%s", (unsigned long long)
+		  set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
+	return 0;
+}
+
+/* A mail from the end of a tail that was taken over: is it as long as the server's? */
+static int sync_try_suspect(struct sync *y)
+{
+	uint64_t octets = 0;
+	uint32_t uid = mbox_suspect(y->m, &octets);
+	char which[60];
+
+	if (uid == 0)
+		return 0;
+	snprintf(which, sizeof which, "UID %lu LARGER %llu", (unsigned long)uid,
+		 (unsigned long long)octets);
+	set_clear(&y->listing);
+	if (sync_listed(y, sync_send_search(y, which)) < 0)
+		return -1;
+	if (!set_has(&y->listing, uid))
+		return mbox_judge(y->m, false, y->e);
+	log_info("the last mail of the archive is shorter than on the server: fetched once more");
+	if (mbox_judge(y->m, true, y->e) != 0 || !set_add(&y->want, uid, uid))
+		return -1;
+	return sync_pump(y, false);
+}
+
+/* Select the mailbox and bring the archive up to it. *claim is what may be said of it afterwards. */
+static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_claim *claim)
+{
+	struct imap *im = y->im;
+	const struct mbox_claim old = *mbox_claimed(y->m);
+	bool condstore = (im->capabilities & CAP_CONDSTORE) != 0 && old.highestmodseq > 0;
+	bool with_flags = old.uidvalidity != 0 && mbox_count(y->m) > 0 && !condstore &&
+			  box->status.messages > 0;
+	char quoted[2 * MBOX_NAME_MAX + 20];
+	unsigned examine, listing = 0, changes = 0;
+	const struct imap_result *result;
+	uint32_t live, gone;
+	int complete;
+
+	/* EXAMINE, the listing and the changes in one flight; a server that cannot, one by one. */
+	im->selected = false;
+	im->exists = im->uidvalidity = im->uidnext = im->expunged = 0;
+	im->highestmodseq = 0;
+	if (imap_needs_literal(box->name) && (im->capabilities & CAP_LITERAL_PLUS) == 0)
+		snprintf(quoted, sizeof quoted, "\"%s\"", box->name);
+	else
+		imap_quote(quoted, sizeof quoted, box->name);
+	examine = imap_send(im, NULL, "EXAMINE %s", quoted);
+	if (!im->one_at_a_time) {
+		listing = sync_send_listing(y, with_flags);
+		if (condstore)
+			changes = imap_send(im, NULL, "UID FETCH 1:%lu (FLAGS) (CHANGEDSINCE %llu)",
+					    old.uidnext > 1 ? (unsigned long)old.uidnext - 1 : 1ul,
+					    (unsigned long long)old.highestmodseq);
+	}
+	if (examine == 0 || (result = imap_wait(im, examine)) == NULL)
+		return sync_line_failed(y);
+	if (result->condition != IMAP_OK) {
+		imap_refused(y->e, result, "opening the mailbox");
+		if ((listing > 0 && imap_wait(im, listing) == NULL) ||
+		    (changes > 0 && imap_wait(im, changes) == NULL))
+			y->e->code = E_NET;
+		return -1;
+	}
+	*claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity, .uidnext = im->uidnext,
+				      .messages = im->exists, .unseen = box->status.unseen,
+				      .highestmodseq = im->highestmodseq, .when_sec = time(NULL) };
+	y->rekeyed = im->uidvalidity == 0 || im->uidvalidity != old.uidvalidity;
+	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 ||
+		    im->exists == 10000;
+	im->selected = true;
+	if (im->one_at_a_time)
+		listing = sync_send_listing(y, with_flags);
+	complete = sync_listed(y, listing);
+	if (im->one_at_a_time && condstore && complete >= 0)
+		changes = imap_send(im, NULL, "UID FETCH 1:* (FLAGS) (CHANGEDSINCE %llu)",
+				    (unsigned long long)old.highestmodseq);
+	if (complete < 0 || (changes > 0 && imap_wait(im, changes) == NULL))
+		return sync_line_failed(y);
+	if (complete == 0) /* mail came or went meanwhile; else it is wrong */
+		complete = sync_listed(y, sync_send_listing(y, false));
+	if (complete < 0)
+		return -1;
+	if (im->uidvalidity != claim->uidvalidity)
+		return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
+	if (complete == 0) {
+		log_error("the server has %lu mails but lists %llu: none is marked as gone",
+			  (unsigned long)im->exists, (unsigned long long)set_count(&y->listing));
+		y->counts->failures++;
+	}
+
+	if (y->rekeyed) {
+		if (old.uidvalidity != 0)
+			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
+		mbox_forget_uids(y->m);
+	} else if (complete > 0) {
+		mbox_drop_uids(y->m, sync_lives, y);
+	}
+	if (sync_find_unknown(y, mbox_count(y->m) > 0 ? &y->ask : &y->want) != 0)
+		return -1;
+	if (y->rekeyed) { /* the new UIDVALIDITY is committed together with all UIDs that are known */
+		const struct mbox_claim only = { .uidvalidity = im->uidvalidity, .unseen = UINT32_MAX };
+
+		y->rekeyed = false;
+		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
+			return -1;
+		if (mbox_next_uid(y->m, 1) != 0 &&
+		    imap_wait(im, imap_send(im, NULL, "UID FETCH 1:* (FLAGS)")) == NULL)
+			return sync_line_failed(y);
+	}
+	if (sync_pump(y, y->dry) != 0)
+		return -1;
+	if (y->dry) {
+		y->counts->stored += set_count(&y->want);
+	} else if (sync_try_suspect(y) != 0 || sync_still_listed(y) != 0) {
+		return -1;
+	}
+	if (complete > 0) {
+		if (mbox_mark_gone(y->m, &live, &gone, y->e) != 0)
+			return -1;
+		y->counts->gone += gone;
+		if (live >= 100 && gone > live / 2)
+			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
+				 (unsigned long)live);
+	}
+	y->counts->back += mbox_came_back(y->m);
+	return 0;
+}
+
+/*
+ * Bring one archive up to its mailbox. Returns 0, also when single mails failed (they are counted),
+ * or -1: E_NET, E_PROTO, E_WAIT (try again on a new connection), E_REFUSED, E_FORMAT, E_SYSTEM,
+ * E_LOCKED, E_STOPPED. What was stored before stays stored.
+ */
+static int sync_mailbox(const struct config *config, struct imap *im, const struct mailbox *box,
+			const char *path, bool dry, struct attempt *attempt, struct counts *counts,
+			void (*progress)(void *context), void *context, struct err *e)
+{
+	struct sync *y = allocate(sizeof *y);
+	uint64_t failures = counts->failures;
+	struct mbox_claim claim;
+	struct mbox_info info;
+	struct err closing = { 0 };
+	unsigned how = (dry ? MBOX_LOOK : 0) | (config->keep_duplicates ? MBOX_DUPLICATES : 0);
+	int r;
+
+	*y = (struct sync){ .config = config, .im = im, .e = e, .attempt = attempt, .counts = counts,
+			    .dry = dry, .progress = progress, .context = context };
+	r = mbox_open(&y->m, path, box->name, how, e);
+	if (r == 0) {
+		if (*mbox_mended(y->m) != '\0') {
+			log_info("%s", mbox_mended(y->m));
+			counts->mended++;
+		}
+		im->context = y;
+		im->on_list = NULL;
+		im->on_status = NULL;
+		im->on_uids = on_uids;
+		im->on_literal = on_literal;
+		im->on_octets = on_octets;
+		im->on_fetch = on_fetch;
+		r = sync_pass(y, box, &claim);
+		im->selected = false;
+		mbox_tally(y->m, &info);
+		counts->others = info.others;
+		if (mbox_close(y->m, r == 0 && !dry && counts->failures == failures ? &claim : NULL,
+			       r == 0 ? e : &closing) != 0)
+			r = -1;
+	}
+	if (r != 0)
+		counts->failures = failures;
+	if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0) {
+		if (attempt->careful && attempt->poisons < POISON_MAX &&
+		    y->flight[y->first % IMAP_FLIGHT_MAX].kind == BATCH_MAILS) {
+			log_error("the mail with UID %lu breaks the connection again and again: left out "
+				  "in this run", (unsigned long)attempt->asked_uid);
+			attempt->poison[attempt->poisons++] = attempt->asked_uid;
+			attempt->careful = false;
+		} else {
+			attempt->careful = true;
+		}
+	}
+	set_free(&y->listing);
+	set_free(&y->ask);
+	set_free(&y->ask_made);
+	set_free(&y->want);
+	set_free(&y->again);
+	set_free(&y->failed);
+	free(y);
+	return r;
+}
+
+/* ======== workers: one process for each connection ======== */
+
+/*
+ * The parent owns the queue and never speaks IMAP; a worker has one connection of one account. The
+ * two talk over a socket pair in structs of fixed size: orders down, notes up. Either notices when
+ * the other is gone: its end of the pair closes.
+ */
+enum run_mode { RUN_BACKUP, RUN_LIST, RUN_CHECK };
+
+struct options {
+	enum run_mode mode;
+	bool dry;
+	const char *config_path;
+	const struct json *mailboxes; /* -m: patterns, or NULL */
+	unsigned accounts;            /* -a: how many of these: */
+	const char **account;
+};
+
+enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_DONE, NOTE_WAIT, NOTE_ACCOUNT };
+
+struct note { /* from a worker */
+	enum note_kind kind;
+	enum err_code code;           /* E_NONE: all is well */
+	unsigned wait_sec, tries;     /* NOTE_WAIT: when to come back, and how often it was tried */
+	struct counts counts;         /* of the mailbox in hand, so far */
+	uint64_t in, out;             /* octets of the connection since the last note */
+	unsigned waits, connections;
+	struct imap_status status;    /* NOTE_MAILBOX, with: */
+	char delimiter;
+	bool selectable;
+	char text[MBOX_NAME_MAX + 1]; /* the mailbox's name; or what went wrong */
+};
+
+struct order { /* to a worker: archive this mailbox. One without a name: end. */
+	struct imap_status status;
+	char delimiter;
+	char name[MBOX_NAME_MAX + 1];
+	char file[MBOX_FILE_MAX + 8];
+};
+
+struct task { /* an account, as the parent sees it */
+	const struct account *account;
+	char *password;               /* owned, or NULL: that of the config */
+	char folder[PATH_MAX_OCTETS];
+	int lock;                     /* descriptor of the account's lock file, or -1 */
+	enum { TASK_NEW, TASK_LISTING, TASK_READY, TASK_OVER } state;
+	struct mailbox *boxes;        /* owned; once it is ready, those with work first, largest first */
+	unsigned n, todo;             /* of these, to be handed out */
+	unsigned workers, tries;
+	int64_t not_before_ms, began_ms, ended_ms;
+	struct counts counts;         /* of what is done */
+	uint64_t in, out;
+	unsigned waits, connections;
+	bool locked;
+};
+
+struct worker {
+	pid_t pid;
+	int fd;
+	struct task *task;
+	int box;                      /* in hand, or -1 */
+	bool over;                    /* it said why it ends, or was told to */
+	struct note note;             /* in the course of arriving */
+	size_t got;
+	struct counts now;            /* of the mailbox in hand */
+};
+
+struct run {
+	const struct config *config;
+	const struct options *options;
+	struct trust *trusts;         /* owned: for each CA bundle that is named, loaded before a fork */
+	unsigned n_trusts;
+	struct task *tasks;
+	unsigned n_tasks;
+	struct worker workers[CONFIG_PROCESSES_MAX];
+	unsigned n_workers;
+	uint64_t mails, octets;       /* fetched so far, for the progress line */
+	int64_t began_ms, drawn_ms, rate_ms;
+	uint64_t rate_octets, rate;   /* octets a second, smoothed */
+	bool stopping;
+};
+
+/* Read or write all of a struct on the pair. False: the other side is gone. */
+static bool pair_read(int fd, void *to, size_t n)
+{
+	for (ssize_t r; n > 0; to = (char *)to + r, n -= (size_t)r)
+		if ((r = read(fd, to, n)) <= 0) {
+			if (r == 0 || errno != EINTR || stop_asked)
+				return false;
+			r = 0;
+		}
+	return true;
+}
+
+static bool pair_write(int fd, const void *from, size_t n)
+{
+	for (ssize_t r; n > 0; from = (const char *)from + r, n -= (size_t)r)
+		if ((r = send(fd, from, n, MSG_NOSIGNAL)) <= 0) {
+			if (r == 0 || errno != EINTR)
+				return false;
+			r = 0;
+		}
+	return true;
+}
+
+/* -- in the worker -- */
+
+struct desk { /* a worker's own */
+	const struct run *run;
+	struct task *task;
+	int fd;
+	struct imap im;
+	bool connected;
+	struct order order;
+	struct attempt attempt;
+	struct counts counts;
+	int64_t told_ms;
+	uint64_t told_in, told_out;
+	unsigned told_waits;
+	struct mailbox *boxes;        /* while listing */
+	unsigned n_boxes;
+	struct err list_error;
+};
+
+static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
+{
+	struct note note = { .kind = kind, .counts = d->counts, .in = d->im.s.in - d->told_in,
+			     .out = d->im.s.out - d->told_out,
+			     .waits = d->im.s.waits - d->told_waits };
+
+	d->told_in = d->im.s.in;
+	d->told_out = d->im.s.out;
+	d->told_waits = d->im.s.waits;
+	if (e != NULL) {
+		note.code = e->code;
+		snprintf(note.text, sizeof note.text, "%s", e->text);
+	}
+	if (!pair_write(d->fd, &note, sizeof note))
+		_exit(1);
+}
+
+static void desk_progress(void *context)
+{
+	struct desk *d = context;
+	int64_t now = now_ms();
+
+	if (now - d->told_ms < 200)
+		return;
+	d->told_ms = now;
+	desk_tell(d, NOTE_PROGRESS, NULL);
+}
+
+static bool box_ignored(const struct run *run, const struct account *account, const char *name,
+			char delimiter)
+{
+	if (run->options->mailboxes != NULL && !name_matches(run->options->mailboxes, name, delimiter))
+		return true;
+	return name_matches(run->config->ignore, name, delimiter) ||
+	       name_matches(account->ignore, name, delimiter);
+}
+
+static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+{
+	struct desk *d = context;
+
+	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n)
+		return err_set(&d->list_error, E_REFUSED, "the server lists a mailbox whose name is empty, "
+			       "has NUL octets, or more than %d octets: \"%.100s\"", MBOX_NAME_MAX, name),
+		       0;
+	for (unsigned i = d->n_boxes; i-- > 0;) /* old Couriers list one twice */
+		if (strcmp(d->boxes[i].name, name) == 0) {
+			d->boxes[i].selectable = d->boxes[i].selectable || selectable;
+			return 0;
+		}
+	if (d->n_boxes == MAILBOXES_MAX) {
+		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes", MAILBOXES_MAX);
+		return 0;
+	}
+	if (d->n_boxes % 64 == 0) {
+		struct mailbox *more = allocate((d->n_boxes + 64) * sizeof *more);
+
+		if (d->n_boxes > 0)
+			memcpy(more, d->boxes, d->n_boxes * sizeof *more);
+		free(d->boxes);
+		d->boxes = more;
+	}
+	d->boxes[d->n_boxes] = (struct mailbox){ .name = copy_text(name), .delimiter = delimiter,
+						 .selectable = selectable };
+	d->boxes[d->n_boxes].ignored = box_ignored(d->run, d->task->account, name, delimiter);
+	d->n_boxes++;
+	return 0;
+}
+
+static int on_status(void *context, const char *name, const struct imap_status *status)
+{
+	struct desk *d = context;
+
+	for (unsigned i = d->n_boxes; i-- > 0;)
+		if (strcmp(d->boxes[i].name, name) == 0 ||
+		    (strcasecmp(name, "INBOX") == 0 && strcasecmp(d->boxes[i].name, "INBOX") == 0)) {
+			d->boxes[i].status = *status;
+			break;
+		}
+	return 0;
+}
+
+/* List the mailboxes with their STATUS, in one command where the server can; tell the parent. */
+static int desk_list(struct desk *d, struct err *e)
+{
+	struct imap *im = &d->im;
+	const struct imap_result *result;
+	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
+	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0, inbox = false;
+	unsigned tags[IMAP_FLIGHT_MAX], pending = 0, tag;
+
+	im->context = d;
+	im->on_list = on_list;
+	im->on_status = on_status;
+	im->on_uids = NULL;
+	snprintf(items, sizeof items, "(MESSAGES UIDNEXT UIDVALIDITY %s%s)",
+		 im->capabilities & CAP_CONDSTORE ? "HIGHESTMODSEQ" : "UNSEEN",
+		 d->run->options->mode == RUN_LIST && im->capabilities & CAP_STATUS_SIZE ? " SIZE" : "");
+	if (with_status) {
+		result = imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\" RETURN (STATUS %s)", items));
+		with_status = result != NULL && result->condition == IMAP_OK;
+		for (unsigned i = 0; i < d->n_boxes; i++)
+			inbox = inbox || strcasecmp(d->boxes[i].name, "INBOX") == 0;
+		with_status = with_status && inbox; /* strato.de lists nothing this way */
+	}
+	if (!with_status && im->s.err.code == E_NONE)
+		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""));
+	for (unsigned i = 0, done = 0; !with_status && im->s.err.code == E_NONE; ) {
+		struct mailbox *box = &d->boxes[i];
+
+		if (i < d->n_boxes && (!box->selectable || box->ignored)) {
+			i++;
+		} else if (i < d->n_boxes && pending < im->status_flight && imap_may_send(im, pending)) {
+			tag = imap_send(im, NULL, "STATUS %s %s",
+					imap_quote(quoted, sizeof quoted, box->name), items);
+			tags[(done + pending++) % IMAP_FLIGHT_MAX] = tag;
+			i++;
+		} else if (pending > 0) { /* NO: it has no status; EXAMINE will tell why */
+			imap_wait(im, tags[done++ % IMAP_FLIGHT_MAX]);
+			pending--;
+		} else {
+			break;
+		}
+	}
+	if (im->s.err.code == E_NONE && d->n_boxes == 0)
+		stream_fail(&im->s, E_REFUSED, "the server lists no mailbox at all");
+	*e = im->s.err;
+	for (unsigned i = 0; i < d->n_boxes && e->code == E_NONE; i++) {
+		const struct mailbox *box = &d->boxes[i];
+		struct note note = { .kind = NOTE_MAILBOX, .status = box->status,
+				     .delimiter = box->delimiter, .selectable = box->selectable };
+
+		snprintf(note.text, sizeof note.text, "%s", box->name);
+		if (!pair_write(d->fd, &note, sizeof note))
+			_exit(1);
+	}
+	for (unsigned i = 0; i < d->n_boxes; i++)
+		free(d->boxes[i].name);
+	free(d->boxes);
+	d->boxes = NULL;
+	d->n_boxes = 0;
+	return e->code == E_NONE ? 0 : -1;
+}
+
+/* Say what --check found: how the line is protected, and by which certificate. */
+static void desk_check(struct desk *d, struct err *e)
+{
+	const struct tls *tls = d->im.s.tls;
+	char hex[65] = "", until[16] = "";
+
+	if (tls == NULL) {
+		snprintf(e->text, sizeof e->text, "login works; NOT encrypted");
+		return;
+	}
+	for (int i = 0; i < 32; i++)
+		snprintf(hex + 2 * i, 3, "%02x", tls->verifier.fingerprint[i]);
+	snprintf(e->text, sizeof e->text, "login works; %s, certificate valid until %s\n"
+		 "    \"tls_fingerprint\": \"%s\"",
+		 d->task->account->ssl == SSL_ON ? "TLS" : "STARTTLS",
+		 tls_date(until, tls->verifier.leaf.notafter_days), hex);
+}
+
+/* The CA bundle with this name, or NULL. */
+static struct trust *run_trust(const struct run *run, const char *named)
+{
+	for (unsigned i = 0; i < run->n_trusts; i++) {
+		const char *other = run->trusts[i].named;
+
+		if (named == other || (named != NULL && other != NULL && strcmp(named, other) == 0))
+			return &run->trusts[i];
+	}
+	return NULL;
+}
+
+static void desk_hang_up(struct desk *d)
+{
+	imap_close(&d->im);
+	d->connected = false;
+	d->told_in = d->told_out = d->told_waits = 0;
+}
+
+/* How long to wait before the next try: doubling, at random between half of it and the whole. */
+static unsigned backoff_ms(unsigned tries, const struct err *e)
+{
+	unsigned ms = BACKOFF_SEC * 1000;
+
+	if (tries < 7 && (1000u << (tries - 1)) < ms)
+		ms = 1000u << (tries - 1);
+	ms = ms / 2 + (unsigned)rand() % (ms / 2 + 1);
+	return e->wait_sec * 1000 > ms ? e->wait_sec * 1000 : ms;
+}
+
+static int desk_connect(struct desk *d, struct err *e)
+{
+	const struct account *account = d->task->account;
+	const char *password = d->task->password != NULL ? d->task->password : account->password;
+	struct note note = { .kind = NOTE_PROGRESS, .connections = 1 };
+
+	if (d->connected)
+		return 0;
+	pair_write(d->fd, &note, sizeof note);
+	d->connected = imap_open(&d->im, account, password, run_trust(d->run, account->ca_file),
+				 d->run->config->timeout_sec, d->fd) == 0;
+	*e = d->im.s.err;
+	return d->connected ? 0 : -1;
+}
+
+/* Do one thing: list, or archive the mailbox in hand. */
+static int desk_work(struct desk *d, bool listing, struct err *e)
+{
+	struct mailbox box = { .name = d->order.name, .delimiter = d->order.delimiter,
+			       .status = d->order.status };
+	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+
+	if (listing)
+		return d->run->options->mode == RUN_CHECK ? 0 : desk_list(d, e);
+	snprintf(path, sizeof path, "%s/%s", d->task->folder, d->order.file);
+	return sync_mailbox(d->run->config, &d->im, &box, path, d->run->options->dry, &d->attempt,
+			    &d->counts, desk_progress, d, e);
+}
+
+/*
+ * A worker's life. It lists first if it is the account's first; then it takes one order after the
+ * other. Troubles of the line are met here: pauses, reconnections; a long pause ends the worker.
+ */
+static void desk_run(struct desk *d, bool listing)
+{
+	const struct config *config = d->run->config;
+	unsigned tries = d->task->tries;
+	bool again = false;
+
+	while (!stop_asked) {
+		char name[NAME_OCTETS] = "";
+		uint64_t stored;
+		bool connecting;
+		struct err e = { 0 };
+		unsigned pause;
+
+		if (!listing && !again) {
+			if (!pair_read(d->fd, &d->order, sizeof d->order) || d->order.name[0] == '\0')
+				break;
+			d->counts = (struct counts){ 0 };
+			d->attempt = (struct attempt){ 0 };
+		}
+		if (!listing)
+			name_text(name, d->order.name, d->order.delimiter);
+		log_context(d->task->account->email, name);
+		stored = d->counts.stored + d->attempt.poisons;
+		connecting = desk_connect(d, &e) != 0;
+		if (!connecting && desk_work(d, listing, &e) == 0) {
+			tries = 0;
+			if (listing && d->run->options->mode == RUN_CHECK)
+				desk_check(d, &e);
+			desk_tell(d, listing ? NOTE_LISTED : NOTE_DONE,
+				  d->list_error.code != E_NONE ? &d->list_error : &e);
+			d->list_error.code = E_NONE;
+			listing = again = false;
+			continue;
+		}
+		if (d->counts.stored + d->attempt.poisons > stored)
+			tries = 0;
+		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
+			(e.code == E_FORMAT && !again);
+		if (e.code == E_ACCOUNT || e.code == E_STOPPED || (again && ++tries > config->retries)) {
+			again = false;
+			connecting = connecting || listing;
+			desk_tell(d, connecting || e.code == E_ACCOUNT ? NOTE_ACCOUNT : NOTE_DONE, &e);
+			if (connecting || e.code == E_ACCOUNT || e.code == E_STOPPED)
+				break;
+			tries = 0;
+			desk_hang_up(d);
+			continue;
+		}
+		if (!again) { /* this mailbox cannot be had; perhaps the next can */
+			desk_tell(d, listing ? NOTE_ACCOUNT : NOTE_DONE, &e);
+			if (listing)
+				break;
+			if (d->im.s.err.code != E_NONE)
+				desk_hang_up(d);
+			continue;
+		}
+		desk_hang_up(d);
+		pause = e.code == E_FORMAT ? 0 : backoff_ms(tries, &e);
+		if (pause > 0)
+			log_warn("%s; trying again in %u.%u s (%u of %u)", e.text, pause / 1000,
+				 pause / 100 % 10, tries, config->retries);
+		if (pause > PLACE_SEC * 1000) {
+			struct note note = { .kind = NOTE_WAIT, .code = e.code, .tries = tries,
+					     .wait_sec = pause / 1000, .counts = d->counts };
+
+			pair_write(d->fd, &note, sizeof note);
+			break;
+		}
+		for (struct pollfd parent = { .fd = d->fd }; pause > 0 && !stop_asked;) {
+			unsigned part = pause < 500 ? pause : 500;
+
+			if (poll(&parent, 1, (int)part) > 0)
+				_exit(1); /* the parent is gone */
+			pause -= part;
+		}
+	}
+	if (d->im.s.fd >= 0 && d->connected)
+		imap_close(&d->im);
+}
+
+/* -- in the parent -- */
+
+static void box_path(const struct task *task, const char *file, char out[PATH_MAX_OCTETS + 300])
+{
+	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", task->folder, file);
+}
+
+/* Create the account's folder and hold its lock: one run at a time. */
+static int task_lock(struct task *task, const char *destination, struct err *e)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	char path[PATH_MAX_OCTETS + 300];
+
+	if ((mkdir(destination, 0700) != 0 && errno != EEXIST) ||
+	    (mkdir(task->folder, 0700) != 0 && errno != EEXIST))
+		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", task->folder);
+	box_path(task, ".lock", path);
+	task->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (task->lock < 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
+	if (fcntl(task->lock, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
+		return err_set(e, E_LOCKED, "another run is at work on this account");
+	return 0;
+}
+
+/* Does the account's folder lie on a file system that takes "a" and "A" for the same name? */
+static bool task_folds_case(const struct task *task)
+{
+	char path[PATH_MAX_OCTETS + 300];
+	struct stat a, b;
+
+	box_path(task, ".LOCK", path);
+	return task->lock >= 0 && fstat(task->lock, &a) == 0 && stat(path, &b) == 0 &&
+	       a.st_ino == b.st_ino && a.st_dev == b.st_dev;
+}
+
+/*
+ * An archive of the Python original may stand under another name: give it ours, if it surely is
+ * one, is nobody else's, and there is none yet.
+ */
+static void task_adopt_original(const struct task *task, const struct mailbox *box)
+{
+	char original[MBOX_NAME_MAX + 8], other[MBOX_NAME_MAX + 8];
+	char from[PATH_MAX_OCTETS + 300], to[PATH_MAX_OCTETS + 300], index[PATH_MAX_OCTETS + 320];
+	char head[12] = "";
+	ssize_t got = 0;
+	int fd;
+
+	name_file_original(original, box->name, box->delimiter);
+	if (strcmp(original, box->file) == 0 || strlen(original) > 250)
+		return;
+	box_path(task, original, from);
+	box_path(task, box->file, to);
+	snprintf(index, sizeof index, "%s.index", from);
+	if (access(to, F_OK) == 0 || access(index, F_OK) == 0 || (fd = open(from, O_RDONLY)) < 0)
+		return;
+	got = read(fd, head, sizeof head);
+	close(fd);
+	if (got != sizeof head || memcmp(head, "From nobody ", 12) != 0)
+		return;
+	for (unsigned i = 0; i < task->n; i++) {
+		const struct mailbox *listed = &task->boxes[i];
+
+		if (strcmp(listed->name, box->name) == 0)
+			continue;
+		name_file_original(other, listed->name, listed->delimiter);
+		if (strcmp(listed->file, original) == 0 || strcmp(other, original) == 0) {
+			log_warn("%s may be the archive of \"%s\" or of \"%s\": left alone", from, box->name,
+				 listed->name);
+			return;
+		}
+	}
+	if (rename(from, to) == 0)
+		log_info("%s: renamed, it is now %s", from, box->file);
+	else
+		log_error("%s: cannot rename it to %s: %s", from, box->file, strerror(errno));
+}
+
+/* Name the archives whose mailbox the server no longer lists; their mails keep their marks. */
+static void task_name_orphans(const struct task *task)
+{
+	DIR *folder = opendir(task->folder);
+	const struct dirent *entry;
+
+	while (folder != NULL && (entry = readdir(folder)) != NULL) {
+		size_t n = strlen(entry->d_name);
+		bool listed = n < 6 || strcmp(entry->d_name + n - 5, ".mbox") != 0;
+
+		for (unsigned i = 0; i < task->n && !listed; i++)
+			listed = strcasecmp(task->boxes[i].file, entry->d_name) == 0;
+		if (!listed)
+			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
+				 entry->d_name);
+	}
+	if (folder != NULL)
+		closedir(folder);
+}
+
+static int box_compare(const void *a, const void *b)
+{
+	const struct mailbox *first = a, *second = b;
+
+	if (first->state != second->state)
+		return first->state == BOX_TODO ? -1 : 1;
+	if (first->weight != second->weight)
+		return first->weight > second->weight ? -1 : 1;
+	return strcmp(first->name, second->name);
+}
+
+/* Print what --list says of an account. */
+static void task_print_list(const struct task *task)
+{
+	printf("%s\n  %-28s %9s %9s %9s  %-16s  %s\n", task->account->email, "mailbox", "messages", "size",
+	       "archived", "last backup", "file");
+	for (unsigned i = 0; i < task->n; i++) {
+		const struct mailbox *box = &task->boxes[i];
+		char path[PATH_MAX_OCTETS + 300], text[NAME_OCTETS], visible[NAME_OCTETS];
+		char size[24] = "-", when[24] = "never";
+		struct mbox_info info;
+		struct tm tm;
+		time_t sec;
+
+		name_text(text, box->name, box->delimiter);
+		log_visible(visible, sizeof visible, text, strlen(text));
+		if (!box->selectable || box->ignored) {
+			printf("  %-28s %s\n", visible, box->selectable ? "(ignored)" : "(holds no mail)");
+			continue;
+		}
+		box_path(task, box->file, path);
+		mbox_peek(path, box->name, &info);
+		if (box->status.octets > 0)
+			snprintf(size, sizeof size, "%.1f MB", (double)box->status.octets / 1e6);
+		sec = (time_t)info.claim.when_sec;
+		if (sec != 0 && localtime_r(&sec, &tm) != NULL)
+			strftime(when, sizeof when, "%Y-%m-%d %H:%M", &tm);
+		printf("  %-28s %9lu %9s %9lu  %-16s  %s\n", visible, (unsigned long)box->status.messages,
+		       size, (unsigned long)info.stored, when, box->file);
+	}
+}
+
+/*
+ * The list is complete: name the archives, refuse names that two mailboxes would share, and find
+ * out which mailboxes have news.
+ */
+static void task_plan(struct run *run, struct task *task)
+{
+	bool dry = run->options->dry || run->options->mode != RUN_BACKUP;
+	bool folds = task_folds_case(task);
+
+	task->state = TASK_READY;
+	for (unsigned i = 0; i < task->n; i++) {
+		struct mailbox *box = &task->boxes[i];
+		char file[MBOX_FILE_MAX + 8];
+
+		name_file(file, box->name, box->delimiter);
+		box->file = copy_text(file);
+		box->ignored = box_ignored(run, task->account, box->name, box->delimiter);
+	}
+	if (run->options->mode == RUN_LIST) {
+		task_print_list(task);
+		return;
+	}
+	for (unsigned i = 0; i < task->n; i++) {
+		struct mailbox *box = &task->boxes[i];
+		char path[PATH_MAX_OCTETS + 300];
+		const struct mailbox *same = NULL;
+		struct mbox_info info;
+		uint32_t live;
+
+		if (!box->selectable || box->ignored)
+			continue;
+		task->counts.mailboxes++;
+		for (unsigned k = 0; k < i && same == NULL; k++)
+			if (task->boxes[k].selectable && !task->boxes[k].ignored &&
+			    (folds ? strcasecmp(task->boxes[k].file, box->file) :
+				     strcmp(task->boxes[k].file, box->file)) == 0)
+				same = &task->boxes[k];
+		if (same != NULL) {
+			log_error("the mailboxes \"%s\" and \"%s\" would share the archive %s: the second is "
+				  "not backed up", same->name, box->name, box->file);
+			task->counts.failures++;
+			continue;
+		}
+		if (!dry)
+			task_adopt_original(task, box);
+		box_path(task, box->file, path);
+		mbox_peek(path, box->name, &info);
+		if (!mailbox_has_news(&box->status, &info, run->config->keep_duplicates)) {
+			task->counts.unchanged++;
+			task->counts.others += info.others;
+			continue;
+		}
+		live = info.stored - info.gone;
+		box->weight = box->status.messages > live ? box->status.messages - live : 0;
+		box->state = BOX_TODO;
+		task->todo++;
+	}
+	if (!dry && run->options->mailboxes == NULL)
+		task_name_orphans(task);
+	qsort(task->boxes, task->n, sizeof *task->boxes, box_compare);
+}
+
+static void counts_add(struct counts *to, const struct counts *from)
+{
+	to->stored += from->stored;
+	to->gone += from->gone;
+	to->back += from->back;
+	to->others += from->others;
+	to->octets += from->octets;
+	to->failures += from->failures;
+	to->mended += from->mended;
+}
+
+/* The account is finished, for good or not. */
+static void task_end(struct task *task)
+{
+	task->state = TASK_OVER;
+	task->todo = 0;
+	task->ended_ms = now_ms();
+	if (task->lock >= 0)
+		close(task->lock);
+	task->lock = -1;
+}
+
+static void task_fail(struct task *task, const struct note *note)
+{
+	if (note->code == E_LOCKED)
+		task->locked = true;
+	else if (note->code != E_STOPPED)
+		task->counts.failures++;
+	if (note->code != E_STOPPED)
+		log_error("%s", note->text);
+	task_end(task);
+}
+
+/* Print a mailbox's result, if there is anything to say. */
+static void box_report(const struct run *run, const struct counts *c)
+{
+	if (c->stored > 0 || c->gone > 0 || c->back > 0)
+		log_info("%llu %s, %llu gone, %llu back, %.1f MB", (unsigned long long)c->stored,
+			 run->options->dry ? "would be fetched" : "new", (unsigned long long)c->gone,
+			 (unsigned long long)c->back, (double)c->octets / 1e6);
+	else
+		log_detail("nothing new");
+}
+
+/* Does an account without a worker wait for a place? */
+static bool run_starving(const struct run *run)
+{
+	for (unsigned i = 0; i < run->n_tasks; i++) {
+		const struct task *task = &run->tasks[i];
+
+		if (task->workers == 0 && task->not_before_ms <= now_ms() &&
+		    (task->state == TASK_NEW || (task->state == TASK_READY && task->todo > 0)))
+			return true;
+	}
+	return false;
+}
+
+/* A worker has nothing in hand: give it the next mailbox, or let it go. */
+static void worker_next(struct run *run, struct worker *w)
+{
+	struct task *task = w->task;
+	struct order order;
+
+	memset(&order, 0, sizeof order);
+	w->box = -1;
+	memset(&w->now, 0, sizeof w->now);
+	if (task->state == TASK_READY && !run->stopping &&
+	    !(task->workers > 1 && run->n_workers == run->config->total_processes && run_starving(run)))
+		for (unsigned i = 0; i < task->n && w->box < 0; i++) {
+			struct mailbox *box = &task->boxes[i];
+
+			if (box->state != BOX_TODO)
+				continue;
+			box->state = BOX_BUSY;
+			task->todo--;
+			w->box = (int)i;
+			order.status = box->status;
+			order.delimiter = box->delimiter;
+			snprintf(order.name, sizeof order.name, "%s", box->name);
+			snprintf(order.file, sizeof order.file, "%s", box->file);
+		}
+	w->over = w->box < 0;
+	pair_write(w->fd, &order, sizeof order);
+}
+
+static void worker_note(struct run *run, struct worker *w)
+{
+	struct task *task = w->task;
+	const struct note *note = &w->note;
+	struct mailbox *box = w->box >= 0 ? &task->boxes[w->box] : NULL;
+	char text[NAME_OCTETS] = "";
+
+	if (box != NULL)
+		name_text(text, box->name, box->delimiter);
+	log_context(task->account->email, text);
+	task->in += note->in;
+	task->out += note->out;
+	task->waits += note->waits;
+	task->connections += note->connections;
+	run->mails += note->counts.stored - w->now.stored;
+	run->octets += note->counts.octets - w->now.octets;
+	w->now = note->counts;
+	switch (note->kind) {
+	case NOTE_MAILBOX:
+		if (task->n % 64 == 0) {
+			struct mailbox *more = allocate((task->n + 64) * sizeof *more);
+
+			if (task->n > 0)
+				memcpy(more, task->boxes, task->n * sizeof *more);
+			free(task->boxes);
+			task->boxes = more;
+		}
+		task->boxes[task->n++] = (struct mailbox){ .name = copy_text(note->text),
+			.delimiter = note->delimiter, .selectable = note->selectable,
+			.status = note->status };
+		break;
+	case NOTE_LISTED:
+		if (note->code != E_NONE) {
+			log_error("%s", note->text);
+			task->counts.failures++;
+		} else if (run->options->mode == RUN_CHECK) {
+			printf("%s: %s\n", task->account->email, note->text);
+		}
+		task_plan(run, task);
+		worker_next(run, w);
+		break;
+	case NOTE_PROGRESS:
+		break;
+	case NOTE_DONE:
+		counts_add(&task->counts, &note->counts);
+		if (note->code == E_LOCKED) {
+			log_warn("%s", note->text);
+			task->locked = true;
+		} else if (note->code != E_NONE && note->code != E_STOPPED) {
+			log_error("%s", note->text);
+			task->counts.failures++;
+		}
+		box_report(run, &note->counts);
+		if (box != NULL)
+			box->state = BOX_DONE;
+		worker_next(run, w);
+		break;
+	case NOTE_WAIT:
+		counts_add(&task->counts, &note->counts);
+		task->not_before_ms = now_ms() + (int64_t)note->wait_sec * 1000;
+		task->tries = note->tries;
+		if (box != NULL) {
+			box->state = BOX_TODO;
+			task->todo++;
+		} else {
+			task->state = TASK_NEW;
+		}
+		w->box = -1;
+		w->over = true;
+		break;
+	case NOTE_ACCOUNT:
+		counts_add(&task->counts, &note->counts);
+		if (task->state != TASK_OVER)
+			task_fail(task, note);
+		w->box = -1;
+		w->over = true;
+		break;
+	}
+	log_context("", "");
+}
+
+/* A worker has ended: as it said, or it died, or was killed. */
+static void worker_gone(struct run *run, unsigned i)
+{
+	struct worker *w = &run->workers[i];
+	struct task *task = w->task;
+	int status = 0;
+
+	close(w->fd);
+	while (waitpid(w->pid, &status, 0) < 0 && errno == EINTR)
+		;
+	task->workers--;
+	log_context(task->account->email, "");
+	if (!w->over && !run->stopping) {
+		struct mailbox *box = w->box >= 0 ? &task->boxes[w->box] : NULL;
+		struct note note = { .code = E_SYSTEM, .text = "the worker died twice" };
+
+		log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
+			 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+		if (box != NULL && box->tries++ == 0) {
+			box->state = BOX_TODO;
+			task->todo++;
+		} else if (box != NULL) {
+			log_error("\"%s\": its worker died twice", box->name);
+			box->state = BOX_DONE;
+			task->counts.failures++;
+		} else if (task->state == TASK_LISTING && task->tries++ == 0) {
+			task->state = TASK_NEW;
+		} else if (task->state == TASK_LISTING) {
+			task_fail(task, &note);
+		}
+	}
+	*w = run->workers[--run->n_workers];
+	if (task->workers == 0 && (run->stopping || (task->state == TASK_READY && task->todo == 0)))
+		task_end(task);
+	log_context("", "");
+}
+
+static int worker_start(struct run *run, struct task *task)
+{
+	bool listing = task->state == TASK_NEW;
+	struct worker *w = &run->workers[run->n_workers];
+	int pair[2];
+	pid_t pid;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0)
+		return -1;
+	fflush(stdout);
+	pid = fork();
+	if (pid < 0) {
+		close(pair[0]);
+		close(pair[1]);
+		return -1;
+	}
+	if (pid == 0) {
+		struct desk *d = allocate(sizeof *d);
+
+		close(pair[0]);
+		for (unsigned i = 0; i < run->n_workers; i++) /* else they would not see the parent go */
+			close(run->workers[i].fd);
+		srand((unsigned)getpid() ^ (unsigned)now_ms());
+		d->run = run;
+		d->task = task;
+		d->fd = pair[1];
+		d->im.s.fd = -1;
+		desk_run(d, listing);
+		_exit(0);
+	}
+	close(pair[1]);
+	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
+	memset(w, 0, sizeof *w);
+	w->pid = pid;
+	w->fd = pair[0];
+	w->task = task;
+	w->box = -1;
+	task->workers++;
+	run->n_workers++;
+	if (listing)
+		task->state = TASK_LISTING;
+	else
+		worker_next(run, w);
+	return 0;
+}
+
+/* Get what an account needs before its first worker: its lock and its password. */
+static void task_begin(struct run *run, struct task *task)
+{
+	const struct account *account = task->account;
+	struct note failed = { 0 };
+	struct err e = { 0 };
+	struct trust *trust = run_trust(run, account->ca_file);
+	char password[1024] = "";
+	FILE *pipe;
+
+	task->began_ms = now_ms();
+	log_context(account->email, "");
+	if (run->options->mode == RUN_BACKUP && !run->options->dry && task->lock < 0)
+		task_lock(task, run->config->destination, &e);
+	/* Without a bundle the clear may do, or STARTTLS may fail then with a clear word. */
+	if (e.code == E_NONE && account->pins == 0 && account->ssl == SSL_ON && trust != NULL &&
+	    trust->err.code != E_NONE)
+		e = trust->err;
+	if (e.code == E_NONE && account->password_command != NULL && task->password == NULL) {
+		pipe = popen(account->password_command, "r");
+		if (pipe == NULL || fgets(password, sizeof password, pipe) == NULL)
+			password[0] = '\0';
+		password[strcspn(password, "\r\n")] = '\0';
+		if (pipe == NULL || pclose(pipe) != 0 || password[0] == '\0')
+			err_set(&e, E_ACCOUNT, "\"password_command\" failed or printed nothing");
+		task->password = copy_text(password);
+		memset(password, 0, sizeof password);
+	}
+	if (e.code != E_NONE) {
+		failed.code = e.code;
+		snprintf(failed.text, sizeof failed.text, "%s", e.text);
+		task_fail(task, &failed);
+	}
+	log_context("", "");
+}
+
+/* Start workers: every account gets its first before any gets a second. */
+static void run_start_workers(struct run *run)
+{
+	for (unsigned round = 0; round < 2 && !run->stopping; round++)
+		for (unsigned i = 0; i < run->n_tasks; i++) {
+			struct task *task = &run->tasks[i];
+
+			while (run->n_workers < run->config->total_processes &&
+			       task->workers < (round == 0 ? 1 : task->account->processes) &&
+			       task->not_before_ms <= now_ms() &&
+			       (task->state == TASK_NEW || (task->state == TASK_READY && task->todo > 0))) {
+				if (task->state == TASK_NEW && task->workers > 0)
+					break;
+				if (task->state == TASK_NEW)
+					task_begin(run, task);
+				if (task->state == TASK_OVER)
+					break;
+				if (worker_start(run, task) != 0) {
+					log_warn("cannot start a process: %s", strerror(errno));
+					return;
+				}
+			}
+		}
+}
+
+/* The one live line of a terminal. */
+static void run_draw(struct run *run)
+{
+	char line[400], hand[NAME_OCTETS] = "", visible[200], left[40] = "";
+	uint64_t done = 0, all = 0, weight = 0;
+	int64_t now = now_ms();
+	struct winsize size;
+	unsigned columns = 80;
+	ssize_t ignored;
+	int n;
+
+	if (!log_to.terminal || log_to.level < LOG_INFO || now - run->drawn_ms < 250)
+		return;
+	run->drawn_ms = now;
+	if (now - run->rate_ms >= 1000) {
+		uint64_t fresh = (run->octets - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
+
+		run->rate = run->rate == 0 ? fresh : (run->rate * 3 + fresh) / 4;
+		run->rate_octets = run->octets;
+		run->rate_ms = now;
+	}
+	for (unsigned i = 0; i < run->n_tasks; i++) {
+		const struct task *task = &run->tasks[i];
+
+		for (unsigned k = 0; k < task->n; k++)
+			if (task->boxes[k].state != BOX_DONE)
+				weight += task->boxes[k].weight;
+		all += task->counts.mailboxes;
+		done += task->counts.mailboxes - task->todo;
+	}
+	for (unsigned i = 0; i < run->n_workers; i++) {
+		const struct worker *w = &run->workers[i];
+
+		if (w->box < 0)
+			continue;
+		done--;
+		weight -= w->now.stored < weight ? w->now.stored : weight;
+		if (hand[0] == '\0')
+			name_text(hand, w->task->boxes[w->box].name, w->task->boxes[w->box].delimiter);
+	}
+	if (run->mails > 0 && weight > 0) {
+		uint64_t sec = (uint64_t)(now - run->began_ms) / 1000 * weight / run->mails;
+
+		snprintf(left, sizeof left, "  %llu:%02llu left", (unsigned long long)sec / 60,
+			 (unsigned long long)sec % 60);
+	}
+	log_visible(visible, sizeof visible, hand, strlen(hand));
+	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+		columns = size.ws_col;
+	n = snprintf(line, sizeof line, "%llu/%llu mailboxes  %llu mails  %.1f MB  %.1f MB/s%s  %s",
+		     (unsigned long long)done, (unsigned long long)all, (unsigned long long)run->mails,
+		     (double)run->octets / 1e6, (double)run->rate / 1e6, left, visible);
+	/* Cut at the edge, at a character. */
+	for (unsigned column = 0, at = 0; at < (unsigned)n && at < sizeof line; column++) {
+		size_t octets = utf8_octets((const uint8_t *)line + at, (size_t)n - at);
+
+		if (column + 1 >= columns)
+			n = (int)at;
+		at += octets > 0 ? (unsigned)octets : 1;
+	}
+	line[n] = '\0';
+	ignored = write(STDERR_FILENO, "\r\033[K", 4);
+	ignored = write(STDERR_FILENO, line, (size_t)n);
+	(void)ignored;
+}
+
+/* Run until every account is over. */
+static void run_all(struct run *run)
+{
+	run->began_ms = run->rate_ms = now_ms();
+	for (;;) {
+		struct pollfd fds[CONFIG_PROCESSES_MAX];
+		unsigned n;
+		bool waiting = false;
+
+		if (stop_asked && !run->stopping) {
+			run->stopping = true;
+			for (unsigned i = 0; i < run->n_workers; i++)
+				kill(run->workers[i].pid, SIGTERM);
+		}
+		run_start_workers(run);
+		for (unsigned i = 0; i < run->n_tasks && !run->stopping; i++)
+			waiting = waiting || run->tasks[i].state != TASK_OVER;
+		n = run->n_workers;
+		if (n == 0 && !waiting)
+			return;
+		for (unsigned i = 0; i < n; i++)
+			fds[i] = (struct pollfd){ .fd = run->workers[i].fd, .events = POLLIN };
+		if (poll(fds, n, log_to.terminal ? 250 : 500) < 0 && errno != EINTR)
+			return;
+		for (unsigned i = n; i-- > 0;) {
+			struct worker *w = &run->workers[i];
+			ssize_t got;
+
+			if (fds[i].revents == 0)
+				continue;
+			got = read(w->fd, (char *)&w->note + w->got, sizeof w->note - w->got);
+			if (got <= 0) {
+				if (got == 0 || errno != EINTR)
+					worker_gone(run, i);
+				continue;
+			}
+			w->got += (size_t)got;
+			if (w->got == sizeof w->note) {
+				w->got = 0;
+				worker_note(run, w);
+			}
+		}
+		run_draw(run);
+	}
+}
+
+/* ======== command line ======== */
+
+/*
+ * Exit status: 0 everything was backed up; 1 something failed, the rest was done; 2 the command
+ * line or the configuration is wrong, nothing was done; 3 nothing failed, but another run holds an
+ * account's archive.
+ */
+static const char usage[] =
+	"usage: imap_backup [options] [config.json]\n"
+	"\n"
+	"Backs up all mailboxes of IMAP accounts into mbox files.\n"
+	"\n"
+	"  --list                 show accounts, mailboxes, messages, and the file each goes to\n"
+	"  --check                try configuration, connection, certificate and login\n"
+	"\n"
+	"  -a, --account EMAIL    only this account (may be repeated)\n"
+	"  -m, --mailbox NAME     only this mailbox (may be repeated; * and ? are wildcards)\n"
+	"  -n, --dry-run          say what would be done\n"
+	"  -q, --quiet            warnings and errors only (for cron)\n"
+	"  -v, --verbose          more; -vv shows the protocol, never secrets\n"
+	"  -h, --help             this\n"
+	"  -V, --version          version and libraries\n"
+	"\n"
+	"The configuration is ./config.json unless named. Exit status: 0 all is backed up, 1 something\n"
+	"failed, 2 wrong options or configuration, 3 another run is at work.\n";
+
+static int usage_error(const char *format, const char *what)
+{
+	log_error(format, what);
+	fputs("try: imap_backup --help\n", stderr);
+	return 2;
+}
+
+/* Take the options. Returns -1 to go on, else the exit status. */
+static int options_parse(struct options *o, int argc, char **argv)
+{
+	static const struct { const char *word; char letter; bool value; } known[] = {
+		{ "--list", 'L', false }, { "--check", 'C', false }, { "--account", 'a', true },
+		{ "--mailbox", 'm', true }, { "--dry-run", 'n', false }, { "--quiet", 'q', false },
+		{ "--verbose", 'v', false }, { "--help", 'h', false }, { "--version", 'V', false },
+	};
+	struct json *patterns = allocate((size_t)(argc + 1) * sizeof *patterns), *last = NULL;
+	bool options_over = false;
+
+	o->account = allocate((size_t)argc * sizeof *o->account);
+	for (int i = 1; i < argc; i++) {
+		const char *word = argv[i], *value = NULL, *rest = "";
+		char letters[2] = "";
+
+		if (options_over || word[0] != '-' || word[1] == '\0') {
+			if (o->config_path != NULL)
+				return usage_error("one configuration file is enough: %s", word);
+			o->config_path = word;
+			continue;
+		}
+		if (strcmp(word, "--") == 0) {
+			options_over = true;
+			continue;
+		}
+		if (word[1] != '-')
+			rest = word + 1;
+		do { /* letters may stand together: -nv */
+			size_t k, n = strcspn(word, "=");
+
+			letters[0] = *rest;
+			for (k = 0; k < sizeof known / sizeof *known; k++)
+				if (*rest != '\0' ? known[k].letter == *rest && islower((unsigned char)*rest) |
+				    (*rest == 'V') : strlen(known[k].word) == n &&
+				    strncmp(known[k].word, word, n) == 0)
+					break;
+			if (k == sizeof known / sizeof *known)
+				return usage_error("unknown option: %s", word);
+			rest += *rest != '\0';
+			if (known[k].value) {
+				value = *rest != '\0' ? rest : word[1] == '-' && word[n] == '=' ? word + n + 1 :
+					i + 1 < argc ? argv[++i] : NULL;
+				if (value == NULL)
+					return usage_error("%s needs a value", word);
+				rest = "";
+			} else if (word[1] == '-' && word[n] == '=') {
+				return usage_error("this option takes no value: %s", word);
+			}
+			switch (known[k].letter) {
+			case 'L':
+				o->mode = RUN_LIST;
+				break;
+			case 'C':
+				o->mode = RUN_CHECK;
+				break;
+			case 'a':
+				o->account[o->accounts++] = value;
+				break;
+			case 'm':
+				if (last == NULL)
+					o->mailboxes = patterns;
+				else
+					last->next = last + 1;
+				last = last == NULL ? patterns + 1 : last + 1;
+				*last = (struct json){ .type = JSON_STRING, .text = value };
+				patterns->child = patterns + 1;
+				break;
+			case 'n':
+				o->dry = true;
+				break;
+			case 'q':
+				log_to.level = LOG_WARN;
+				break;
+			case 'v':
+				log_to.level = log_to.level < LOG_DETAIL ? LOG_DETAIL : LOG_TRACE;
+				break;
+			case 'h':
+				fputs(usage, stdout);
+				return fflush(stdout) != 0;
+			default:
+				printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
+				return fflush(stdout) != 0;
+			}
+		} while (*rest != '\0');
+	}
+	if (o->config_path == NULL)
+		o->config_path = "config.json";
+	return -1;
+}
+
+/* Is the destination on another file system than the root, as require_mount wants it? */
+static bool destination_mounted(const struct config *c)
+{
+	struct stat root, own;
+
+	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0) {
+		log_error("%s: %s: %s; \"require_mount\" wants a mounted volume", c->path, c->destination,
+			  strerror(errno));
+		return false;
+	}
+	if (root.st_dev == own.st_dev) {
+		log_error("%s: %s lies on the same file system as /; \"require_mount\" wants a volume that is "
+			  "mounted there", c->path, c->destination);
+		return false;
+	}
+	return true;
+}
+
+/* Make a task of each account that is wanted, and load the CA bundles that they name. */
+static int run_prepare(struct run *run)
+{
+	const struct config *c = run->config;
+	const struct options *o = run->options;
+
+	run->tasks = allocate(c->n_accounts * sizeof *run->tasks);
+	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
+	for (unsigned i = 0; i < c->n_accounts; i++) {
+		const struct account *account = &c->accounts[i];
+		struct task *task = &run->tasks[run->n_tasks];
+		struct trust *trust;
+		bool wanted = o->accounts == 0;
+
+		for (unsigned k = 0; k < o->accounts; k++)
+			wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
+		if (!wanted)
+			continue;
+		task->account = account;
+		task->lock = -1;
+		snprintf(task->folder, sizeof task->folder, "%s/%s", c->destination, account->email);
+		run->n_tasks++;
+		if (account->pins > 0 || run_trust(run, account->ca_file) != NULL)
+			continue;
+		trust = &run->trusts[run->n_trusts++];
+		trust->named = account->ca_file;
+		trust_load(trust, account->ca_file, &trust->err);
+	}
+	for (unsigned k = 0; k < o->accounts; k++) {
+		bool found = false;
+
+		for (unsigned i = 0; i < c->n_accounts; i++)
+			found = found || strcasecmp(o->account[k], c->accounts[i].email) == 0;
+		if (!found)
+			return usage_error("no such account in the configuration: %s", o->account[k]);
+	}
+	return 0;
+}
+
+/* What a run has done, an account a line. Returns the exit status. */
+static int run_summary(const struct run *run)
+{
+	bool failed = run->stopping, locked = false;
+
+	if (log_to.terminal && log_to.level >= LOG_INFO)
+		if (write(STDERR_FILENO, "\r\033[K", 4) < 0)
+			failed = true;
+	for (unsigned i = 0; i < run->n_tasks; i++) {
+		const struct task *task = &run->tasks[i];
+		const struct counts *c = &task->counts;
+		int64_t ms = (task->ended_ms > 0 ? task->ended_ms : now_ms()) - task->began_ms;
+		char others[60] = "", failures[60] = "";
+
+		failed = failed || c->failures > 0;
+		locked = locked || task->locked;
+		if (run->options->mode != RUN_BACKUP || task->began_ms == 0)
+			continue;
+		log_context(task->account->email, "");
+		if (c->others > 0)
+			snprintf(others, sizeof others, ", %llu duplicates left out",
+				 (unsigned long long)c->others);
+		if (c->failures > 0)
+			snprintf(failures, sizeof failures, ", %llu FAILED", (unsigned long long)c->failures);
+		log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back%s, %.1f MB in "
+			 "%.1f s%s", (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
+			 (unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
+			 (unsigned long long)c->gone, (unsigned long long)c->back, others,
+			 (double)c->octets / 1e6, (double)ms / 1000, failures);
+		log_detail("%u connections, %u waits for an answer, %llu octets in, %llu out",
+			   task->connections, task->waits, (unsigned long long)task->in,
+			   (unsigned long long)task->out);
+	}
+	log_context("", "");
+	if (run->stopping)
+		log_warn("stopped by a signal; what was fetched is kept");
+	return failed ? 1 : locked ? 3 : 0;
+}
+
+/* Report to success_url or failure_url. What comes of it changes no exit status. */
+static void run_report(const struct run *run, int status)
+{
+	const struct config *c = run->config;
+	const struct options *o = run->options;
+	const char *url = status == 0 ? c->success_url : status == 1 ? c->failure_url : NULL;
+	struct trust *trust = run_trust(run, c->ca_file), own = { .n = 0 };
+	struct err e = { 0 };
+
+	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
+	    run->stopping)
+		return;
+	if (trust == NULL) {
+		trust = &own;
+		trust_load(trust, c->ca_file, &own.err);
+	}
+	if (http_get(url, trust->path, &e) != 0)
+		log_warn("%s: %s", url, e.text);
+	else
+		log_detail("%s: told", url);
+}
+
+int main(int argc, char **argv)
+{
+	static struct run run;
+	static struct config config;
+	static struct options options;
+	struct sigaction stop = { .sa_handler = on_stop_signal, .sa_flags = (int)SA_RESETHAND };
+	int status;
+
+	/* Descriptors 0 to 2 must be taken, or a socket or an archive would become stderr. */
+	while ((status = open("/dev/null", O_RDWR)) >= 0 && status <= 2)
+		;
+	if (status > 2)
+		close(status);
+	umask(077);
+	log_to.terminal = isatty(STDERR_FILENO) != 0;
+	log_to.color = log_to.terminal && getenv("NO_COLOR") == NULL;
+	status = options_parse(&options, argc, argv);
+	if (status >= 0)
+		return status;
+	if (config_load(&config, options.config_path) != 0)
+		return 2;
+	run.config = &config;
+	run.options = &options;
+	if ((status = run_prepare(&run)) != 0)
+		return status;
+	if (config.require_mount && !destination_mounted(&config))
+		return 1;
+	sigemptyset(&stop.sa_mask);
+	sigaction(SIGINT, &stop, NULL);
+	sigaction(SIGTERM, &stop, NULL);
+	sigaction(SIGHUP, &stop, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	curl_global_init(CURL_GLOBAL_DEFAULT);
+	run_all(&run);
+	status = run_summary(&run);
+	if (fflush(stdout) != 0 && status == 0)
+		status = 1;
+	run_report(&run, status);
+	return status;
+}

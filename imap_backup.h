@@ -1,0 +1,315 @@
+/*
+ * imap_backup - the contracts between its three sources
+ *
+ *   imap_backup.c   the program, from the socket to the command line; uses the other two
+ *   json.c          a JSON parser
+ *   mbox.c          the archive: one mbox file and its index
+ *
+ * Conventions. Pointers are never NULL unless said. Functions return 0, or -1 with *e filled in;
+ * a function that can say more says so. A returned pointer is borrowed unless "caller frees" is
+ * written there. Lengths are octets. Offsets are off_t from the start of the file. Times are UTC
+ * seconds since 1970, 64 bits wide; names end in _sec or _ms. UIDs are uint32_t and never 0
+ * (RFC 3501 2.3.1.1); where a UID is expected, 0 means "none known". Nothing here prints, and
+ * nothing here exits.
+ */
+#ifndef IMAP_BACKUP_H
+#define IMAP_BACKUP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include <bearssl.h>
+
+/* ======== errors ======== */
+
+/* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
+enum err_code {
+	E_NONE = 0,
+	E_CONFIG,  /* the person must change something first; nothing was contacted */
+	E_FORMAT,  /* a file is not what it should be, or another program changed it */
+	E_SYSTEM,  /* the file system or the memory failed: disk full, read-only, EIO */
+	E_LOCKED,  /* another process holds it */
+	E_REFUSED, /* the server answered NO or BAD: this mailbox (or mail) cannot be had now */
+	E_NET,     /* the connection is lost or never came about; a new one may do better */
+	E_PROTO,   /* the server said what no server may say; the connection is given up */
+	E_WAIT,    /* the server wants to be left alone for wait_sec */
+	E_ACCOUNT, /* login refused, certificate not trusted: no use in trying again in this run */
+	E_STOPPED  /* a signal, or the parent process went away */
+};
+
+/* The first error wins: err_set() does nothing once code is not E_NONE. */
+struct err {
+	enum err_code code;
+	unsigned wait_sec; /* with E_WAIT: how long */
+	char text[400];    /* one line for the person, without the final line end */
+};
+
+/* Fill in *e unless it already tells of an error. Returns -1, so that one can return err_set(...). */
+int err_set(struct err *e, enum err_code code, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* The same with ": " and strerror(errno) appended. */
+int err_errno(struct err *e, enum err_code code, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+/* Octets of the UTF-8 character at p, of which n >= 1 can be read; 0 if it is none (RFC 3629 4). */
+size_t utf8_octets(const uint8_t *p, size_t n);
+
+/* ======== json.c: RFC 8259 ======== */
+
+enum {
+	JSON_DEPTH_MAX = 32,        /* arrays and objects inside each other */
+	JSON_OCTETS_MAX = 4 << 20,  /* a text longer than this is refused */
+};
+
+enum json_type { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
+
+/*
+ * One value. The tree is read-only for its users and lives until json_free() of its root.
+ * Children are linked in the order of the text.
+ */
+struct json {
+	enum json_type type;
+	unsigned line, column;    /* where the value begins, from 1; columns count octets */
+	const char *key;          /* the member's name, if the value stands in an object, else NULL */
+	const char *text;         /* JSON_STRING: decoded UTF-8; JSON_NUMBER: as written; else NULL */
+	int64_t number;           /* JSON_NUMBER without fraction or exponent that fits; JSON_BOOL: 0, 1 */
+	bool integral;            /* JSON_NUMBER: 'number' holds its value */
+	uint32_t count;           /* children of an array or object */
+	const struct json *child; /* the first, NULL if none */
+	const struct json *next;  /* the next sibling, NULL if last */
+};
+
+/*
+ * Parse the whole of a JSON text (RFC 8259; a UTF-8 byte order mark is skipped).
+ *
+ *   text   'length' octets; borrowed until return
+ *
+ * Strict: one value, nothing behind it but white space; no comments, no trailing commas; strings
+ * are valid UTF-8 without control characters, \u0000 and lone surrogates; a name stands once in an
+ * object. Two allocations (nodes, strings), both in proportion to 'length'.
+ *
+ * Returns the root (caller frees with json_free()), or NULL with E_FORMAT and a text that begins
+ * with "LINE:COLUMN: " and says what was found and what was expected, or E_SYSTEM out of memory.
+ */
+struct json *json_parse(const char *text, size_t length, struct err *e);
+
+void json_free(struct json *root); /* NULL is allowed; strings are wiped, they may be secrets */
+
+/* The member of an object with this name, or NULL; NULL also for a value that is no object. */
+const struct json *json_get(const struct json *object, const char *key);
+
+/* "a string", "an object", ...: what the value is, for messages. */
+const char *json_type_name(enum json_type type);
+
+/* ======== mbox.c: the archive ======== */
+
+/*
+ * The format of the mbox file and the invariants are at the top of mbox.c. An open struct mbox is
+ * the only descriptor of its file in the process (closing another would drop the fcntl lock), holds
+ * the lock from mbox_open() to mbox_close(), and keeps 20 octets in memory for each message.
+ */
+struct mbox;
+
+enum {
+	MBOX_SEEN = 0x0001,
+	MBOX_ANSWERED = 0x0002,
+	MBOX_FLAGGED = 0x0004,
+	MBOX_GONE = 0x0008, /* no longer on the server */
+	MBOX_FORWARDED = 0x1000,
+	MBOX_FLAGS = MBOX_SEEN | MBOX_ANSWERED | MBOX_FLAGGED | MBOX_FORWARDED, /* what a server has */
+
+	MBOX_MAILS_MAX = 1000000, /* messages and other names of messages in one archive */
+	MBOX_NAME_MAX = 1024,     /* octets of a mailbox name, as it is on the wire */
+	MBOX_FILE_MAX = 140,      /* octets of a file name made of it, before ".mbox" */
+	MBOX_MADE_MAX = 80        /* octets of a made Message-ID with its brackets */
+};
+
+/* -- identity: which mail is this? -- */
+
+/* The first 16 octets of the SHA-256 of a Message-ID in its normal form. */
+struct mbox_id {
+	uint8_t octets[16];
+};
+
+/*
+ * The key of a mail without a Message-ID, the original's: SHA-1 over what the server answers to
+ * BODY[HEADER.FIELDS (FROM TO CC DATE SUBJECT)], white space at both ends of the whole removed.
+ */
+struct mbox_made {
+	br_sha1_context trimmed; /* up to the last octet that is no white space */
+	br_sha1_context ahead;   /* and with the white space behind it, should more follow */
+	bool any;
+};
+
+void mbox_made_init(struct mbox_made *made);
+void mbox_made_feed(struct mbox_made *made, const void *octets, size_t n);
+void mbox_made_end(const struct mbox_made *made, uint8_t key[20]);
+
+/*
+ * Reads a mail's header as it flies by and tells its identity: the first Message-ID field,
+ * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none.
+ * Memory is fixed whatever the header's size. The fields are private to mbox.c.
+ */
+struct mbox_header {
+	struct mbox_made *made; /* borrowed; if not NULL, it is fed the fields that it wants instead */
+	br_sha256_context hash; /* of the field in hand ... */
+	char text[128];         /* ... as far as it is not in here */
+	size_t text_octets, id_octets;
+	unsigned fields;        /* Message-ID fields so far, counted up to 2; of these two: */
+	struct mbox_id id[2];
+	enum { MBOX_ID_NONE, MBOX_ID_OWN, MBOX_ID_MADE } kind[2]; /* absent; the mail's; the original's */
+	char name[16];          /* of the field in hand, as it stands there */
+	size_t name_octets;
+	enum { MBOX_AT_LINE, MBOX_AT_NAME, MBOX_AT_ID, MBOX_AT_MADE, MBOX_AT_OTHER, MBOX_AT_BODY } at;
+	bool line_start, space, cr;
+};
+
+void mbox_header_init(struct mbox_header *h, struct mbox_made *made /* or NULL */);
+
+/*
+ * Take the next octets of a header, line ends CRLF or LF, cut anywhere. Returns true once the
+ * empty line behind the header was among them; the rest is ignored.
+ */
+bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n);
+
+/* No more octets follow, or the body does. True and *id if the mail has an ID of its own. */
+bool mbox_header_end(struct mbox_header *h, struct mbox_id *id);
+
+/* -- what stands in the index's header -- */
+
+/* What the server said of the mailbox when the last complete pass began; 0 is "unknown". */
+struct mbox_claim {
+	uint32_t uidvalidity, uidnext;
+	uint32_t messages;      /* counts only where uidvalidity and uidnext do */
+	uint32_t unseen;        /* UINT32_MAX: unknown */
+	uint64_t highestmodseq; /* RFC 7162 */
+	int64_t when_sec;       /* of that pass */
+};
+
+struct mbox_info {
+	struct mbox_claim claim;
+	off_t octets;                  /* of the mbox file, 0 if there is none */
+	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
+	bool exists;                   /* the mbox file does */
+	bool fits;                     /* an index is there, at rest, for this name and this mbox */
+};
+
+/* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. */
+void mbox_peek(const char *path, const char *name, struct mbox_info *info);
+
+/* -- an open archive -- */
+
+enum { /* how to open */
+	MBOX_LOOK = 1,       /* write nothing, lock nothing: for a dry run */
+	MBOX_DUPLICATES = 2, /* store every copy of a Message-ID that the server lists */
+};
+
+/*
+ * Open (or create) the archive, lock it, and put it in order: recover what a crash left, take over
+ * what stands behind the index's end, or rebuild the index from the mbox if there is none or if it
+ * does not fit (DESIGN: "After a crash"). The folder must exist.
+ *
+ *   path   of the mbox file; the index is path + ".index"
+ *   name   the mailbox's name on the wire; an index of another name is E_FORMAT
+ *
+ * Also E_LOCKED, E_SYSTEM. With MBOX_LOOK an archive whose index does not fit is E_FORMAT.
+ */
+int mbox_open(struct mbox **out, const char *path, const char *name, unsigned how, struct err *e);
+
+/* What mbox_open() had to mend, in words for the person, or "". */
+const char *mbox_mended(const struct mbox *m);
+
+const struct mbox_claim *mbox_claimed(const struct mbox *m);
+
+/* Mails and other names in the archive; 0: nothing can be known already. */
+uint32_t mbox_count(const struct mbox *m);
+
+/* The counts of struct mbox_info as they are now. */
+void mbox_tally(const struct mbox *m, struct mbox_info *info);
+
+/* The smallest known UID that is at least 'uid', or 0. */
+uint32_t mbox_next_uid(const struct mbox *m, uint32_t uid);
+
+/* -- UIDs and identities: which mail of the server is which of ours -- */
+
+/* UIDVALIDITY changed: the UIDs are void. Bind all anew, then commit with the new UIDVALIDITY. */
+void mbox_forget_uids(struct mbox *m);
+
+/* Forget the UIDs that live() denies: they are proved to have left the server. */
+void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), void *context);
+
+/*
+ * The server has a mail 'uid' with this identity: is it stored? If so the UID is noted (as another
+ * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
+ * Returns 1 if it is stored, 0 if it must be fetched, -1 with E_FORMAT or E_SYSTEM.
+ */
+int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, struct err *e);
+
+/* The same for a mail without a Message-ID. */
+int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct err *e);
+
+/*
+ * Every listed UID has been bound or will be stored: mark what has no UID left as gone.
+ * *live_before receives how many were not marked before this, *gone how many are marked by it.
+ */
+int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, struct err *e);
+
+/* How many lost their mark "gone" since mbox_open(). */
+uint32_t mbox_came_back(const struct mbox *m);
+
+/*
+ * Set a mail's flags (MBOX_FLAGS) in place, on all copies that have no UID of their own.
+ * Reads before it writes; the same state writes nothing. E_FORMAT if no mail stands where the
+ * index says: then the index is given up when the archive is closed. Unknown UIDs are ignored.
+ */
+int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e);
+
+/*
+ * The last mail of a tail that was taken over may be torn. If there is one and its UID is known:
+ * returns that and the octets it has on the wire; compare with RFC822.SIZE, then say what it is.
+ */
+uint32_t mbox_suspect(struct mbox *m, uint64_t *octets);
+int mbox_judge(struct mbox *m, bool torn, struct err *e); /* torn: marked gone, and unknown again */
+
+/* -- storing -- */
+
+/*
+ * Begin to append a mail. At the first one the index is marked "writing" and synced. E_FORMAT if
+ * another program has changed the mbox since.
+ */
+int mbox_begin(struct mbox *m, struct err *e);
+
+/* The mail's next octets as they come from the server, cut anywhere. */
+int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);
+
+/*
+ * The mail is whole: give it its UID, INTERNALDATE and flags, and note it in the index.
+ * Returns 1 if it is stored, 0 if its Message-ID turned out to be known (nothing is kept then but
+ * the UID), -1 with E_SYSTEM or E_FORMAT (nothing is kept). May commit.
+ */
+int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e);
+
+/* The mail is not wanted or not whole: the archive is as before mbox_begin(). */
+void mbox_abort(struct mbox *m);
+
+/*
+ * Sync the mbox, then the index. 'claim' (NULL: the old one stays) replaces what the header says.
+ * Returns at once if nothing has changed.
+ */
+int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e);
+
+/*
+ * Close and unlock. m may be NULL. With 'claim': commit with it. Without one: commit what there is,
+ * the old claim stays. In both cases the index is at rest afterwards. The first error wins; the
+ * struct is gone even after one.
+ */
+int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e);
+
+/* Fold one part of a mailbox name (UTF-8, or raw octets) into what any file system takes:
+ * unsafe octets become %XX. Returns the length, or 0 if 'size' is too small. */
+size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep_dots);
+
+#endif
