@@ -1,8 +1,12 @@
-# make                builds ./imap_backup with what is installed
-# make test           installs what the tests need, builds, runs them all
-# make demo           a backup of a sample mailbox from a private server, shown step by step
-# make install        to PREFIX (/usr/local), below DESTDIR
-# make CROSS=mips-linux-musl- BEARSSL_LIBS=/opt/libbearssl.a CURL_LIBS=...   for another machine
+# make                 build ./imap_backup with what is installed
+# make test            install what the tests need, build, run them all
+# make demo            a backup of a sample mailbox from a private server, step by step
+# make install         to PREFIX (/usr/local), below DESTDIR; make uninstall
+# make static          one static file for this machine; TARGET=mips: for another; static-all
+# make bench fuzz torture test-static    the long ones
+#
+# For another machine with libraries of its own:
+# make CROSS=mipsel-linux-musl- LDFLAGS=-static BEARSSL_LIBS=/opt/libbearssl.a CURL_LIBS=...
 CROSS         =
 CC            = $(CROSS)cc
 CFLAGS       ?= -Os -g
@@ -17,10 +21,43 @@ OBJ = imap_backup.o json.o mbox.o
 
 imap_backup: $(OBJ)
 	$(CC) $(CFLAGS) $(LDFLAGS) -Wl,--gc-sections -o $@ $(OBJ) $(BEARSSL_LIBS) $(CURL_LIBS) $(LDLIBS)
-$(OBJ): imap_backup.h Makefile
+$(OBJ): imap_backup.h Makefile | headers
 .c.o:
 	$(CC) $(OURS) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
 
-.PHONY: clean
+# A missing header is named together with the package that has it.
+headers:
+	@for need in bearssl.h:libbearssl-dev curl/curl.h:libcurl4-openssl-dev; do \
+		echo "#include <$${need%:*}>" | $(CC) $(OURS) $(CPPFLAGS) -E -o /dev/null - 2>/dev/null || \
+		{ echo "missing: <$${need%:*}>; on Debian or Ubuntu: apt-get install $${need#*:}" >&2; \
+		exit 1; }; \
+	done
+
+install: imap_backup
+	mkdir -p $(DESTDIR)$(PREFIX)/bin
+	cp imap_backup $(DESTDIR)$(PREFIX)/bin/imap_backup
+	chmod 755 $(DESTDIR)$(PREFIX)/bin/imap_backup
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/imap_backup
+
+test demo:
+	test/setup.sh $@
+	$(MAKE) imap_backup
+	test/$(if $(filter demo,$@),demo.sh,run.py) $(ARGS)
+bench torture: imap_backup
+	test/setup.sh test
+	test/$@.py $(ARGS)
+fuzz:
+	test/setup.sh test
+	test/fuzz.sh $(ARGS)
+static:
+	test/static.sh $(TARGET)
+static-all:
+	test/static.sh --all
+test-static: static-all
+	test/setup.sh test
+	test/run.py --static all $(ARGS)
+
 clean:
-	rm -f imap_backup $(OBJ)
+	rm -rf imap_backup $(OBJ) build
+.PHONY: headers install uninstall test demo bench torture fuzz static static-all test-static clean

@@ -769,9 +769,7 @@ static int records_rewrite(struct mbox *m, struct err *e)
 			return -1;
 		}
 	}
-	if (old >= 0)
-		close(old);
-	m->index_rekeyed = false;
+	close(old);
 	return 0;
 }
 
@@ -2038,8 +2036,9 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	m->now.octets = m->flushed;
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
-	if (m->index_rekeyed && records_rewrite(m, e) != 0)
+	if (m->index_rekeyed && !m->index_new && records_rewrite(m, e) != 0)
 		return -1;
+	m->index_rekeyed = false;
 	records = data || m->records_dirty || m->now.records > m->written || m->index_new ||
 		  m->now.writing != m->disk.writing;
 	m->now.turn = m->disk.turn;

@@ -1,0 +1,326 @@
+"""What the program talks to in the tests: a private Dovecot, certificates, a web server.
+
+Everything listens on 127.0.0.1 at free ports, lives in one folder, and ends with the process that
+started it, however that one ends.
+"""
+import glob
+import http.server
+import os
+import pwd
+import grp
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+PASSWORD = 'secret'   # of every user of our Dovecot; any user name will do
+SBIN = os.environ.get('PATH', '') + ':/usr/sbin:/usr/local/sbin'
+
+
+def tool(*command, **more):
+    """Run a program that must succeed; its output."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
+    if done.returncode != 0:
+        raise RuntimeError('%s: %s' % (' '.join(command), done.stdout.decode(errors='replace')))
+    return done.stdout.decode(errors='replace')
+
+
+def free_ports(n):
+    socks = [socket.socket() for _ in range(n)]
+    for s in socks:
+        s.bind(('127.0.0.1', 0))
+    ports = [s.getsockname()[1] for s in socks]
+    for s in socks:
+        s.close()
+    return ports
+
+
+class Certificates:
+    """A CA of our own, `ca`, and on demand certificates of every kind, good and bad, as
+    (certificate file, key file)."""
+
+    LOCAL = 'DNS:localhost,IP:127.0.0.1,IP:0:0:0:0:0:0:0:1'
+    KINDS = {   # subjectAltName, not before and not after in days from now, issuer
+        'good': (LOCAL, -2, 800, 'ca'),
+        'rsa': (LOCAL, -2, 800, 'ca'),
+        'expired': (LOCAL, -800, -2, 'ca'),
+        'future': (LOCAL, 2, 800, 'ca'),
+        'name': ('DNS:other.example', -2, 800, 'ca'),
+        'wildcard': ('DNS:*.example.org', -2, 800, 'ca'),
+        'ip': ('IP:127.0.0.1', -2, 800, 'ca'),
+        'other_ca': (LOCAL, -2, 800, 'other'),
+        'self_signed': (LOCAL, -2, 800, None),
+        'chain': (LOCAL, -2, 800, 'middle'),     # the intermediate is sent along
+        'missing': (LOCAL, -2, 800, 'middle'),   # it is not
+    }
+
+    def __init__(self, folder):
+        self.folder = folder
+        os.makedirs(folder, exist_ok=True)
+        self.ca = self._issue('ca', None, None, -3, 1000)[0]
+        self._issue('other', None, None, -3, 1000)
+        self._issue('middle', 'ca', None, -3, 1000)
+        self.good = self.make('good')
+
+    def make(self, kind):
+        if os.path.exists(self._path(kind, 'crt')):
+            return self._path(kind, 'crt'), self._path(kind, 'key')
+        names, begin, end, issuer = self.KINDS[kind]
+        cert, key = self._issue(kind, issuer, names, begin, end)
+        if kind == 'chain':
+            with open(cert, 'a') as f:
+                f.write(open(self._path('middle', 'crt')).read())
+        return cert, key
+
+    def fingerprint(self, kind='good'):
+        text = tool('openssl', 'x509', '-in', self.make(kind)[0], '-noout', '-fingerprint', '-sha256')
+        return text.strip().split('=')[1].replace(':', '').lower()
+
+    def _path(self, name, what):
+        return os.path.join(self.folder, '%s.%s' % (name, what))
+
+    def _issue(self, name, issuer, names, begin, end):
+        """names None: a CA. issuer None: signed by itself."""
+        cert, key, request, conf = (self._path(name, x) for x in ('crt', 'key', 'csr', 'cnf'))
+        own = issuer is None
+        for suffix in ('.db', '.db.attr', '.serial'):
+            with open(self._path(name, 'ca') + suffix, 'w') as f:
+                f.write('%016x\n' % int.from_bytes(os.urandom(7), 'big') if suffix == '.serial' else '')
+        with open(conf, 'w') as f:
+            f.write('[req]\ndistinguished_name=dn\n[dn]\n[ca]\ndefault_ca=it\n[it]\n'
+                    'database=%s.db\nserial=%s.serial\nnew_certs_dir=%s\ndefault_md=sha256\n'
+                    'unique_subject=no\npolicy=any\nemail_in_dn=no\n[any]\ncommonName=supplied\n[ext]\n%s\n'
+                    % (self._path(name, 'ca'), self._path(name, 'ca'), self.folder,
+                       'basicConstraints=critical,CA:true' if names is None else
+                       'basicConstraints=critical,CA:false\nsubjectAltName=' + names))
+        kind = ['-newkey', 'rsa:2048'] if name == 'rsa' else \
+            ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256']
+        tool('openssl', 'req', '-new', '-config', conf, *kind, '-nodes', '-keyout', key,
+             '-out', request, '-subj', '/CN=imap_backup test ' + name)
+        when = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(time.time() + 86400 * d)) for d in (begin, end)]
+        signer = ['-selfsign', '-keyfile', key] if own else \
+            ['-cert', self._path(issuer, 'crt'), '-keyfile', self._path(issuer, 'key')]
+        tool('openssl', 'ca', '-batch', '-notext', '-config', conf, *signer, '-in', request,
+             '-out', cert, '-startdate', when[0], '-enddate', when[1], '-extensions', 'ext')
+        return cert, key
+
+
+class Dovecot:
+    """A private Dovecot: implicit TLS at port `tls`, clear with STARTTLS at port `port`.
+
+    starttls=False    no TLS at all
+    capability        replaces what CAPABILITY says
+    limit             connections of one user at a time (mail_max_userip_connections)
+    certificate       (file, key); `certificates` has made it
+    As root it runs as nobody: what this class writes below `folder` belongs to `owner`.
+    """
+
+    def __init__(self, folder, certificate, starttls=True, capability='', limit=100):
+        self.folder = folder
+        self.owner = pwd.getpwnam('nobody') if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+        self.group = grp.getgrgid(self.owner.pw_gid).gr_name
+        for name in ('', 'run', 'home', 'raw'):
+            self._mkdir(os.path.join(folder, name))
+        self.log_path = os.path.join(folder, 'log')
+        for source, name in zip(certificate, ('server.crt', 'server.key')):
+            shutil.copy(source, os.path.join(folder, name))
+            self._own(os.path.join(folder, name))
+        self.version = tool('dovecot', '--version', env={'PATH': SBIN}).split()[0]
+        self.conf = os.path.join(folder, 'dovecot.conf')
+        for attempt in range(5):   # another process may take the port in between
+            self.port, self.tls = free_ports(2)
+            with open(self.conf, 'w') as f:
+                f.write(self._config(starttls, capability, limit))
+            self._own(self.conf)
+            if self._start():
+                return
+        raise RuntimeError('Dovecot does not start:\n' + self.log())
+
+    # -- people --
+
+    def home(self, user):
+        return os.path.join(self.folder, 'home', user)
+
+    def maildir(self, user, mailbox='INBOX'):
+        base = os.path.join(self.home(user), 'Maildir')
+        return base if mailbox == 'INBOX' else os.path.join(base, mailbox)
+
+    def trace(self, user):
+        """From now on keep what this user's clients send."""
+        self._mkdir(os.path.join(self.folder, 'raw', user))
+
+    def commands(self, user):
+        """What they have sent after the login since trace(), and forget it: a list of lines."""
+        lines = []
+        for path in glob.glob(os.path.join(self.folder, 'raw', user, '*.in')):
+            with open(path, 'rb') as f:
+                lines += [line.rstrip(b'\r\n').split(b' ', 1) for line in f]
+            os.unlink(path)
+        return [line[-1].decode(errors='replace') for line in sorted(lines, key=lambda x: float(x[0]))]
+
+    def new_uidvalidity(self, user, mailbox='INBOX'):
+        """As if the mailbox had been restored: other UIDs, another UIDVALIDITY, the same mails."""
+        time.sleep(max(0, 1.1 - time.time() % 1))   # it is made of the time in seconds
+        path = self.maildir(user, mailbox)
+        for name in glob.glob(os.path.join(path, 'dovecot*')):
+            os.unlink(name)
+        for name in glob.glob(os.path.join(self.maildir(user), 'dovecot-uidvalidity*')):
+            os.unlink(name)
+
+    def own(self, path):
+        """Give a tree that a test has written to the server's user."""
+        if os.getuid() == 0:
+            for base, folders, files in os.walk(path):
+                for name in [base] + [os.path.join(base, x) for x in folders + files]:
+                    os.chown(name, self.owner.pw_uid, self.owner.pw_gid)
+
+    def log(self):
+        try:
+            with open(self.log_path, errors='replace') as f:
+                return f.read()
+        except OSError:
+            return ''
+
+    def sessions(self, user):
+        """(begin, end) of each of the user's sessions, from the log, in seconds."""
+        begun, over = {}, []
+        for line in self.log().splitlines():
+            m = re.match(r'(\d+\.\d+) ', line)
+            if not m or '<%s>' % user not in line and '(%s)' % user not in line:
+                continue
+            pid = re.search(r'mpid=(\d+)', line) or re.search(r'\)<(\d+)><', line)
+            if ' Login: ' in line and pid:
+                begun[pid.group(1)] = float(m.group(1))
+            elif pid and pid.group(1) in begun and re.search(r'Logged out|Disconnected|Connection closed', line):
+                over.append((begun.pop(pid.group(1)), float(m.group(1))))
+        return over + [(t, float('inf')) for t in begun.values()]
+
+    def peak(self, user, slack=0.02):
+        """Most sessions at a time; one that ends within `slack` of another's begin does not count."""
+        spans = self.sessions(user)
+        return max([sum(1 for b, e in spans if b <= begin < e - slack) for begin, _ in spans], default=0)
+
+    def stop(self):
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+    # -- the rest --
+
+    def _own(self, path):
+        if os.getuid() == 0:
+            os.chown(path, self.owner.pw_uid, self.owner.pw_gid)
+
+    def _mkdir(self, path):
+        os.makedirs(path, exist_ok=True)
+        self._own(path)
+
+    def _start(self):
+        # The shell outlives nobody: its standard input ends with us, and then it ends Dovecot.
+        script = ('dovecot -F -c "$1" </dev/null >>"$2.out" 2>&1 & d=$!\n'
+                  'read -r x; kill $d 2>/dev/null\n'
+                  'for i in 1 2 3 4 5 6 7 8 9 10; do kill -0 $d 2>/dev/null || exit 0; sleep 0.2; done\n'
+                  'kill -9 $d')
+        as_user = {}
+        if os.getuid() == 0:
+            as_user = dict(user=self.owner.pw_uid, group=self.owner.pw_gid, extra_groups=[])
+        self.process = subprocess.Popen(['sh', '-c', script, 'sh', self.conf, self.log_path],
+                                        stdin=subprocess.PIPE, cwd=self.folder, start_new_session=True,
+                                        env={'PATH': SBIN, 'HOME': self.folder}, **as_user)
+        for _ in range(100):
+            try:
+                with socket.create_connection(('127.0.0.1', self.port), 5) as s:
+                    if s.recv(100).startswith(b'* OK'):
+                        return True
+            except OSError:
+                pass
+            time.sleep(0.05)
+        self.stop()
+        return False
+
+    def _config(self, starttls, capability, limit):
+        new = tuple(int(x) for x in re.findall(r'\d+', self.version)[:2]) >= (2, 4)
+        at = self.folder
+        lines = ['dovecot_config_version = 2.4.0', 'dovecot_storage_version = 2.4.0'] if new else []
+        lines += [
+            'base_dir = %s/run' % at, 'state_dir = %s/run' % at, 'log_path = ' + self.log_path,
+            'log_timestamp = "%s.%{usecs} "', 'listen = 127.0.0.1', 'protocols = imap',
+            'default_internal_user = ' + self.owner.pw_name, 'default_login_user = ' + self.owner.pw_name,
+            'default_internal_group = ' + self.group,
+            'mail_max_userip_connections = %d' % limit, 'mail_fsync = never',
+            'auth_failure_delay = 0', 'auth_mechanisms = plain login',
+            'first_valid_uid = 1', 'first_valid_gid = 1',
+            'rawlog_dir = %s/raw/%s' % (at, '%{user}' if new else '%u'),
+            'ssl = ' + ('yes' if starttls else 'no'),
+        ]
+        if capability:
+            lines.append('imap_capability = ' + capability)
+        if new:
+            lines += ['auth_allow_cleartext = yes', 'mail_driver = maildir', 'mail_path = ~/Maildir',
+                      'mailbox_list_layout = fs', 'mail_inbox_path = ~/Maildir',
+                      'ssl_server_cert_file = %s/server.crt' % at,
+                      'ssl_server_key_file = %s/server.key' % at,
+                      'passdb static {\n  password = %s\n}' % PASSWORD,
+                      'userdb static {\n  fields {\n    uid = %d\n    gid = %d\n    home = %s/home/%%{user}\n  }\n}'
+                      % (self.owner.pw_uid, self.owner.pw_gid, at)]
+        else:
+            lines += ['disable_plaintext_auth = no', 'mail_location = maildir:~/Maildir:LAYOUT=fs',
+                      'ssl_cert = <%s/server.crt' % at, 'ssl_key = <%s/server.key' % at,
+                      'stats_writer_socket_path =',
+                      'passdb {\n  driver = static\n  args = password=%s\n}' % PASSWORD,
+                      'userdb {\n  driver = static\n  args = uid=%d gid=%d home=%s/home/%%u\n}'
+                      % (self.owner.pw_uid, self.owner.pw_gid, at)]
+        lines += [
+            'namespace inbox {\n  inbox = yes\n  separator = /\n}',
+            'service imap-login {\n  chroot =\n  service_count = 0\n  client_limit = 500\n'
+            '  inet_listener imap {\n    port = %d\n  }\n  inet_listener imaps {\n    port = %d\n    ssl = yes\n  }\n}'
+            % (self.port, self.tls if starttls else 0),
+            'service imap {\n  process_limit = 300\n  service_count = 100\n}',
+            'service anvil {\n  chroot =\n}', 'service stats {\n  chroot =\n}',
+        ]
+        return '\n'.join(lines) + '\n'
+
+
+class Web:
+    """A web server for success_url and failure_url. `answers` are the statuses to give in turn, the
+    last one for ever; a string is a place to redirect to. `requests` are the paths asked for."""
+
+    def __init__(self, answers=(200,), certificate=None, delay=0):
+        answers, self.requests = list(answers), []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                time.sleep(delay)
+                if isinstance(answer, str):
+                    self.send_response(302)
+                    self.send_header('Location', answer)
+                else:
+                    self.send_response(answer)
+                self.send_header('Content-Length', '3')
+                self.end_headers()
+                self.wfile.write(b'ok\n')
+
+            do_POST = do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.url = '%s://localhost:%d' % ('https' if certificate else 'http', self.server.server_port)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,86 @@
+#!/bin/sh
+# setup.sh [build|demo|test] - install what is missing on Debian or Ubuntu; silent if nothing is
+#
+#   build   what the program is built from
+#   demo    and what `make demo` needs: a Dovecot of its own, python3, openssl
+#   test    and what the tests need (the same today)
+#
+# Nothing is installed that is there in another form: what counts is that it works.
+set -eu
+PATH=$PATH:/usr/sbin:/sbin
+cc=${CC:-cc}
+
+need() # PACKAGE COMMAND...: the package is missing if the command fails
+{
+	package=$1
+	shift
+	"$@" >/dev/null 2>&1 </dev/null || missing="$missing $package"
+}
+
+header() # NAME
+{
+	echo "#include <$1>" | $cc -E - 
+}
+
+header_of() # PACKAGE HEADER: as need, but the input is the header's
+{
+	header "$2" >/dev/null 2>&1 || missing="$missing $1"
+}
+
+missing=
+need gcc command -v "${cc%% *}"
+need make command -v make
+if [ -z "$missing" ]; then
+	header_of libc6-dev stdio.h
+	header_of libbearssl-dev bearssl.h
+	header_of libcurl4-openssl-dev curl/curl.h
+else
+	missing="$missing libc6-dev libbearssl-dev libcurl4-openssl-dev"
+fi
+case ${1:-build} in
+build) ;;
+demo|test)
+	need dovecot-imapd command -v dovecot
+	[ -z "$(command -v dovecot)" ] || need dovecot-imapd test -x /usr/lib/dovecot/imap -o \
+		-x /usr/libexec/dovecot/imap -o -x /usr/local/libexec/dovecot/imap
+	need python3 python3 -c 'import ssl, sys; sys.exit(sys.version_info < (3, 9))'
+	need openssl command -v openssl
+	;;
+*)
+	echo "usage: $0 [build|demo|test]" >&2
+	exit 2
+	;;
+esac
+[ -n "$missing" ] || exit 0
+
+if ! command -v apt-get >/dev/null; then
+	echo "missing:$missing (these are Debian's names); please install them" >&2
+	exit 1
+fi
+root=
+if [ "$(id -u)" != 0 ]; then
+	root=sudo
+	if ! command -v sudo >/dev/null; then
+		echo "missing:$missing; as root: apt-get install$missing" >&2
+		exit 1
+	fi
+fi
+echo "installing$missing" >&2
+# A Dovecot that comes along must not begin to serve this machine, now or after the next boot.
+# shellcheck disable=SC2016
+$root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
+	policy=/usr/sbin/policy-rc.d ours= log=$(mktemp)
+	trap "rm -f \"$log\"; [ -z \"\$ours\" ] || rm -f $policy" EXIT
+	if [ ! -e $policy ]; then
+		ours=1
+		printf "#!/bin/sh\nexit 101\n" >$policy
+		chmod 755 $policy
+	fi
+	(apt-get install -qq -y --no-install-recommends "$@" ||
+	 { apt-get update -qq && apt-get install -qq -y --no-install-recommends "$@"; }) >"$log" 2>&1 ||
+		{ cat "$log" >&2; exit 1; }
+	case " $* " in
+	*" dovecot-imapd "*)
+		systemctl disable --now dovecot.service dovecot.socket >/dev/null 2>&1 || true ;;
+	esac
+' setup $missing
