@@ -74,9 +74,8 @@ enum {
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 32,           /* commands without an answer */
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
-	IMAP_NOISE_MAX = 1 << 20,       /* octets without anything that we asked for */
+	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
 	IMAP_DEPTH_MAX = 64,            /* parentheses in what we skip */
-	IMAP_SKIP_MAX = 16 << 20,       /* octets of a literal that we skip */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,             /* of UIDs in one command */
@@ -1649,8 +1648,8 @@ struct imap {
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
 	int (*on_uids)(void *context, uint32_t low, uint32_t high);
-	/* A literal begins, comes, and the response that it stands in ends. Which mail it is may only
-	 * be known then. Responses without a literal have only the end. */
+	/* A literal begins (returns 1 if it is wanted), comes, and the response that it stands in ends.
+	 * Which mail it is may only be known then. Responses without a literal have only the end. */
 	int (*on_literal)(void *context, const struct imap_fetch *fetch);
 	int (*on_octets)(void *context, const struct imap_fetch *fetch, const void *octets, size_t n);
 	int (*on_fetch)(void *context, const struct imap_fetch *fetch);
@@ -1671,6 +1670,16 @@ static int imap_peek(struct imap *im)
 	return *im->s.at;
 }
 
+/* Octets have come that may be of no use to anybody; what is of use sets im->noise back to 0. */
+static int imap_noise(struct imap *im, uint64_t octets)
+{
+	im->noise += octets;
+	if (im->noise <= IMAP_NOISE_MAX)
+		return 0;
+	return stream_fail(&im->s, E_PROTO, "the server sends more than %d octets that nobody asked for",
+			   IMAP_NOISE_MAX);
+}
+
 static int imap_next(struct imap *im)
 {
 	int c = imap_peek(im);
@@ -1680,10 +1689,7 @@ static int imap_next(struct imap *im)
 	im->s.at++;
 	if (im->trace && im->line_octets < sizeof im->line && c != '\n' && c != '\r')
 		im->line[im->line_octets++] = (char)c;
-	if (++im->noise > IMAP_NOISE_MAX)
-		return stream_fail(&im->s, E_PROTO, "the server sends more than %d octets that nobody "
-				   "asked for", IMAP_NOISE_MAX);
-	return c;
+	return imap_noise(im, 1) != 0 ? -1 : c;
 }
 
 static bool imap_is(struct imap *im, int c)
@@ -1792,9 +1798,8 @@ static int imap_literal(struct imap *im, uint64_t *octets)
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
 static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
-	if (fetch == NULL && octets > IMAP_SKIP_MAX)
-		return stream_fail(&im->s, E_PROTO, "the server sends a literal of %llu octets that nobody "
-				   "asked for", (unsigned long long)octets);
+	if (fetch == NULL && imap_noise(im, octets) != 0)
+		return -1;
 	while (octets > 0) {
 		size_t n;
 
@@ -2094,40 +2099,32 @@ static int imap_section(struct imap *im, enum imap_section *section)
 /* The value of BODY[...]: a literal, a quoted string, or NIL. */
 static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
 {
-	struct imap_fetch *sink = section != SECTION_NONE && fetch->section == SECTION_NONE ? fetch : NULL;
-	int c = imap_peek(im);
+	int c = imap_peek(im), wanted = 0;
+	char text[IMAP_LINE_MAX];
+	uint64_t octets = 0;
+	int64_t n;
 
 	if (c == '{' || c == '~') {
-		uint64_t octets;
-
 		if (imap_literal(im, &octets) != 0)
 			return -1;
-		if (sink != NULL) {
-			sink->section = section;
-			sink->octets = octets;
-			if (im->on_literal(im->context, sink) != 0)
-				return -1;
-		}
-		im->noise = sink != NULL ? 0 : im->noise;
-		return imap_pour(im, octets, sink);
-	}
-	if (c == '"') { /* short ones may come so */
-		char text[IMAP_LINE_MAX];
-		int64_t n = imap_string(im, text, sizeof text);
-
-		if (n < 0)
+	} else if (c == '"') { /* short ones may come so */
+		if ((n = imap_string(im, text, sizeof text)) < 0)
 			return -1;
-		if (sink == NULL)
-			return 0;
 		if (n >= (int64_t)sizeof text)
 			return imap_proto(im, "a mail as a long quoted string", "a literal");
-		sink->section = section;
-		sink->octets = (uint64_t)n;
-		if (im->on_literal(im->context, sink) != 0)
-			return -1;
-		return n == 0 ? 0 : im->on_octets(im->context, sink, text, (size_t)n);
+		octets = (uint64_t)n;
+	} else {
+		return c == ')' ? 0 : imap_skip(im); /* NIL; Yandex sends nothing at all */
 	}
-	return c == ')' ? 0 : imap_skip(im); /* NIL; Yandex sends nothing at all */
+	if (section != SECTION_NONE && fetch->section == SECTION_NONE) {
+		fetch->section = section;
+		fetch->octets = octets;
+		if ((wanted = im->on_literal(im->context, fetch)) < 0)
+			return -1;
+	}
+	if (c != '"')
+		return imap_pour(im, octets, wanted ? fetch : NULL);
+	return wanted && octets > 0 ? im->on_octets(im->context, fetch, text, (size_t)octets) : 0;
 }
 
 static int imap_fetch_response(struct imap *im, uint32_t uid)
@@ -3072,8 +3069,8 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 	struct sync *y = context;
 
 	y->has_header = y->writing = false;
-	if (fetch->uid != 0 && !sync_wants(y, fetch->uid))
-		return 0; /* nobody asked for it: let it pass */
+	if (!y->im->selected || (fetch->uid != 0 && !sync_wants(y, fetch->uid)))
+		return 0; /* nobody asked for it */
 	if (fetch->section == SECTION_ID) {
 		mbox_header_init(&y->header, NULL);
 		y->has_header = true;
@@ -3081,10 +3078,11 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		mbox_made_init(&y->made);
 		y->has_header = true;
 	} else if (fetch->octets > 0 && !y->dry) {
-		y->writing = mbox_begin(y->m, y->e) == 0;
-		return y->writing ? 0 : -1;
+		if (mbox_begin(y->m, fetch->has_date ? fetch->date_sec : 0, y->e) != 0)
+			return -1;
+		y->writing = true;
 	}
-	return 0;
+	return y->has_header || y->writing;
 }
 
 static int on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
@@ -3096,9 +3094,9 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 		if (mbox_write(y->m, octets, n, y->e) != 0)
 			return -1;
 		y->progress(y->context);
-	} else if (y->has_header && fetch->section == SECTION_ID) {
+	} else if (fetch->section == SECTION_ID) {
 		mbox_header_feed(&y->header, octets, n);
-	} else if (y->has_header) {
+	} else {
 		mbox_made_feed(&y->made, octets, n);
 	}
 	return 0;
@@ -3163,7 +3161,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size &&
 	    fetch->size == 0 && fetch->uid != 0 && !y->dry && sync_wants(y, fetch->uid)) {
 		/* Really empty: the server says so twice. */
-		if (mbox_begin(y->m, y->e) != 0)
+		if (mbox_begin(y->m, 0, y->e) != 0)
 			return -1;
 		return sync_store(y, fetch);
 	}

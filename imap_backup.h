@@ -277,10 +277,11 @@ int mbox_judge(struct mbox *m, bool torn, struct err *e); /* torn: marked gone, 
 /* -- storing -- */
 
 /*
- * Begin to append a mail. At the first one the index is marked "writing" and synced. E_FORMAT if
- * another program has changed the mbox since.
+ * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(), at a price. At
+ * the first one the index is marked "writing" and synced. E_FORMAT if another program has changed
+ * the mbox since.
  */
-int mbox_begin(struct mbox *m, struct err *e);
+int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e);
 
 /* The mail's next octets as they come from the server, cut anywhere. */
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);

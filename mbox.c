@@ -410,6 +410,7 @@ struct mbox {
 
 	/* the mail being stored */
 	off_t start;             /* -1: none */
+	int64_t when_sec;        /* as its From line says */
 	off_t flushed;           /* the mbox file's length; 'buffer' follows it */
 	size_t buffered, summed; /* octets in 'buffer'; of these already in 'sum' */
 	struct sum sum;
@@ -1489,7 +1490,8 @@ static int flush(struct mbox *m, struct err *e)
 			       m->path, (long long)st.st_size, (long long)m->flushed);
 	}
 	if (write_all(m, m->fd, m->buffer, m->buffered, m->flushed, e) != 0) {
-		/* What did get written lies behind 'flushed'; mbox_abort() cuts it off. */
+		/* Whole mails may be lost with it, whose records stand: let mbox_open() sort it out. */
+		m->stuck = true;
 		m->buffered = 0;
 		return -1;
 	}
@@ -1791,7 +1793,7 @@ static void from_line(char out[FROM_OCTETS + 1], int64_t when_sec)
 		 (unsigned)second / 60 % 60, (unsigned)second % 60, (unsigned)year % 10000);
 }
 
-int mbox_begin(struct mbox *m, struct err *e)
+int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 {
 	char line[FROM_OCTETS + 1];
 	struct stat st, named;
@@ -1811,7 +1813,8 @@ int mbox_begin(struct mbox *m, struct err *e)
 	m->sum = (struct sum){ 0 };
 	mbox_header_init(&m->header, NULL);
 	m->header_over = m->known_already = m->sum_again = m->cr = false;
-	from_line(line, 0);
+	m->when_sec = when_sec;
+	from_line(line, when_sec);
 	if (put(m, line, FROM_OCTETS, e) != 0 || put(m, status_field, sizeof status_field - 1, e) != 0 ||
 	    put(m, "0000\n", 5, e) != 0) {
 		mbox_abort(m);
@@ -1964,10 +1967,12 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		goto fail;
 	if (put(m, "\n\n", m->prefix == 0 && !m->cr ? 1 : 2, e) != 0)
 		goto fail;
-	from_line(from, when_sec);
-	m->sum_again = m->sum_again || m->start < m->flushed;
-	if (patch(m, m->start, from, FROM_OCTETS, e) != 0)
-		goto fail;
+	if (when_sec != m->when_sec) {
+		from_line(from, when_sec);
+		m->sum_again = m->sum_again || m->start < m->flushed;
+		if (patch(m, m->start, from, FROM_OCTETS, e) != 0)
+			goto fail;
+	}
 	r.octets = m->flushed + (off_t)m->buffered - m->start;
 	if (m->sum_again) {
 		struct reader reader;
