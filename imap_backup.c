@@ -3268,8 +3268,9 @@ static int sync_batch_done(struct sync *y)
 
 			if (b->kind == BATCH_MAILS)
 				to = b->single ? &y->failed : &y->again;
-			if (mbox_next_uid(y->m, uid) != uid && !set_has(&y->ask_made, uid) &&
-			    !sync_asked(y, uid) && !set_add(to, uid, uid))
+			if (set_has(&y->listing, uid) && mbox_next_uid(y->m, uid) != uid &&
+			    !set_has(&y->ask_made, uid) && !sync_asked(y, uid) &&
+			    !set_add(to, uid, uid))
 				return sync_out_of_room(y);
 			if (uid == b->ranges[i].high)
 				break;
@@ -3353,7 +3354,8 @@ static int sync_find_unknown(struct sync *y, struct set *into)
 	     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0) {
 		if (known != 0 && known < uid)
 			known = mbox_next_uid(y->m, uid);
-		if (uid != known && !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
+		if (uid != known && !sync_asked(y, uid) &&
+		    !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
 			return sync_out_of_room(y);
 	}
 	return 0;
@@ -3405,6 +3407,30 @@ static int sync_try_suspect(struct sync *y)
 	return sync_pump(y, false);
 }
 
+/*
+ * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE. What
+ * the listing then does not have of them was a gap.
+ */
+static int sync_send_first_batch(struct sync *y, const struct imap_status *status)
+{
+	const struct mbox_claim *old = mbox_claimed(y->m);
+	struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+	bool empty = mbox_count(y->m) == 0;
+	uint32_t most = empty ? y->config->email_batch : y->config->header_batch, low = 1;
+
+	if (!empty)
+		low = old->uidvalidity == status->uidvalidity ? old->uidnext : 0;
+	if (low == 0 || low >= status->uidnext || status->messages == 0 || y->attempt->careful ||
+	    y->attempt->poisons > 0 || (empty && y->dry))
+		return 0;
+	most = status->uidnext - low < most ? status->uidnext - low : most;
+	b->kind = empty ? BATCH_MAILS : BATCH_ASK;
+	b->single = false;
+	b->n = 1;
+	b->ranges[0] = (struct range){ low, low + most - 1 };
+	return sync_send_batch(y, b);
+}
+
 /* Select the mailbox and bring the archive up to it. *claim is what may be said of it afterwards. */
 static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_claim *claim)
 {
@@ -3412,7 +3438,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	const struct mbox_claim old = *mbox_claimed(y->m);
 	bool condstore = (im->capabilities & CAP_CONDSTORE) != 0 && old.highestmodseq > 0;
 	bool with_flags = old.uidvalidity != 0 && mbox_count(y->m) > 0 && !condstore;
-	bool ahead = !im->one_at_a_time && box->status.known;
+	bool ahead = !im->one_at_a_time && box->status.known, empty = mbox_count(y->m) == 0;
+	struct mbox_claim only = { .unseen = UINT32_MAX };
 	char quoted[2 * MBOX_NAME_MAX + 20];
 	unsigned examine, listing = 0, changes = 0;
 	const struct imap_result *result;
@@ -3434,13 +3461,16 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 			changes = imap_send(im, NULL, "UID FETCH 1:%lu (FLAGS) (CHANGEDSINCE %llu)",
 					    old.uidnext > 1 ? (unsigned long)old.uidnext - 1 : 1ul,
 					    (unsigned long long)old.highestmodseq);
+		if (sync_send_first_batch(y, &box->status) != 0)
+			return -1;
 	}
 	if (examine == 0 || (result = imap_wait(im, examine)) == NULL)
 		return sync_line_failed(y);
 	if (result->condition != IMAP_OK) {
 		imap_refused(y->e, result, "opening the mailbox");
 		if ((listing > 0 && imap_wait(im, listing) == NULL) ||
-		    (changes > 0 && imap_wait(im, changes) == NULL))
+		    (changes > 0 && imap_wait(im, changes) == NULL) ||
+		    (y->pending > 0 && imap_wait(im, y->flight[y->first].tag) == NULL))
 			y->e->code = E_NET;
 		return -1;
 	}
@@ -3450,6 +3480,12 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	y->rekeyed = im->uidvalidity == 0 || im->uidvalidity != old.uidvalidity;
 	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 ||
 		    im->exists == 10000;
+	if (y->rekeyed)
+		mbox_forget_uids(y->m);
+	y->rekeyed = y->rekeyed && !empty;
+	only.uidvalidity = im->uidvalidity;
+	if (empty && !y->dry && mbox_commit(y->m, &only, y->e) != 0)
+		return -1;
 	im->selected = true;
 	if (!ahead)
 		listing = sync_send_listing(y, with_flags && im->exists > 0);
@@ -3471,18 +3507,13 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		y->counts->failures++;
 	}
 
-	if (y->rekeyed) {
+	if (!y->rekeyed && complete > 0)
+		mbox_drop_uids(y->m, sync_lives, y);
+	if (sync_find_unknown(y, empty ? &y->want : &y->ask) != 0)
+		return -1;
+	if (y->rekeyed) { /* the new UIDVALIDITY is committed together with all known UIDs */
 		if (old.uidvalidity != 0)
 			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
-		mbox_forget_uids(y->m);
-	} else if (complete > 0) {
-		mbox_drop_uids(y->m, sync_lives, y);
-	}
-	if (sync_find_unknown(y, mbox_count(y->m) > 0 ? &y->ask : &y->want) != 0)
-		return -1;
-	if (y->rekeyed) { /* the new UIDVALIDITY is committed together with all UIDs that are known */
-		const struct mbox_claim only = { .uidvalidity = im->uidvalidity, .unseen = UINT32_MAX };
-
 		y->rekeyed = false;
 		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
 			return -1;

@@ -319,7 +319,7 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 
 			mbox_made_feed(h->made, p, run);
 			if (lf != NULL)
-				mbox_made_feed(h->made, "\r\n" + (cr ? 1 : 0), cr ? 1 : 2);
+				mbox_made_feed(h->made, cr ? "\n" : "\r\n", cr ? 1 : 2);
 		} else if (h->at == MBOX_AT_ID) {
 			for (size_t i = 0; i < run; i++) {
 				if (is_space(p[i])) {

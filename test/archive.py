@@ -115,23 +115,26 @@ def from_date(when):
 def file_name(wire, delimiter='/'):
     """The archive's file name for a mailbox's name on the wire (str; surrogateescape for raw octets)."""
     raw = wire.encode('utf-8', 'surrogateescape')
-    parts = raw.split(delimiter.encode()) if delimiter else [raw]
     out = []
-    for part in parts:
-        part = decode_mutf7(part)
+    for part in raw.split(delimiter.encode()) if delimiter else [raw]:
+        part = decode_mutf7(part).decode('utf-8', 'surrogateescape')
+        if not out and part.upper() == 'INBOX':
+            part = 'INBOX'
         name = ''
-        for i, c in enumerate(part.decode('utf-8', 'surrogateescape')):
-            octets = c.encode('utf-8', 'surrogateescape')
-            bad = c in '/\\:*?"<>|%' or ord(c) < 32 or ord(c) == 127 or 0xdc80 <= ord(c) <= 0xdcff \
-                or c == '.' and delimiter != '.'
-            name += ''.join('%%%02X' % o for o in octets) if bad else c
+        for i, c in enumerate(part):
+            edge = i in (0, len(part) - 1)
+            bad = c in '/\\:*?"<>|%' or ord(c) < 32 or 127 <= ord(c) < 160 or 0xdc80 <= ord(c) <= 0xdcff \
+                or c == '.' and (edge or delimiter) or c == ' ' and edge
+            name += ''.join('%%%02X' % o for o in c.encode('utf-8', 'surrogateescape')) if bad else c
         out.append(name)
-    name = '.'.join(out)
-    if name[:1] in ('.', ' '):
-        name = '%%%02X' % ord(name[0]) + name[1:]
-    if name[-1:] in ('.', ' '):
-        name = name[:-1] + '%%%02X' % ord(name[-1])
-    return name + '.mbox'
+    name = '.'.join(out).encode()
+    if len(name) > 140:
+        tail = b'~' + hashlib.sha256(name).hexdigest()[:8].encode()
+        cut = 131
+        while cut and (name[cut] & 0xc0 == 0x80 or re.search(rb'%.?$', name[:cut])):
+            cut -= 1
+        name = name[:cut] + tail
+    return name.decode() + '.mbox'
 
 
 def decode_mutf7(part):
