@@ -1199,7 +1199,8 @@ static void tls_judge(br_x509_minimal_context *chain)
 
 /*
  * Begin TLS. Everything that arrived before is refused: whoever sits on the line may have sent it,
- * to be taken for the server's once we trust it (RFC 3501 11.1).
+ * to be taken for the server's once we trust it (RFC 3501 11.1). 'trust' is NULL where fingerprints
+ * alone decide.
  */
 static int stream_start_tls(struct stream *s, const struct trust *trust)
 {
@@ -1228,7 +1229,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 		return stream_fail(s, E_PROTO, "the server talked before the TLS handshake");
 	t = allocate(sizeof *t);
 	s->tls = t;
-	br_ssl_client_init_full(&t->client, &t->chain, trust->anchors, trust->n);
+	br_ssl_client_init_full(&t->client, &t->chain, trust != NULL ? trust->anchors : NULL,
+				trust != NULL ? trust->n : 0);
 	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
 	memcpy(order, suites, sizeof order);
 	if (br_aes_x86ni_ctr_get_vtable() != NULL) {
@@ -3454,7 +3456,9 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		snprintf(quoted, sizeof quoted, "\"%s\"", box->name);
 	else
 		imap_quote(quoted, sizeof quoted, box->name);
-	examine = imap_send(im, NULL, "EXAMINE %s", quoted);
+	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
+	examine = imap_send(im, NULL, "EXAMINE %s%s", quoted,
+			    im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
 	if (ahead) {
 		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
 		if (condstore)

@@ -1347,8 +1347,9 @@ static int put_in_order(struct mbox *m, struct err *e)
 		return err_set(e, E_FORMAT, "%s: this archive is of the mailbox \"%s\", not of \"%s\"",
 			       path, other, m->name);
 	m->disk = states[0];
+	/* The older copy's mark is void where the newer one says that all is at rest: no cutting then. */
 	for (int i = 0; i < 2 && loaded == 0 && found > 0; i++)
-		if (states[i].turn > 0)
+		if (states[i].turn > 0 && (i == 0 || states[0].writing))
 			loaded = load(m, &states[i], e);
 	if (loaded < 0)
 		return -1;

@@ -142,7 +142,7 @@ def awkward(seed=1):
         ('copy 2', b'Message-ID: <copied@x>\r\nSubject: copy\r\nX: y\r\n\r\ntwo\r\n')))]
     for n in (1, 2, 65535, 65536, 65537, 131072):
         out.append(('%d octets' % n, exact(rng, n)))
-    for when in (-1, -86400 * 3000, 0, 1, 951782400, 2**31 - 1, 2**31, 4102444800):
+    for when in (0, 1, 951782400, 2**31 - 1, 2**31, 4102444800):
         out.append(('date %d' % when, mail(rng, 'date %d' % when, when=when)))
     return out
 

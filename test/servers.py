@@ -157,7 +157,7 @@ class Dovecot:
         lines = []
         for path in glob.glob(os.path.join(self.folder, 'raw', user, '*.in')):
             with open(path, 'rb') as f:
-                lines += [line.rstrip(b'\r\n').split(b' ', 1) for line in f]
+                lines += [line.rstrip(b'\r\n').split(b' ', 2) for line in f]   # time, tag, command
             os.unlink(path)
         return [line[-1].decode(errors='replace') for line in sorted(lines, key=lambda x: float(x[0]))]
 
@@ -165,8 +165,9 @@ class Dovecot:
         """As if the mailbox had been restored: other UIDs, another UIDVALIDITY, the same mails."""
         time.sleep(max(0, 1.1 - time.time() % 1))   # it is made of the time in seconds
         path = self.maildir(user, mailbox)
-        for name in glob.glob(os.path.join(path, 'dovecot*')):
-            os.unlink(name)
+        for name in glob.glob(os.path.join(path, 'dovecot[.-]*')):
+            if not name.endswith('keywords'):
+                os.unlink(name)
         for name in glob.glob(os.path.join(self.maildir(user), 'dovecot-uidvalidity*')):
             os.unlink(name)
 

@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Runs the tests: run.py [-v] [-j N] [PATTERN ...]
+
+Every function test_* of a file test_*.py is a test and gets a T; every t_*.c is one too: it is
+compiled with the sources and must exit with 0. A line a test, then "N passed, N failed".
+"""
+import argparse
+import contextlib
+import glob
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(HERE)
+sys.path.insert(0, HERE)
+import archive    # noqa: E402
+import sample     # noqa: E402
+import servers    # noqa: E402
+
+PROGRAM = os.environ.get('IMAP_BACKUP', os.path.join(TOP, 'imap_backup'))
+LIMIT_SEC = 300   # one test
+
+
+class Skip(Exception):
+    """The test cannot be run on this machine."""
+
+
+class Result:
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+    def __repr__(self):
+        return 'status %d\n-- out\n%s\n-- err\n%s' % (self.status, self.out, self.err)
+
+
+class T:
+    """What a test works with: a folder of its own, servers, and the program."""
+    shared = {}   # servers live as long as the runner's process
+
+    def __init__(self, name):
+        self.name = name
+        self.folder = tempfile.mkdtemp(prefix='ib-')
+        self.dest = os.path.join(self.folder, 'backup')
+        self.path = os.path.join(self.folder, 'config.json')
+        self.user = 'u%d%s' % (os.getpid(), name.replace('test_', '').replace('_', ''))
+        self.email = self.user + '@example.org'
+        self.cleanups = []
+
+    @classmethod
+    def base(cls):
+        if 'base' not in cls.shared:
+            cls.shared['base'] = tempfile.mkdtemp(prefix='ib-run-')
+            os.chmod(cls.shared['base'], 0o755)
+            cls.shared['certs'] = servers.Certificates(os.path.join(cls.shared['base'], 'certs'))
+        return cls.shared['base']
+
+    @property
+    def certs(self):
+        self.base()
+        return self.shared['certs']
+
+    def dovecot(self, kind='', **options):
+        """A Dovecot shared by all tests of this process that ask for the same kind."""
+        if 'dovecot' + kind not in self.shared:
+            self.shared['dovecot' + kind] = servers.Dovecot(
+                os.path.join(self.base(), 'dovecot' + kind), self.certs.good, **options)
+        return self.shared['dovecot' + kind]
+
+    def account(self, server=None, mode='tls', **more):
+        """An account of the config, at a Dovecot (or a scripted server with .port)."""
+        server = server or self.dovecot()
+        port = server.tls if mode == 'tls' and hasattr(server, 'tls') else server.port
+        return dict({'email': self.email, 'username': self.user, 'host': 'localhost', 'port': port,
+                     'password': servers.PASSWORD, 'ca_file': self.certs.ca},
+                    **({'ssl': True} if mode == 'tls' else {}), **more)
+
+    def config(self, *accounts, **more):
+        """Write the config; without accounts it has the one at the house Dovecot."""
+        whole = dict({'destination': self.dest, 'timeout': 20, 'retries': 1,
+                      'accounts': list(accounts) or [self.account()]}, **more)
+        with open(self.path, 'w') as f:
+            json.dump(whole, f, indent=1)
+        os.chmod(self.path, 0o600)
+        return whole
+
+    def run(self, *args, config=True, env=None, timeout=120):
+        command = [PROGRAM, *args] + ([self.path] if config else [])
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.folder,
+                              env=dict(os.environ, **(env or {})), timeout=timeout,
+                              stdin=subprocess.DEVNULL)
+        return Result(done.returncode, done.stdout.decode(errors='replace'),
+                      done.stderr.decode(errors='replace'))
+
+    def backup(self, *args, status=0, **more):
+        got = self.run(*args, **more)
+        assert got.status == status, 'exit status %d, not %d:\n%s' % (got.status, status, got.err)
+        return got
+
+    def archive(self, email=None):
+        return os.path.join(self.dest, email or self.email)
+
+    def mbox(self, name='INBOX'):
+        return os.path.join(self.archive(), archive.file_name(sample.mutf7(name)))
+
+    def imap(self, server=None):
+        """imaplib, logged in at the Dovecot."""
+        server = server or self.dovecot()
+        imap = archive.login('127.0.0.1', server.port, self.user, servers.PASSWORD)
+        self.cleanups.append(lambda: imap.sock.close())
+        return imap
+
+    def held(self, server=None):
+        """What the server holds, {name on the wire: [archive.Mail]}."""
+        imap = self.imap(server)
+        with contextlib.suppress(Exception):
+            return archive.fetch_all(imap)
+        return archive.fetch_all(self.imap(server))
+
+    def same(self, held, **more):
+        complaints = archive.compare_account(self.archive(), held, **more)
+        assert not complaints, '\n'.join(complaints[:10])
+
+    def close(self):
+        for cleanup in self.cleanups:
+            with contextlib.suppress(Exception):
+                cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_one(task):
+    """(name, reason or None, output) of a test; 'skipped: ...' as a reason does not fail."""
+    module, name = task
+    output = io.StringIO()
+    if module == 'C':
+        return run_c(name)
+    t = T(name)
+    began = time.monotonic()
+    try:
+        with contextlib.redirect_stdout(output):
+            getattr(importlib.import_module(module), name)(t)
+        reason = None
+    except Skip as e:
+        reason = 'skipped: %s' % e
+    except Exception as e:
+        reason = '%s: %s' % (type(e).__name__, str(e).split('\n')[0])
+        output.write(traceback.format_exc())
+    finally:
+        t.close()
+    return name, reason, output.getvalue(), time.monotonic() - began
+
+
+def run_c(path):
+    """Compile and run a unit test under ASan and UBSan."""
+    name, began = os.path.basename(path)[:-2], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        binary = os.path.join(folder, name)
+        sources = [os.path.join(TOP, s) for s in ('json.c', 'mbox.c')]
+        command = [os.environ.get('CC', 'cc'), '-std=c11', '-D_POSIX_C_SOURCE=200809L',
+                   '-D_FILE_OFFSET_BITS=64', '-g', '-O1', '-fsanitize=address,undefined',
+                   '-fno-sanitize-recover=undefined', '-I', TOP, '-o', binary, path, *sources,
+                   '-lbearssl', '-lcurl']
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode == 0:
+            done = subprocess.run([binary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  cwd=folder, timeout=LIMIT_SEC)
+        reason = None if done.returncode == 0 else 'exit status %d' % done.returncode
+        return name, reason, done.stdout.decode(errors='replace'), time.monotonic() - began
+
+
+def worker(tasks, results):
+    for task in iter(tasks.get, None):
+        results.put(run_one(task))
+    for server in T.shared.values():
+        if hasattr(server, 'stop'):
+            server.stop()
+    shutil.rmtree(T.shared.get('base', '/nonexistent'), ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('-v', action='store_true', help='show what tests print')
+    parser.add_argument('-j', type=int, default=min(2, os.cpu_count() or 1), help='tests at a time')
+    parser.add_argument('pattern', nargs='*', help='run only tests whose name contains one of these')
+    options = parser.parse_args()
+    tests = [('C', path) for path in sorted(glob.glob(os.path.join(HERE, 't_*.c')))]
+    for path in sorted(glob.glob(os.path.join(HERE, 'test_*.py'))):
+        module = importlib.import_module(os.path.basename(path)[:-3])
+        tests += [(module.__name__, name) for name in vars(module) if name.startswith('test_')]
+    tests = [t for t in tests if not options.pattern or any(p in t[1] for p in options.pattern)]
+    if not os.access(PROGRAM, os.X_OK):
+        sys.exit('%s is missing: run make' % PROGRAM)
+    tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
+    for test in tests:
+        tasks.put(test)
+    for _ in range(options.j):
+        tasks.put(None)
+    crew = [multiprocessing.Process(target=worker, args=(tasks, results)) for _ in range(options.j)]
+    for process in crew:
+        process.start()
+    failed = 0
+    for _ in tests:
+        name, reason, output, sec = results.get()
+        skipped = reason is not None and reason.startswith('skipped')
+        failed += reason is not None and not skipped
+        print('%s %s%s  (%.1f s)' % ('ok  ' if reason is None else 'skip' if skipped else 'FAIL', name,
+                                     ': ' + reason if reason else '', sec), flush=True)
+        if output and (options.v or (reason and not skipped)):
+            print('    ' + output.rstrip().replace('\n', '\n    '), flush=True)
+    for process in crew:
+        process.join()
+    print('%d passed, %d failed' % (len(tests) - failed, failed))
+    sys.exit(failed > 0)
+
+
+if __name__ == '__main__':
+    sys.modules.setdefault('run', sys.modules['__main__'])
+    main()
