@@ -43,7 +43,7 @@ uninstall:
 test demo:
 	test/setup.sh $@
 	$(MAKE) imap_backup
-	test/$(if $(filter demo,$@),demo.sh,run.py) $(ARGS)
+	test/$(if $(filter demo,$@),demo,run).py $(ARGS)
 bench torture: imap_backup
 	test/setup.sh test
 	test/$@.py $(ARGS)

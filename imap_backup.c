@@ -118,6 +118,53 @@ static char *log_visible(char *out, size_t size, const char *text, size_t n)
 	return out;
 }
 
+/*
+ * How many octets of a text fit into so many columns of a terminal; *used receives the columns that
+ * they take: East Asian characters and pictures two, combining marks none.
+ */
+static size_t log_fit(const char *text, unsigned columns, unsigned *used)
+{
+	static const struct { uint32_t first, last; unsigned columns; } ranges[] = {
+		{ 0x300, 0x36F, 0 }, { 0x1100, 0x115F, 2 }, { 0x200B, 0x200F, 0 }, { 0x2E80, 0xA4CF, 2 },
+		{ 0xAC00, 0xD7A3, 2 }, { 0xF900, 0xFAFF, 2 }, { 0xFE00, 0xFE0F, 0 }, { 0xFE30, 0xFE6F, 2 },
+		{ 0xFF00, 0xFF60, 2 }, { 0xFFE0, 0xFFE6, 2 }, { 0x1F300, 0x1FAFF, 2 }, { 0x20000, 0x3FFFD, 2 },
+	};
+	size_t at = 0, octets;
+
+	for (*used = 0; text[at] != '\0'; at += octets) {
+		const uint8_t *p = (const uint8_t *)text + at;
+		uint32_t c = *p;
+		unsigned width = 1;
+
+		octets = utf8_octets(p, strlen(text + at));
+		if (octets > 1)
+			c &= 0x7Fu >> octets;
+		for (size_t i = 1; i < octets; i++)
+			c = c << 6 | (p[i] & 0x3F);
+		for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+			if (c >= ranges[i].first && c <= ranges[i].last)
+				width = ranges[i].columns;
+		if (*used + width > columns)
+			break;
+		*used += width;
+		octets = octets > 0 ? octets : 1;
+	}
+	return at;
+}
+
+/* An amount of octets for a person: "512 B", "13 kB", "1.3 MB". Returns out. */
+static char *log_octets(char out[16], uint64_t octets)
+{
+	static const char units[] = "BkMGTPE";
+	double amount = (double)octets;
+	unsigned unit = 0;
+
+	for (; amount >= 999.5 && unit < 6; unit++)
+		amount /= 1000;
+	snprintf(out, 16, "%.*f %c%s", unit > 1 && amount < 99.5, amount, units[unit], unit > 0 ? "B" : "");
+	return out;
+}
+
 /* One message is one line and one write(), so that workers do not mix theirs. */
 static void log_write(enum log_level level, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
@@ -4146,33 +4193,38 @@ static int box_compare(const void *a, const void *b)
 }
 
 /* Print what --list says of an account. */
-static void task_print_list(const struct task *task)
+static void task_print_list(struct task *task)
 {
-	printf("%s\n  %-28s %9s %9s %9s  %-16s  %s\n", task->account->email, "mailbox", "messages", "size",
+	if (task->n > 0)
+		qsort(task->boxes, task->n, sizeof *task->boxes, box_compare);
+	printf("%s\n  %-22s %8s %7s %8s  %-11s %s\n", task->account->email, "mailbox", "messages", "size",
 	       "archived", "last backup", "file");
 	for (unsigned i = 0; i < task->n; i++) {
 		const struct mailbox *box = &task->boxes[i];
 		char path[PATH_MAX_OCTETS + 300], text[NAME_OCTETS], visible[NAME_OCTETS];
-		char size[24] = "-", when[24] = "never";
+		char size[16] = "-", when[16] = "never";
 		struct mbox_info info;
+		unsigned columns;
 		struct tm tm;
 		time_t sec;
 
 		name_text(text, box->name, box->delimiter);
 		log_visible(visible, sizeof visible, text, strlen(text));
+		log_fit(visible, UINT_MAX, &columns);
+		printf("  %s%*s ", visible, columns < 22 ? 22 - (int)columns : 0, "");
 		if (!box->selectable || box->ignored) {
-			printf("  %-28s %s\n", visible, box->selectable ? "(ignored)" : "(holds no mail)");
+			printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
 			continue;
 		}
 		box_path(task, box->file, path);
 		mbox_peek(path, box->name, &info);
 		if (box->status.octets > 0)
-			snprintf(size, sizeof size, "%.1f MB", (double)box->status.octets / 1e6);
+			log_octets(size, box->status.octets);
 		sec = (time_t)info.claim.when_sec;
 		if (sec != 0 && localtime_r(&sec, &tm) != NULL)
-			strftime(when, sizeof when, "%Y-%m-%d %H:%M", &tm);
-		printf("  %-28s %9lu %9s %9lu  %-16s  %s\n", visible, (unsigned long)box->status.messages,
-		       size, (unsigned long)info.stored, when, box->file);
+			strftime(when, sizeof when, "%Y-%m-%d", &tm);
+		printf("%8lu %7s %8lu  %-11s %s\n", (unsigned long)box->status.messages, size,
+		       (unsigned long)info.stored, when, box->file);
 	}
 }
 
@@ -4275,10 +4327,12 @@ static void task_fail(struct task *task, const struct note *note)
 /* Print a mailbox's result, if there is anything to say. */
 static void box_report(const struct run *run, const struct counts *c)
 {
+	char octets[16];
+
 	if (c->stored > 0 || c->gone > 0 || c->back > 0)
-		log_info("%llu %s, %llu gone, %llu back, %.1f MB", (unsigned long long)c->stored,
+		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
 			 run->options->dry ? "would be fetched" : "new", (unsigned long long)c->gone,
-			 (unsigned long long)c->back, (double)c->octets / 1e6);
+			 (unsigned long long)c->back, log_octets(octets, c->octets));
 	else
 		log_detail("nothing new");
 }
@@ -4553,15 +4607,15 @@ static void run_start_workers(struct run *run)
 /* The one live line of a terminal. */
 static void run_draw(struct run *run)
 {
-	char line[400], hand[NAME_OCTETS] = "", visible[200], left[40] = "";
+	char line[400], hand[NAME_OCTETS] = "", visible[200], left[40] = "", octets[16], rate[24] = "";
 	uint64_t done = 0, all = 0, weight = 0;
 	int64_t now = now_ms();
 	struct winsize size;
-	unsigned columns = 80;
+	unsigned columns = 80, used;
 	ssize_t ignored;
-	int n;
 
-	if (!log_to.terminal || log_to.level < LOG_INFO || now - run->drawn_ms < 250)
+	if (!log_to.terminal || log_to.level < LOG_INFO || run->options->mode != RUN_BACKUP ||
+	    now - run->drawn_ms < 250)
 		return;
 	run->drawn_ms = now;
 	if (now - run->rate_ms >= 1000) {
@@ -4593,26 +4647,19 @@ static void run_draw(struct run *run)
 	if (run->mails > 0 && weight > 0) {
 		uint64_t sec = (uint64_t)(now - run->began_ms) / 1000 * weight / run->mails;
 
-		snprintf(left, sizeof left, "  %llu:%02llu left", (unsigned long long)sec / 60,
-			 (unsigned long long)sec % 60);
+		if (sec > 0)
+			snprintf(left, sizeof left, "  %llu:%02llu left", (unsigned long long)sec / 60,
+				 (unsigned long long)sec % 60);
 	}
 	log_visible(visible, sizeof visible, hand, strlen(hand));
 	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
 		columns = size.ws_col;
-	n = snprintf(line, sizeof line, "%llu/%llu mailboxes  %llu mails  %.1f MB  %.1f MB/s%s  %s",
-		     (unsigned long long)done, (unsigned long long)all, (unsigned long long)run->mails,
-		     (double)run->octets / 1e6, (double)run->rate / 1e6, left, visible);
-	/* Cut at the edge, at a character. */
-	for (unsigned column = 0, at = 0; at < (unsigned)n && at < sizeof line; column++) {
-		size_t octets = utf8_octets((const uint8_t *)line + at, (size_t)n - at);
-
-		if (column + 1 >= columns)
-			n = (int)at;
-		at += octets > 0 ? (unsigned)octets : 1;
-	}
-	line[n] = '\0';
-	ignored = write(STDERR_FILENO, "\r\033[K", 4);
-	ignored = write(STDERR_FILENO, line, (size_t)n);
+	if (run->rate > 0)
+		snprintf(rate, sizeof rate, "  %s/s", log_octets(octets, run->rate));
+	snprintf(line, sizeof line, "\r\033[K%llu/%llu mailboxes  %llu mails  %s%s%s  %s",
+		 (unsigned long long)done, (unsigned long long)all, (unsigned long long)run->mails,
+		 log_octets(octets, run->octets), rate, left, visible);
+	ignored = write(STDERR_FILENO, line, 4 + log_fit(line + 4, columns - 1, &used));
 	(void)ignored;
 }
 
@@ -4892,7 +4939,7 @@ static int run_summary(const struct run *run)
 		const struct task *task = &run->tasks[i];
 		const struct counts *c = &task->counts;
 		int64_t ms = (task->ended_ms > 0 ? task->ended_ms : now_ms()) - task->began_ms;
-		char others[60] = "", failures[60] = "";
+		char failures[40] = "", octets[16];
 
 		failed = failed || c->failures > 0;
 		locked = locked || task->locked;
@@ -4900,15 +4947,15 @@ static int run_summary(const struct run *run)
 			continue;
 		log_context(task->account->email, "");
 		if (c->others > 0)
-			snprintf(others, sizeof others, ", %llu duplicates left out",
-				 (unsigned long long)c->others);
+			log_info("%llu duplicate%s left out", (unsigned long long)c->others,
+				 c->others > 1 ? "s" : "");
 		if (c->failures > 0)
 			snprintf(failures, sizeof failures, ", %llu FAILED", (unsigned long long)c->failures);
-		log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back%s, %.1f MB in "
-			 "%.1f s%s", (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
+		log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s",
+			 (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
 			 (unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
-			 (unsigned long long)c->gone, (unsigned long long)c->back, others,
-			 (double)c->octets / 1e6, (double)ms / 1000, failures);
+			 (unsigned long long)c->gone, (unsigned long long)c->back,
+			 log_octets(octets, c->octets), (double)ms / 1000, failures);
 		log_detail("%u connections, %u waits for an answer, %llu octets in, %llu out",
 			   task->connections, task->waits, (unsigned long long)task->in,
 			   (unsigned long long)task->out);
