@@ -34,6 +34,16 @@ class Skip(Exception):
     """The test cannot be run on this machine."""
 
 
+def children(pid):
+    """Processes whose parent this is."""
+    out = []
+    for path in glob.glob('/proc/[0-9]*/stat'):
+        with contextlib.suppress(OSError), open(path) as f:
+            if int(f.read().rpartition(')')[2].split()[1]) == pid:
+                out.append(int(path.split('/')[2]))
+    return out
+
+
 class Result:
     def __init__(self, status, out, err):
         self.status, self.out, self.err = status, out, err

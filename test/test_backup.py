@@ -9,7 +9,7 @@ import time
 import archive
 import sample
 import servers
-from run import PROGRAM, T
+from run import PROGRAM, T, children
 
 
 def fill(t, boxes, server=None):
@@ -480,9 +480,9 @@ def test_a_killed_worker_costs_only_its_mailbox(t):
     process = subprocess.Popen([PROGRAM, '-v', t.path], stderr=subprocess.PIPE)
     killed = False
     while process.poll() is None and not killed:
-        children = subprocess.run(['pgrep', '-P', str(process.pid)], stdout=subprocess.PIPE).stdout.split()
-        if len(children) > 1:
-            os.kill(int(children[0]), signal.SIGKILL)
+        workers = children(process.pid)
+        if len(workers) > 1:
+            os.kill(workers[0], signal.SIGKILL)
             killed = True
     err = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 0, err
@@ -547,19 +547,17 @@ def test_memory_does_not_grow_with_a_mail(t):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seen = {}
         while process.poll() is None:
-            pids = [str(process.pid)] + subprocess.run(
-                ['pgrep', '-P', str(process.pid)], stdout=subprocess.PIPE).stdout.decode().split()
-            for pid in pids:
+            for pid in [process.pid] + children(process.pid):
                 try:
-                    with open('/proc/%s/status' % pid) as f:
+                    with open('/proc/%d/status' % pid) as f:
                         m = re.search(r'VmHWM:\s*(\d+)', f.read())
-                    if m and os.readlink('/proc/%s/exe' % pid) == os.path.realpath(PROGRAM):
+                    if m and os.readlink('/proc/%d/exe' % pid) == os.path.realpath(PROGRAM):
                         seen[pid] = int(m.group(1))
                 except OSError:
                     pass
             time.sleep(0.002)
         assert process.returncode == 0
-        return seen.pop(str(process.pid), 0), max(seen.values(), default=0)
+        return seen.pop(process.pid, 0), max(seen.values(), default=0)
 
     base = max(int(subprocess.run(['/bin/sh', '-c', '"$0" --version >/dev/null; grep VmHWM /proc/self/status',
                                    PROGRAM], stdout=subprocess.PIPE).stdout.split()[1]), 1)
