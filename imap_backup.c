@@ -3815,6 +3815,20 @@ static bool box_ignored(const struct run *run, const struct account *account, co
 	       name_matches(account->ignore, name, delimiter);
 }
 
+/* One mailbox more in an array of them. */
+static struct mailbox *boxes_more(struct mailbox **boxes, unsigned *n)
+{
+	if (*n % 64 == 0) {
+		struct mailbox *more = allocate((*n + 64) * sizeof *more);
+
+		if (*n > 0)
+			memcpy(more, *boxes, *n * sizeof *more);
+		free(*boxes);
+		*boxes = more;
+	}
+	return &(*boxes)[(*n)++];
+}
+
 static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
 {
 	struct desk *d = context;
@@ -3832,18 +3846,9 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes", MAILBOXES_MAX);
 		return 0;
 	}
-	if (d->n_boxes % 64 == 0) {
-		struct mailbox *more = allocate((d->n_boxes + 64) * sizeof *more);
-
-		if (d->n_boxes > 0)
-			memcpy(more, d->boxes, d->n_boxes * sizeof *more);
-		free(d->boxes);
-		d->boxes = more;
-	}
-	d->boxes[d->n_boxes] = (struct mailbox){ .name = copy_text(name), .delimiter = delimiter,
-						 .selectable = selectable };
-	d->boxes[d->n_boxes].ignored = box_ignored(d->run, d->task->account, name, delimiter);
-	d->n_boxes++;
+	*boxes_more(&d->boxes, &d->n_boxes) = (struct mailbox){
+		.name = copy_text(name), .delimiter = delimiter, .selectable = selectable,
+		.ignored = box_ignored(d->run, d->task->account, name, delimiter) };
 	return 0;
 }
 
@@ -4397,17 +4402,9 @@ static void worker_note(struct run *run, struct worker *w)
 	w->now = note->counts;
 	switch (note->kind) {
 	case NOTE_MAILBOX:
-		if (task->n % 64 == 0) {
-			struct mailbox *more = allocate((task->n + 64) * sizeof *more);
-
-			if (task->n > 0)
-				memcpy(more, task->boxes, task->n * sizeof *more);
-			free(task->boxes);
-			task->boxes = more;
-		}
-		task->boxes[task->n++] = (struct mailbox){ .name = copy_text(note->text),
-			.delimiter = note->delimiter, .selectable = note->selectable,
-			.status = note->status };
+		*boxes_more(&task->boxes, &task->n) = (struct mailbox){
+			.name = copy_text(note->text), .delimiter = note->delimiter,
+			.selectable = note->selectable, .status = note->status };
 		break;
 	case NOTE_LISTED:
 		if (note->code != E_NONE) {
