@@ -182,8 +182,9 @@ class Dovecot:
         try:
             with open(self.log_path, errors='replace') as f:
                 return f.read()
-        except OSError:
-            return ''
+        except OSError:   # it has said why it does not start
+            with open(self.log_path + '.out', errors='replace') as f:
+                return f.read()
 
     def sessions(self, user):
         """(begin, end) of each of the user's sessions, from the log, in seconds."""
@@ -193,7 +194,7 @@ class Dovecot:
             if not m or '<%s>' % user not in line and '(%s)' % user not in line:
                 continue
             pid = re.search(r'mpid=(\d+)', line) or re.search(r'\)<(\d+)><', line)
-            if ' Login: ' in line and pid:
+            if re.search(' Login: | Logged in: ', line) and pid:
                 begun[pid.group(1)] = float(m.group(1))
             elif pid and pid.group(1) in begun and re.search(r'Logged out|Disconnected|Connection closed', line):
                 over.append((begun.pop(pid.group(1)), float(m.group(1))))
@@ -245,7 +246,7 @@ class Dovecot:
 
     def _config(self, starttls, capability, limit):
         new = tuple(int(x) for x in re.findall(r'\d+', self.version)[:2]) >= (2, 4)
-        at = self.folder
+        at, count = self.folder, 'restart_request_count' if new else 'service_count'
         lines = ['dovecot_config_version = 2.4.0', 'dovecot_storage_version = 2.4.0'] if new else []
         lines += [
             'base_dir = %s/run' % at, 'state_dir = %s/run' % at, 'log_path = ' + self.log_path,
@@ -277,10 +278,10 @@ class Dovecot:
                       % (self.owner.pw_uid, self.owner.pw_gid, at)]
         lines += [
             'namespace inbox {\n  inbox = yes\n  separator = /\n}',
-            'service imap-login {\n  chroot =\n  service_count = 0\n  client_limit = 500\n'
+            'service imap-login {\n  chroot =\n  %s = %s\n  client_limit = 500\n'
             '  inet_listener imap {\n    port = %d\n  }\n  inet_listener imaps {\n    port = %d\n    ssl = yes\n  }\n}'
-            % (self.port, self.tls if starttls else 0),
-            'service imap {\n  process_limit = 300\n  service_count = 100\n}',
+            % (count, 'unlimited' if new else 0, self.port, self.tls if starttls else 0),
+            'service imap {\n  process_limit = 300\n  %s = 100\n}' % count,
             'service anvil {\n  chroot =\n}', 'service stats {\n  chroot =\n}',
         ]
         return '\n'.join(lines) + '\n'
