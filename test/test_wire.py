@@ -1,0 +1,408 @@
+"""What servers say that Dovecot does not: odd ones, broken ones, lying ones, and lines that are cut.
+
+Most tests here are tables. Each entry is an account with a scripted server of its own; all accounts of
+a table are backed up side by side in one run, three times: with the odd server, after changes in the
+mailbox (the entry says whether the server is still odd then), and by an honest server. What must hold
+for every one of them is in play().
+"""
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+
+import archive
+import imapd
+import sample
+from imapd import BARE, FULL, Mailbox, Server, Session
+from run import PROGRAM
+
+
+def letters(n=12, label='m'):
+    """Ordinary mails, some without a Message-ID."""
+    rng = random.Random(label)
+    return [sample.mail(rng, '%s %d' % (label, i), message_id=i % 5 != 3) for i in range(n)]
+
+
+def held(box):
+    """A mailbox as archive.compare() wants it."""
+    return [archive.Mail(m.uid, m.data, archive.state_of(m.flags), m.when,
+                         imapd.header_fields(m.data, 'FROM TO CC DATE SUBJECT')) for m in box.mails]
+
+
+class Case:
+    """
+    odd      what is odd: attributes and methods of a Session, by name
+    boxes    {name on the wire: Mailbox}; None: an INBOX with some mails
+    runs     in which of the three runs it is odd
+    fails    how many failures its summary tells in an odd run
+    lacks    UIDs of the INBOX that an odd run cannot get
+    says     patterns of what is printed for the account in the odd runs
+    skips    names of mailboxes that an odd run cannot or must not back up
+    account  more keys of the account
+    """
+
+    def __init__(self, boxes=None, runs=(1, 2), fails=0, lacks=(), says=(), skips=(), hook=None, delimiter='/',
+                 password='secret', account=None, **odd):
+        self.boxes = boxes or {'INBOX': Mailbox(letters())}
+        self.runs, self.fails, self.lacks, self.skips = runs, fails, set(lacks), set(skips)
+        self.says = [says] if isinstance(says, str) else says
+        self.session = type('Odd', (Session,), odd)
+        self.hook, self.delimiter, self.password, self.account = hook, delimiter, password, account or {}
+        self.gone = {name: [] for name in self.boxes}
+
+    def change(self):
+        """New, gone and flagged mails in the first mailbox with some."""
+        for name, box in self.boxes.items():
+            if len(box.mails) > 8:
+                rng = random.Random(name)
+                for i in range(2):
+                    m = sample.mail(rng, 'new %d' % i)
+                    box.add(m.data, m.flags, m.when)
+                self.gone[name] += [m for m in held(box) if m.uid == 2]
+                box.expunge(2)
+                box.flag(3, '\\Seen \\Flagged')
+                break
+
+    def complaints(self, folder, odd):
+        out = []
+        for name, box in self.boxes.items():
+            if '\\no' in box.attributes.lower() and '\\noin' not in box.attributes.lower() or odd and name in self.skips:
+                continue
+            lacks = self.lacks if odd and name == 'INBOX' else ()
+            path = os.path.join(folder, archive.file_name(name, self.delimiter))
+            if not os.path.exists(path):
+                out.append('%s: there is no %s' % (name, path))
+                continue
+            out += ['%s: %s' % (name, c) for c in archive.compare(
+                path, [m for m in held(box) if m.uid not in lacks], gone=self.gone[name])]
+        return out
+
+
+def watch(process, peaks):
+    """Sample the peak resident sets, in KiB, of a process and its children, until it ends."""
+    def peak(pid):
+        with open('/proc/%d/status' % pid) as f:
+            m = re.search(r'VmHWM:\s*(\d+)', f.read())
+        if m:
+            peaks[pid] = int(m.group(1))
+
+    while process.poll() is None:
+        try:
+            peak(process.pid)
+            with open('/proc/%d/task/%d/children' % (process.pid, process.pid)) as f:
+                for pid in f.read().split():
+                    peak(int(pid))
+        except OSError:
+            pass
+        time.sleep(0.01)
+
+
+def run(t, accounts, timeout=60, **more):
+    """Back them all up at once: (exit status, {email: lines}, stderr)."""
+    t.config(*accounts, **dict({'total_processes': 64, 'timeout': 4, 'email_batch_size': 5,
+                                'header_batch_size': 7}, **more))
+    process = subprocess.Popen([PROGRAM, '-v', t.path], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                               start_new_session=True)
+    peaks = {}
+    watcher = threading.Thread(target=watch, args=(process, peaks))
+    watcher.start()
+    try:
+        err = process.communicate(timeout=timeout)[1].decode()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        watcher.join()
+    parent = peaks.pop(process.pid, None)
+    if parent and peaks:
+        assert max(peaks.values()) < parent + 8192, 'a worker took %d KiB, the parent %d' % (
+            max(peaks.values()), parent)
+    assert not re.search('[\x00-\x09\x0b-\x1f\x7f-\x9f]', err), 'control characters: %r' % err
+    said = {a['email']: [] for a in accounts}
+    for line in err.splitlines():
+        for word in line.split(': ')[:2]:   # "warning: " may stand in front
+            if word in said:
+                said[word].append(line)
+    return process.returncode, said, err
+
+
+def play(t, cases, **more):
+    """The table: each case in three runs, and what must hold."""
+    servers, accounts, complaints = {}, [], []
+    for name, case in cases.items():
+        servers[name] = Server(case.boxes, password=case.password)
+        t.cleanups.append(servers[name].stop)
+        accounts.append(dict({'email': name + '@x', 'host': '127.0.0.1', 'port': servers[name].port,
+                              'password': case.password, 'processes_per_account': 1}, **case.account))
+    for number in (1, 2, 3):
+        failed = False
+        for name, case in cases.items():
+            odd = number in case.runs
+            servers[name].session, servers[name].hook = (case.session, case.hook) if odd else (Session, None)
+            servers[name].forget()
+            failed = failed or odd and case.fails > 0
+            if number == 2:
+                case.change()
+        before = archive.digests(t.dest) if number == 3 else None
+        status, said, err = run(t, accounts, **more)
+        if status != failed:
+            complaints.append('run %d: exit status %d' % (number, status))
+        for name, case in cases.items():
+            odd, lines = number in case.runs, '\n'.join(said[name + '@x'])
+            found = case.complaints(os.path.join(t.dest, name + '@x'), odd)
+            fails = re.search(r', (\d+) FAILED', lines)
+            if int(fails.group(1) if fails else 0) != (case.fails if odd else 0):
+                found.append('%s failures' % (fails.group(1) if fails else 0))
+            found += ['not said: ' + s for s in case.says if odd and not re.search(s, lines)]
+            found += servers[name].faults
+            if number == 3 and 2 not in case.runs and ' 0 new, 0 gone, 0 back' not in lines:
+                found.append('news in the third run')
+            if found:
+                complaints.append('run %d, %s%s: %s\n  said: %s\n  heard: %s' % (
+                    number, name, ' (odd)' if odd else '', '\n  '.join(found[:5]), lines.replace('\n', '\n    '),
+                    '\n    '.join(servers[name].lines()[-12:])))
+        if before is not None:
+            now = archive.digests(t.dest)
+            complaints += ['run 3 changed ' + path for path in now if 2 not in cases[path.split('@')[0]].runs
+                           and now[path] != before.get(path)]
+    assert not complaints, '\n'.join(complaints[:20])
+    return servers
+
+
+# ---- odd, but nothing is lost ----
+
+def bare_lf():
+    """Line ends without CR, but not inside mails."""
+    def body(self, name, data):
+        return b'%s {%d}\n%s' % (name, len(data), data)
+
+    def fetch_mail(self, number, m, items):
+        self.put(b'* %d FETCH (' % number + b' '.join(self.fetch_items(m, items)) + b')\n')
+    return dict(line=lambda self, text: self.put(text + '\n'), body=body, fetch_mail=fetch_mail,
+                greeting='* OK ready\n')
+
+
+def answers(*forms):
+    """Each mail's answer as these responses; in them UID, FLAGS, ... stand for the items."""
+    def fetch_mail(self, number, m, items):
+        have = {i.split(b' ')[0].split(b'[')[0].decode(): i for i in self.fetch_items(m, items)}
+        for form in forms:
+            parts = [have[word] for word in form.split() if word in have]
+            if len(parts) > 1:
+                self.put(b'* %d FETCH (' % number + b' '.join(parts) + b')\r\n')
+    return dict(fetch_mail=fetch_mail)
+
+
+CHATTER = ('* OK [ALERT] the disk is nearly full', '* BAD [CLIENTBUG] pipelining is ambiguous', '* NO a warning',
+           '* 3 FETCH (FLAGS (\\Seen))', '* 1 FETCH (UID 99 FLAGS () BODY[] {3}\r\nabc)', '* 0 RECENT',
+           '* OK [X-ODD "quoted ] and \\" here" {5}\r\n]\r\nxy (] "]")] text', '* [COPYUID 1 2 3] no status',
+           '[ALERT] not even a star', '* OK [INPROGRESS ("A3" 454 1000)] still at it', '* VANISHED (EARLIER) 900:950',
+           '* FLAGS (\\Seen NonJunk $x)', '* OK', '* OK [UNSEEN 1]', '* XYZZY 1 (a (b "c)" {2}\r\n))) [d]) NIL {0}\r\n',
+           '* OK [HIGHESTMODSEQ 5]', '* STATUS other (MESSAGES 5)', '* SEARCH 77 78', '* ESEARCH (TAG "x") UID ALL 80:90',
+           '* LIST () "/" {5}\r\nab\r\nc', '* ID ("a" NIL)', '* CAPABILITY IMAP4rev1 \x7f x', '* 999 FETCH (UID 5 MODSEQ (7))')
+
+
+def chatter(*lines):
+    """Says all this in front of each line of its own. Of what is meant for one moment only, that:
+    LIST not while mailboxes are listed, SEARCH and HIGHESTMODSEQ not while those are asked for."""
+    def line(self, text):
+        if not self.busy:
+            for extra in lines:
+                word = extra.split()[1] if ' ' in extra else ''
+                if not (word == 'LIST' and self.box is None or '[HIGHESTMODSEQ' in extra and self.box is None
+                        or word in ('SEARCH', 'ESEARCH') and 'SEARCH' in self.last):
+                    self.put(extra.replace('CAPABILITY IMAP4rev1', 'CAPABILITY ' + self.known()) + '\r\n')
+        Session.line(self, text)
+
+    def one(self):
+        self.last = self.input.decode(errors='replace') if self.input else ''
+        Session.one(self)
+    return dict(line=line, busy=False, last='SEARCH')
+
+
+def authenticate_with_a_bare_plus(self, tag, args):
+    self.put('+\r\n')
+    self.flush()
+    import base64
+    code = self.take_line().strip()
+    self.enter(tag, *base64.b64decode(code).decode().split('\0')[1:])
+
+
+def unknown_numbers(self, name, box):
+    have = Session.status_values(self, name, box)
+    return dict(have, UIDNEXT=0, UIDVALIDITY=0, HIGHESTMODSEQ=-1, SIZE='9.3736e+06')
+
+
+def split_search(self, tag, uids, extended):
+    for uid in uids:
+        self.line('* SEARCH %d' % uid)
+
+
+def window(n, extended=False):
+    """Only the newest n mails: with MESSAGELIMIT (RFC 9738), and UIDFETCH (RFC 9586), as Yahoo."""
+    def limited(self, text):
+        with self.box.lock:
+            uids = [m.uid for m in self.box.mails if text is None or imapd.in_set(text, m.uid, self.box.uidnext - 1)]
+        return uids[-n:], '[MESSAGELIMIT %d %d] done' % (n, uids[-n]) if len(uids) > n else 'done'
+
+    def search(self, tag, args):
+        m = re.search(r'UID ([\d:*,]+)$', args)
+        uids, text = limited(self, m and m.group(1))
+        self.search_line(tag, uids, 'RETURN' in args)
+        self.ok(tag, text)
+
+    def fetch(self, tag, args):
+        words = args.split(' ', 1)
+        uids, text = limited(self, words[0])
+        if uids:
+            self.fetch(imapd.ranges(uids) + ' ' + words[1])
+        self.ok(tag, text)
+
+    def fetch_mail(self, number, m, items):
+        self.put(b'* %d UIDFETCH (' % m.uid + b' '.join(self.fetch_items(m, items)[1:]) + b')\r\n')
+    return dict(cmd_UID_SEARCH=search, cmd_UID_FETCH=fetch, fetch_mail=fetch_mail,
+                capabilities=(FULL + ' MESSAGELIMIT=%d UIDONLY' % n).replace(' ESEARCH', ''))
+
+
+def at_most(n, **odd):
+    """A fault if more than n commands are on the wire at a time after the login."""
+    def one(self):
+        while self.user and self.more(0.02):
+            if self.input.count(b'\n') > n:
+                self.server.fault('more than %d commands at a time: %r' % (n, self.input))
+            if b'\n' in self.input:
+                break
+        Session.one(self)
+    return dict(one=one, **odd)
+
+
+def only_uid_at_first(self, number, m, items):
+    """iCloud now and then: OK, but only UID in it. Asked again, it has the mail."""
+    first = not hasattr(self.server, 'seen')
+    self.server.seen = True
+    if first or 'BODY.PEEK[]' not in items or (m.uid, 'x') in self.__dict__.setdefault('told', set()):
+        return Session.fetch_mail(self, number, m, items)
+    self.told.add((m.uid, 'x'))
+    if m.uid % 3 == 0:
+        self.put(b'* %d FETCH (UID %d)\r\n' % (number, m.uid))
+    else:
+        Session.fetch_mail(self, number, m, items)
+
+
+def needs_id(self, tag, args):
+    if not self.server.lines('^ID '):
+        return self.no(tag, 'EXAMINE Unsafe Login. Please contact kefu@188.com for help')
+    Session.cmd_EXAMINE(self, tag, args)
+
+
+def nothing_with_return(self, tag, args):
+    if 'RETURN' in args:
+        return self.ok(tag)
+    Session.cmd_LIST(self, tag, args)
+
+
+def twice(self, name, box):
+    for attributes in ('\\Noinferiors', '\\Noselect'):
+        self.line('* LIST (%s) "/" "%s"' % (attributes, name))
+
+
+def atoms(self, text, octets=None):
+    return text if re.match('[A-Za-z0-9]+$', text) else sample.quoted(text)
+
+
+def quoted_headers(self, name, data):
+    if name == b'BODY[]' or len(data) < 3:
+        return b'%s NIL' % name if len(data) < 3 else Session.body(self, name, data)
+    return b'%s ~{%d+}\r\n%s' % (name, len(data), data)
+
+
+def refuse_return(self, tag, args):
+    if 'RETURN' in args:
+        return self.line(tag + ' BAD Command Argument Error. 11')
+    Session.cmd_UID_SEARCH(self, tag, args)
+
+
+def one_by_one(self, tag, args):
+    self.line(tag + ' BAD too many mails') if ':' in args.split()[0] or ',' in args.split()[0] \
+        else Session.cmd_UID_FETCH(self, tag, args)
+
+
+class Backslash(Mailbox):
+    def __init__(self, *args):
+        Mailbox.__init__(self, *args, delimiter='\\')
+
+
+NAMES = ('INBOX', '..', '../../x', 'a/../b', '.', 'a\0', 'x' * 300, 'x' * 299 + 'y', '&Jjo!', '&U,BTFw-&ZeVnLIqe-',
+         '&AC8-', '&2D0-', '&', 'a&b', 'Fußball', 'caf\udce9', 'NIL', 'nil', 'a "b" \\c', 'con', 'a:b?<>|*', ' a ', 'a.b',
+         '~', '{5}', '(', 'A1 OK', '\x1b[31mred', 'tab\there')
+
+
+def few(n=1, **more):
+    return Mailbox(letters(n, 'few%d' % n), **more)
+
+
+def test_odd_servers(t):
+    """What servers do that is odd but allowed, or not allowed but understandable."""
+    flat = {name: few(1 + i) for i, name in enumerate(('INBOX', 'a/b', 'a.b', 'a\\b', '.x'))}
+    for box in flat.values():
+        box.delimiter = ''
+    no_mail = {'INBOX': few(2), 'A': few(0, attributes='\\NoSelect \\HasChildren'), 'A/b': few(3),
+               'B': few(0, attributes='\\NonExistent'), 'B/c': few(1)}
+    names = {name: few(1 + i % 3) for i, name in enumerate(n for n in NAMES if '\0' not in n)}
+    many = {'INBOX': few(3), **{'box %d' % i: few(1) for i in range(60)}}
+    play(t, {
+        'honest': Case(),
+        'bare': Case(capabilities=BARE),
+        'octets': Case(segment=1),
+        'octets-literals': Case(segment=1, literals=True),
+        'literals': Case(literals=True, boxes={'INBOX': few(9), 'a "b"': few(2), 'x/y': few(3)}),
+        'barelf': Case(**bare_lf()),
+        'uidlast': Case(**answers('FLAGS INTERNALDATE BODY UID')),
+        'uidmiddle': Case(**answers('BODY UID INTERNALDATE FLAGS')),
+        'flagsafter': Case(**answers('UID INTERNALDATE BODY', 'UID FLAGS')),
+        'bodytwice': Case(**answers('UID FLAGS INTERNALDATE BODY', 'UID FLAGS INTERNALDATE BODY')),
+        'nosaslir': Case(capabilities=FULL.replace(' SASL-IR', '')),
+        'bareplus': Case(capabilities='IMAP4rev1', cmd_AUTHENTICATE=authenticate_with_a_bare_plus),
+        'login': Case(login=''),
+        'login8bit': Case(login='', password='pässwörd "\\', account={'username': 'jörg'}),
+        'login8bit-bare': Case(login='', capabilities=BARE, password='pässwörd'),
+        'plain8bit': Case(password='pässwörd\u3042'),
+        'logindisabled': Case(login='LOGINDISABLED AUTH=PLAIN'),
+        'preauth': Case(greeting='* PREAUTH [CAPABILITY IMAP4rev1] welcome\r\n', user='x'),
+        'nocapability': Case(greeting='* OK ready\r\n', ok=lambda self, tag, text='done': Session.ok(
+            self, tag, re.sub(r'\[CAPABILITY.*?\] ', '', text))),
+        'unknown': Case(status_values=unknown_numbers, examine_lines=lambda self: (
+            self.line('* %d EXISTS' % len(self.box.mails)), self.line('* OK [UIDVALIDITY 0]'),
+            self.line('* OK [UIDNEXT 0] x'), self.line('* OK [HIGHESTMODSEQ -1]'))),
+        'nothingtold': Case(capabilities=BARE, cmd_STATUS=lambda self, tag, args: self.no(tag, 'no STATUS here'),
+                            examine_lines=lambda self: self.line('* %d EXISTS' % len(self.box.mails))),
+        'nomodseq': Case(examine_lines=lambda self: (
+            self.line('* %d EXISTS' % len(self.box.mails)), self.line('* OK [UIDVALIDITY 7] x'),
+            self.line('* OK [UIDNEXT %d] x' % self.box.uidnext), self.line('* OK [NOMODSEQ] x'))),
+        'searched': Case(search_line=lambda self, tag, uids, extended: Session.search_line(self, tag, uids, False)),
+        'searchsplit': Case(search_line=split_search),
+        'searchabsent': Case(capabilities=BARE, boxes={'INBOX': few(0), 'A': few(9)},
+                             search_line=lambda self, tag, uids, e: uids and Session.search_line(self, tag, uids, e)),
+        'searchmodseq': Case(search_line=lambda self, tag, uids, e: self.line(
+            '* SEARCH %s (MODSEQ 917)' % ' '.join(str(u) for u in uids))),
+        'esearchmore': Case(search_line=lambda self, tag, uids, extended: self.line(
+            '* ESEARCH (TAG %s) UID MIN 1 COUNT 5 X (a "b") ALL %s MODSEQ 5' % (tag, imapd.ranges(uids)))),
+        'statusspace': Case(status_space=True, capabilities=BARE),
+        'atoms': Case(string=atoms, boxes={'INBOX': few(9), 'NIL': few(2), 'nil/NIL': few(3)}),
+        'literal8': Case(body=quoted_headers),
+        'icloud': Case(fetch_mail=only_uid_at_first),
+        'yahoo': Case(boxes={'INBOX': Mailbox(letters(25))}, **window(10)),
+        'zimbra': Case(boxes=many, **at_most(20, greeting='* OK a.example Zimbra IMAP4rev1 server ready\r\n',
+                                             capabilities='IMAP4rev1 ID LITERAL+')),
+        'netease': Case(cmd_EXAMINE=needs_id),
+        'strato': Case(cmd_LIST=nothing_with_return, boxes={'INBOX': few(9), 'A': few(2)}),
+        'courier': Case(list_line=twice, capabilities='IMAP4rev1 UIDPLUS', boxes={'INBOX': few(9), 'A': few(2)}),
+        'domino': Case(boxes={n: Backslash(letters(i + 2, n)) for i, n in enumerate(('INBOX', 'a\\b', 'a/b.c'))},
+                       delimiter='\\'),
+        'flat': Case(boxes=flat, delimiter=''),
+        'nomail': Case(boxes=no_mail),
+        'names': Case(boxes=names),
+        'names-literals': Case(boxes=names, literals=True),
+        'onlysingle': Case(cmd_UID_FETCH=one_by_one, capabilities=BARE, boxes={'INBOX': few(9)}),
+    })
