@@ -3278,6 +3278,34 @@ static int sync_listed(struct sync *y, unsigned tag)
 	return set_count(&y->listing) == y->im->exists;
 }
 
+/* Ask for the flags of UIDs up to 'high' (0: all), as far as they changed since then (0: ever). */
+static unsigned sync_send_flags(struct sync *y, uint64_t high, uint64_t since)
+{
+	char last[12] = "*", changed[48] = "";
+
+	if (high > 0)
+		snprintf(last, sizeof last, "%lu", (unsigned long)high);
+	if (since > 0)
+		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)since);
+	return imap_send(y->im, NULL, "UID FETCH 1:%s (FLAGS)%s", last, changed);
+}
+
+/* Wait for them: all of them, or the new HIGHESTMODSEQ would be a lie. */
+static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
+{
+	for (;;) {
+		const struct imap_result *result = tag > 0 ? imap_wait(y->im, tag) : NULL;
+
+		if (result == NULL)
+			return sync_line_failed(y);
+		if (result->condition != IMAP_OK)
+			return imap_refused(y->e, result, "asking for flags");
+		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
+			return 0;
+		tag = sync_send_flags(y, result->numbers[1] - 1, since); /* RFC 9738: go on below */
+	}
+}
+
 static int sync_send_batch(struct sync *y, struct batch *b)
 {
 	static const char *const items[] = {
@@ -3509,9 +3537,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	if (ahead) {
 		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
 		if (condstore)
-			changes = imap_send(im, NULL, "UID FETCH 1:%lu (FLAGS) (CHANGEDSINCE %llu)",
-					    old.uidnext > 1 ? (unsigned long)old.uidnext - 1 : 1ul,
-					    (unsigned long long)old.highestmodseq);
+			changes = sync_send_flags(y, old.uidnext > 1 ? old.uidnext - 1 : 1,
+						  old.highestmodseq);
 		if (sync_send_first_batch(y, &box->status) != 0)
 			return -1;
 	}
@@ -3542,9 +3569,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		listing = sync_send_listing(y, with_flags && im->exists > 0);
 	complete = sync_listed(y, listing);
 	if (!ahead && condstore && complete >= 0)
-		changes = imap_send(im, NULL, "UID FETCH 1:* (FLAGS) (CHANGEDSINCE %llu)",
-				    (unsigned long long)old.highestmodseq);
-	if (complete < 0 || (changes > 0 && imap_wait(im, changes) == NULL))
+		changes = sync_send_flags(y, 0, old.highestmodseq);
+	if (complete < 0 || (changes > 0 && sync_flags(y, changes, old.highestmodseq) != 0))
 		return sync_line_failed(y);
 	if (complete == 0) /* mail came or went meanwhile; else it is wrong */
 		complete = sync_listed(y, sync_send_listing(y, false));
@@ -3568,9 +3594,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		y->rekeyed = false;
 		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
 			return -1;
-		if (mbox_next_uid(y->m, 1) != 0 &&
-		    imap_wait(im, imap_send(im, NULL, "UID FETCH 1:* (FLAGS)")) == NULL)
-			return sync_line_failed(y);
+		if (mbox_next_uid(y->m, 1) != 0 && sync_flags(y, sync_send_flags(y, 0, 0), 0) != 0)
+			return -1;
 	}
 	if (sync_pump(y, y->dry) != 0)
 		return -1;
