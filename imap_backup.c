@@ -3298,8 +3298,12 @@ static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
 
 		if (result == NULL)
 			return sync_line_failed(y);
-		if (result->condition != IMAP_OK)
+		if (result->condition != IMAP_OK && (since == 0 || imap_wait_asked(result) > 0))
 			return imap_refused(y->e, result, "asking for flags");
+		if (result->condition != IMAP_OK) { /* what it offers, it does not have */
+			tag = sync_send_flags(y, 0, since = 0);
+			continue;
+		}
 		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
 			return 0;
 		tag = sync_send_flags(y, result->numbers[1] - 1, since); /* RFC 9738: go on below */

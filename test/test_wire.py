@@ -394,6 +394,8 @@ def test_odd_servers(t):
         'icloud': Case(fetch_mail=only_uid_at_first),
         'zimbra': Case(boxes=many, **at_most(20, greeting='* OK a.example Zimbra IMAP4rev1 server ready\r\n',
                                              capabilities='IMAP4rev1 ID LITERAL+')),
+        'changedsince': Case(cmd_UID_FETCH=lambda self, tag, args: self.line(tag + ' BAD iPhone?') if 'CHANGED' in args
+                             else Session.cmd_UID_FETCH(self, tag, args)),
         'netease': Case(cmd_EXAMINE=needs_id),
         'strato': Case(cmd_LIST=nothing_with_return, boxes={'INBOX': few(9), 'A': few(2)}),
         'courier': Case(list_line=twice, capabilities='IMAP4rev1 UIDPLUS', boxes={'INBOX': few(9), 'A': few(2)}),
