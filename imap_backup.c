@@ -2382,7 +2382,7 @@ static int imap_untagged(struct imap *im)
 		if (imap_expect(im, ' ') != 0)
 			return -1;
 		imap_atom(im, word);
-		if (strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0)
+		if ((strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0) && im->on_fetch != NULL)
 			return imap_expect(im, ' ') != 0 ? -1 :
 			       imap_fetch_response(im, word[0] == 'U' ? number : 0);
 		if (strcmp(word, "EXISTS") == 0)
@@ -3654,6 +3654,8 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 		im->on_fetch = on_fetch;
 		r = sync_pass(y, box, &claim);
 		im->selected = false;
+		im->on_uids = NULL; /* what still comes is for nobody */
+		im->on_fetch = NULL;
 		mbox_tally(y->m, &info);
 		counts->others = info.others;
 		if (mbox_close(y->m, r == 0 && !dry && counts->failures == failures ? &claim : NULL,
