@@ -1784,7 +1784,7 @@ static int imap_line_end(struct imap *im)
 
 static bool imap_atom_char(int c)
 {
-	return c > 0x20 && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
+	return c > 0x20 && c != 0x7F && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
 }
 
 /* An atom, upper case; what is too long is read but cut. Brackets end it. Returns its length. */
@@ -1792,7 +1792,7 @@ static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
 {
 	size_t n = 0;
 
-	for (int c; (c = imap_peek(im)) >= 0 && imap_atom_char(c) && c != 0x7F; imap_next(im))
+	for (int c; imap_atom_char(c = imap_peek(im)); imap_next(im))
 		if (n < IMAP_ATOM_MAX - 1)
 			out[n++] = (char)toupper(c);
 	out[n] = '\0';
@@ -2407,7 +2407,7 @@ static int imap_untagged(struct imap *im)
 		return leaving ? imap_bye(im, &result) : 0;
 	}
 	if (strcmp(word, "CAPABILITY") == 0)
-		return imap_capabilities(im) != 0 ? -1 : imap_line_end(im);
+		return imap_capabilities(im) != 0 ? -1 : imap_skip_line(im);
 	if (strcmp(word, "LIST") == 0 && im->on_list != NULL)
 		return imap_list_response(im);
 	if (strcmp(word, "STATUS") == 0)

@@ -200,7 +200,7 @@ CHATTER = ('* OK [ALERT] the disk is nearly full', '* BAD [CLIENTBUG] pipelining
            '[ALERT] not even a star', '* OK [INPROGRESS ("A3" 454 1000)] still at it', '* VANISHED (EARLIER) 900:950',
            '* FLAGS (\\Seen NonJunk $x)', '* OK', '* OK [UNSEEN 1]', '* XYZZY 1 (a (b "c)" {2}\r\n))) [d]) NIL {0}\r\n',
            '* OK [HIGHESTMODSEQ 5]', '* STATUS other (MESSAGES 5)', 
-           '* LIST () "/" {5}\r\nab\r\nc', '* ID ("a" NIL)', '* CAPABILITY IMAP4rev1 x', '* 999 FETCH (UID 5 MODSEQ (7))')
+           '* LIST () "/" {5}\r\nab\r\nc', '* ID ("a" NIL)', '* CAPABILITY IMAP4rev1 \x7f x', '* 999 FETCH (UID 5 MODSEQ (7))')
 
 
 def chatter(*lines):
