@@ -3069,7 +3069,8 @@ struct sync {
 	struct set ask, ask_made, want, again, failed;
 	struct batch flight[IMAP_FLIGHT_MAX];
 	unsigned first, pending;  /* of the ring 'flight' */
-	bool listing_now;         /* the FETCH responses that come are the listing */
+	bool searching;           /* the UIDs that come are the listing */
+	bool listing_now;         /* the FETCH responses that come are it */
 	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
 	bool window;              /* the server shows only the newest mails */
 
@@ -3090,6 +3091,8 @@ static int on_uids(void *context, uint32_t low, uint32_t high)
 {
 	struct sync *y = context;
 
+	if (!y->searching)
+		return 0;
 	if (high - low >= MBOX_MAILS_MAX || !set_add(&y->listing, low, high))
 		return sync_out_of_room(y);
 	return 0;
@@ -3243,6 +3246,7 @@ static int sync_line_failed(struct sync *y)
 /* Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. */
 static unsigned sync_send_search(struct sync *y, const char *which)
 {
+	y->searching = true;
 	return imap_send(y->im, NULL, "UID SEARCH%s %s",
 			 y->im->capabilities & CAP_ESEARCH ? " RETURN (ALL)" : "", which);
 }
@@ -3273,7 +3277,7 @@ static int sync_listed(struct sync *y, unsigned tag)
 		snprintf(below, sizeof below, "UID 1:%lu", (unsigned long)result->numbers[1] - 1);
 		tag = sync_send_search(y, below);
 	}
-	y->listing_now = false;
+	y->searching = y->listing_now = false;
 	set_sort(&y->listing);
 	return set_count(&y->listing) == y->im->exists;
 }

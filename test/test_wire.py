@@ -199,7 +199,7 @@ CHATTER = ('* OK [ALERT] the disk is nearly full', '* BAD [CLIENTBUG] pipelining
            '* OK [X-ODD "quoted ] and \\" here" {5}\r\n]\r\nxy (] "]")] text', '* [COPYUID 1 2 3] no status',
            '[ALERT] not even a star', '* OK [INPROGRESS ("A3" 454 1000)] still at it', '* VANISHED (EARLIER) 900:950',
            '* FLAGS (\\Seen NonJunk $x)', '* OK', '* OK [UNSEEN 1]', '* XYZZY 1 (a (b "c)" {2}\r\n))) [d]) NIL {0}\r\n',
-           '* OK [HIGHESTMODSEQ 5]', '* STATUS other (MESSAGES 5)', 
+           '* OK [HIGHESTMODSEQ 5]', '* STATUS other (MESSAGES 5)', '* SEARCH 77 78', '* ESEARCH (TAG "x") UID ALL 80:90', 
            '* LIST () "/" {5}\r\nab\r\nc', '* ID ("a" NIL)', '* CAPABILITY IMAP4rev1 \x7f x', '* 999 FETCH (UID 5 MODSEQ (7))')
 
 
