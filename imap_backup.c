@@ -3077,8 +3077,7 @@ struct sync {
 	struct mbox_header header; /* of a mail that is asked for by its header */
 	struct mbox_made made;
 	bool has_header, writing;
-	uint32_t flags_uid;       /* flags that came apart from their mail */
-	unsigned flags;
+	struct imap_fetch apart;  /* the last one without a mail: flags and date may come apart from it */
 };
 
 static int sync_out_of_room(struct sync *y)
@@ -3157,7 +3156,9 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 /* A mail has come as a whole: store it. */
 static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 {
-	unsigned flags = fetch->flags;
+	bool apart = fetch->uid == y->apart.uid;
+	const struct imap_fetch *dated = fetch->has_date || !apart ? fetch : &y->apart;
+	const struct imap_fetch *flagged = fetch->has_flags || !apart ? fetch : &y->apart;
 	int stored;
 
 	y->writing = false;
@@ -3165,9 +3166,7 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 		mbox_abort(y->m);
 		return 0;
 	}
-	if (!fetch->has_flags && fetch->uid == y->flags_uid)
-		flags = y->flags;
-	stored = mbox_end(y->m, fetch->uid, fetch->has_date ? fetch->date_sec : 0, flags, y->e);
+	stored = mbox_end(y->m, fetch->uid, dated->has_date ? dated->date_sec : 0, flagged->flags, y->e);
 	if (stored < 0)
 		return -1;
 	y->counts->stored += (unsigned)stored;
@@ -3217,6 +3216,8 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 			return -1;
 		return sync_store(y, fetch);
 	}
+	if (fetch->uid != 0)
+		y->apart = *fetch;
 	if (fetch->uid == 0 || !fetch->has_flags)
 		return 0;
 	if (y->listing_now) {
@@ -3224,8 +3225,6 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		if (!set_add(&y->listing, fetch->uid, fetch->uid))
 			return sync_out_of_room(y);
 	}
-	y->flags_uid = fetch->uid;
-	y->flags = fetch->flags;
 	if (y->rekeyed)
 		return 0;
 	if (mbox_next_uid(y->m, fetch->uid) == fetch->uid)

@@ -360,6 +360,7 @@ def test_odd_servers(t):
         'barelf': Case(**bare_lf()),
         'uidlast': Case(**answers('FLAGS INTERNALDATE BODY UID')),
         'uidmiddle': Case(**answers('BODY UID INTERNALDATE FLAGS')),
+        'dateapart': Case(**answers('UID INTERNALDATE', 'UID FLAGS BODY')),
         'flagsafter': Case(**answers('UID INTERNALDATE BODY', 'UID FLAGS')),
         'bodytwice': Case(**answers('UID FLAGS INTERNALDATE BODY', 'UID FLAGS INTERNALDATE BODY')),
         'nosaslir': Case(capabilities=FULL.replace(' SASL-IR', '')),
@@ -408,4 +409,5 @@ def test_odd_servers(t):
         'onlysingle': Case(cmd_UID_FETCH=one_by_one, capabilities=BARE, boxes={'INBOX': few(9)}),
         'yahoo': Case(boxes={'INBOX': Mailbox(letters(25))}, **window(10)),
         'chatter': Case(says='the disk is nearly full', **chatter(*CHATTER)),
+        'flagsapart': Case(**answers('UID FLAGS INTERNALDATE', 'UID BODY')),
     })
