@@ -3575,12 +3575,18 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	if (!ahead)
 		listing = sync_send_listing(y, with_flags && im->exists > 0);
 	complete = sync_listed(y, listing);
+	if (complete < 0 && y->e->code == E_REFUSED && (y->listing_now || im->capabilities & CAP_ESEARCH)) {
+		*y->e = (struct err){ 0 };
+		complete = 0;
+	}
 	if (!ahead && condstore && complete >= 0)
 		changes = sync_send_flags(y, 0, old.highestmodseq);
 	if (complete < 0 || (changes > 0 && sync_flags(y, changes, old.highestmodseq) != 0))
 		return sync_line_failed(y);
-	if (complete == 0) /* mail came or went meanwhile; else it is wrong */
+	if (complete == 0) { /* mail came or went meanwhile, or what is offered does not work (iCloud) */
+		im->capabilities &= ~(unsigned)CAP_ESEARCH;
 		complete = sync_listed(y, sync_send_listing(y, false));
+	}
 	if (complete < 0)
 		return -1;
 	if (im->uidvalidity != claim->uidvalidity)

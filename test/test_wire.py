@@ -387,6 +387,9 @@ def test_odd_servers(t):
                              search_line=lambda self, tag, uids, e: uids and Session.search_line(self, tag, uids, e)),
         'searchmodseq': Case(search_line=lambda self, tag, uids, e: self.line(
             '* SEARCH %s (MODSEQ 917)' % ' '.join(str(u) for u in uids))),
+        'flagsrefused': Case(capabilities=BARE, cmd_UID_FETCH=lambda self, tag, args: self.no(tag, 'too much')
+                             if args == '1:* (FLAGS)' else Session.cmd_UID_FETCH(self, tag, args),
+                             boxes={'INBOX': few(5)}),
         'esearchmore': Case(search_line=lambda self, tag, uids, extended: self.line(
             '* ESEARCH (TAG %s) UID MIN 1 COUNT 5 X (a "b") ALL %s MODSEQ 5' % (tag, imapd.ranges(uids)))),
         'statusspace': Case(status_space=True, capabilities=BARE),
@@ -410,4 +413,7 @@ def test_odd_servers(t):
         'yahoo': Case(boxes={'INBOX': Mailbox(letters(25))}, **window(10)),
         'chatter': Case(says='the disk is nearly full', **chatter(*CHATTER)),
         'flagsapart': Case(**answers('UID FLAGS INTERNALDATE', 'UID BODY')),
+        'esearchempty': Case(search_line=lambda self, tag, uids, extended: Session.search_line(
+            self, tag, [] if extended else uids, extended)),
+        'esearchrefused': Case(cmd_UID_SEARCH=refuse_return),
     })
