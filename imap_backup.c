@@ -2723,6 +2723,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 static int imap_open(struct imap *im, const struct account *account, const char *password,
 		     const struct trust *trust, unsigned timeout_sec, int parent)
 {
+	unsigned tag;
+
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
 	im->status_flight = IMAP_FLIGHT_MAX;
@@ -2730,10 +2732,11 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password) != 0)
 		return -1;
-	if (im->capabilities & CAP_ID &&
-	    imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")") == 0)
-		return -1; /* its answer comes with that of the next command */
-	return 0;
+	if ((im->capabilities & CAP_ID) == 0)
+		return 0;
+	tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");
+	/* Its answer comes with that of the next command, unless there is to be only one at a time. */
+	return tag == 0 || (im->one_at_a_time && imap_wait(im, tag) == NULL) ? -1 : 0;
 }
 
 /* Say goodbye and close. Nothing can go wrong any more. */

@@ -416,4 +416,7 @@ def test_odd_servers(t):
         'esearchempty': Case(search_line=lambda self, tag, uids, extended: Session.search_line(
             self, tag, [] if extended else uids, extended)),
         'esearchrefused': Case(cmd_UID_SEARCH=refuse_return),
+        'exchange': Case(boxes={'INBOX': Mailbox(letters()), **{'b%d' % i: few(2) for i in range(4)}}, **at_most(
+            1, greeting='* OK The Microsoft Exchange IMAP4 service is ready.\r\n', status_space=True,
+            capabilities='IMAP4rev1 SASL-IR UIDPLUS MOVE ID UNSELECT CHILDREN IDLE NAMESPACE LITERAL+')),
     })
