@@ -2531,12 +2531,12 @@ static bool imap_needs_literal(const char *text)
 	return false;
 }
 
-/* A string as a quoted string, or as a non-synchronising literal where it must be one. */
-static const char *imap_quote(char *out, size_t size, const char *text)
+/* A string as a quoted string, or as a non-synchronising literal where it should be one and may. */
+static const char *imap_quote(const struct imap *im, char *out, size_t size, const char *text)
 {
 	size_t n = 0;
 
-	if (imap_needs_literal(text)) {
+	if (imap_needs_literal(text) && im->capabilities & CAP_LITERAL_PLUS) {
 		snprintf(out, size, "{%zu+}\r\n%s", strlen(text), text);
 		return out;
 	}
@@ -2642,8 +2642,8 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 		}
 	} else {
 		tag = imap_send(im, "LOGIN ***", "LOGIN %s %s",
-				imap_quote(quoted_user, sizeof quoted_user, user),
-				imap_quote(quoted_password, sizeof quoted_password, password));
+				imap_quote(im, quoted_user, sizeof quoted_user, user),
+				imap_quote(im, quoted_password, sizeof quoted_password, password));
 	}
 	memset(plain, 0, sizeof plain);
 	memset(coded, 0, sizeof coded);
@@ -3287,7 +3287,7 @@ static int sync_listed(struct sync *y, unsigned tag)
 /* Ask for the flags of UIDs up to 'high' (0: all), as far as they changed since then (0: ever). */
 static unsigned sync_send_flags(struct sync *y, uint64_t high, uint64_t since)
 {
-	char last[12] = "*", changed[48] = "";
+	char last[24] = "*", changed[48] = "";
 
 	if (high > 0)
 		snprintf(last, sizeof last, "%lu", (unsigned long)high);
@@ -3537,12 +3537,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	im->selected = false;
 	im->exists = im->uidvalidity = im->uidnext = im->expunged = 0;
 	im->highestmodseq = 0;
-	if (imap_needs_literal(box->name) && (im->capabilities & CAP_LITERAL_PLUS) == 0)
-		snprintf(quoted, sizeof quoted, "\"%s\"", box->name);
-	else
-		imap_quote(quoted, sizeof quoted, box->name);
 	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
-	examine = imap_send(im, NULL, "EXAMINE %s%s", quoted,
+	examine = imap_send(im, NULL, "EXAMINE %s%s", imap_quote(im, quoted, sizeof quoted, box->name),
 			    im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
 	if (ahead) {
 		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
@@ -3876,9 +3872,10 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 {
 	struct desk *d = context;
 
-	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n)
-		return err_set(&d->list_error, E_REFUSED, "the server lists a mailbox whose name is empty, "
-			       "has NUL octets, or more than %d octets: \"%.100s\"", MBOX_NAME_MAX, name),
+	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL)
+		return err_set(&d->list_error, E_REFUSED, "the server lists a mailbox whose name is empty, has "
+			       "NUL octets or line ends, or more than %d octets: \"%.100s\"", MBOX_NAME_MAX,
+			       name),
 		       0;
 	for (unsigned i = d->n_boxes; i-- > 0;) /* old Couriers list one twice */
 		if (strcmp(d->boxes[i].name, name) == 0) {
@@ -3940,7 +3937,7 @@ static int desk_list(struct desk *d, struct err *e)
 			i++;
 		} else if (i < d->n_boxes && pending < im->status_flight && imap_may_send(im, pending)) {
 			tag = imap_send(im, NULL, "STATUS %s %s",
-					imap_quote(quoted, sizeof quoted, box->name), items);
+					imap_quote(im, quoted, sizeof quoted, box->name), items);
 			tags[(done + pending++) % IMAP_FLIGHT_MAX] = tag;
 			i++;
 		} else if (pending > 0) { /* NO: it has no status; EXAMINE will tell why */

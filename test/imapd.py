@@ -441,6 +441,8 @@ class Session:
         if m.group(1) and 'ESEARCH' not in self.capabilities:
             self.server.fault('RETURN, but no ESEARCH')
             return self.line(tag + ' BAD no')
+        if self.box is None:   # sent along with an EXAMINE that was refused
+            return self.line(tag + ' BAD no mailbox is open')
         with self.box.lock:
             uids = self.search_uids()
             if m.group(2):
@@ -458,13 +460,12 @@ class Session:
             self.line('* SEARCH' + ''.join(' %d' % u for u in uids))
 
     def cmd_UID_FETCH(self, tag, args):
+        if self.box is None:
+            return self.line(tag + ' BAD no mailbox is open')
         self.fetch(args)
         self.ok(tag)
 
     def fetch(self, args):
-        if self.box is None:
-            self.server.fault('UID FETCH, but no mailbox is open')
-            return
         words = tokens(args)
         items, since = words[1], None
         items = items if isinstance(items, list) else [items]

@@ -342,6 +342,26 @@ def few(n=1, **more):
     return Mailbox(letters(n, 'few%d' % n), **more)
 
 
+def test_mailboxes_that_cannot_be(t):
+    """Names that are refused, and names that would share a file: said, and the others are backed up."""
+    def case(*bad, says, fails=1, skips=None, **more):
+        return Case(boxes={'INBOX': few(9), **{name: few(1) for name in bad}}, runs=(1, 2, 3), fails=fails,
+                    skips=skips or bad, says=says, **more)
+    play(t, {
+        'nul': case('a\0b', says='NUL'),
+        'empty': case('', says='empty'),
+        'long': case('x' * 1025, says='1024 octets'),
+        'long-literal': case('x' * 1025, says='1024 octets', literals=True),
+        'lineend': case('a\r\nA9 LOGOUT', says='line ends.*x0d'),
+        'lineend-bare': case('a\r\nA9 LOGOUT', says='line ends', capabilities=BARE),
+        'inboxes': case('inBox', says='share the archive INBOX.mbox'),
+        'folded': case('/a', 'a', says='share the archive a.mbox'),
+        'vanished': case('lost', says='lost: opening the mailbox: the server says NO .NONEXISTENT. no such mailbox',
+                         cmd_EXAMINE=lambda self, tag, args: self.no(tag, '[NONEXISTENT] no such mailbox')
+                         if 'lost' in args else Session.cmd_EXAMINE(self, tag, args)),
+    })
+
+
 def test_odd_servers(t):
     """What servers do that is odd but allowed, or not allowed but understandable."""
     flat = {name: few(1 + i) for i, name in enumerate(('INBOX', 'a/b', 'a.b', 'a\\b', '.x'))}
@@ -419,4 +439,5 @@ def test_odd_servers(t):
         'exchange': Case(boxes={'INBOX': Mailbox(letters()), **{'b%d' % i: few(2) for i in range(4)}}, **at_most(
             1, greeting='* OK The Microsoft Exchange IMAP4 service is ready.\r\n', status_space=True,
             capabilities='IMAP4rev1 SASL-IR UIDPLUS MOVE ID UNSELECT CHILDREN IDLE NAMESPACE LITERAL+')),
+        'names-bare': Case(boxes=names, capabilities=BARE),
     })
