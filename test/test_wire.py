@@ -40,17 +40,19 @@ class Case:
     fails    how many failures its summary tells in an odd run
     lacks    UIDs of the INBOX that an odd run cannot get
     says     patterns of what is printed for the account in the odd runs
+    once     it is not tried again in an odd run: one connection
     skips    names of mailboxes that an odd run cannot or must not back up
     account  more keys of the account
     """
 
     def __init__(self, boxes=None, runs=(1, 2), fails=0, lacks=(), says=(), skips=(), hook=None, delimiter='/',
-                 password='secret', account=None, **odd):
+                 password='secret', account=None, once=False, **odd):
         self.boxes = boxes or {'INBOX': Mailbox(letters())}
         self.runs, self.fails, self.lacks, self.skips = runs, fails, set(lacks), set(skips)
         self.says = [says] if isinstance(says, str) else says
         self.session = type('Odd', (Session,), odd)
         self.hook, self.delimiter, self.password, self.account = hook, delimiter, password, account or {}
+        self.once = once
         self.gone = {name: [] for name in self.boxes}
 
     def change(self):
@@ -61,7 +63,8 @@ class Case:
                 for i in range(2):
                     m = sample.mail(rng, 'new %d' % i)
                     box.add(m.data, m.flags, m.when)
-                self.gone[name] += [m for m in held(box) if m.uid == 2]
+                if 1 not in self.runs or name not in self.skips:
+                    self.gone[name] += [m for m in held(box) if m.uid == 2]
                 box.expunge(2)
                 box.flag(3, '\\Seen \\Flagged')
                 break
@@ -154,7 +157,9 @@ def play(t, cases, **more):
             fails = re.search(r', (\d+) FAILED', lines)
             if int(fails.group(1) if fails else 0) != (case.fails if odd else 0):
                 found.append('%s failures' % (fails.group(1) if fails else 0))
-            found += ['not said: ' + s for s in case.says if odd and not re.search(s, lines)]
+            found += ['not said: ' + s for s in case.says if odd and not re.search(s, lines, re.M)]
+            if odd and case.once and len(servers[name].sessions) != 1:
+                found.append('%d connections' % len(servers[name].sessions))
             found += servers[name].faults
             if number == 3 and 2 not in case.runs and ' 0 new, 0 gone, 0 back' not in lines:
                 found.append('news in the third run')
@@ -441,3 +446,155 @@ def test_odd_servers(t):
             capabilities='IMAP4rev1 SASL-IR UIDPLUS MOVE ID UNSELECT CHILDREN IDLE NAMESPACE LITERAL+')),
         'names-bare': Case(boxes=names, capabilities=BARE),
     })
+
+
+# ---- failures: what can be had is had, what cannot is told, and the next run has it all ----
+
+def at_command(k, act, connections=(1,)):
+    """On these connections, do this before the k-th command is answered."""
+    def hook(session, tag, name, args):
+        session.count = getattr(session, 'count', 0) + 1
+        return session.number in connections and session.count == k and act(session, tag) is not None
+    return dict(hook=hook)
+
+
+def once(pattern, act, times=1):
+    """The first commands that match are answered by act(session, tag)."""
+    left = [times]
+
+    def hook(session, tag, name, args):
+        if left[0] > 0 and re.search(pattern, name + ' ' + args):
+            left[0] -= 1
+            return act(session, tag) or True
+    return dict(hook=hook)
+
+
+def always(pattern, act):
+    return once(pattern, act, 10 ** 9)
+
+
+def asks_for(uid, act):
+    """Each command for the body of this mail."""
+    def hook(session, tag, name, args):
+        if name == 'UID_FETCH' and 'BODY.PEEK[]' in args and imapd.in_set(args.split()[0], uid, 99):
+            return act(session, tag, args) or True
+    return dict(hook=hook)
+
+
+def no(text):
+    return lambda session, tag, args='': session.no(tag, text)
+
+
+def bad(text):
+    return lambda session, tag, args='': session.line(tag + ' BAD ' + text)
+
+
+def drop(how):
+    return lambda session, tag, args='': (session.flush(), session.drop(how))
+
+
+def bye(text='going down', how='close'):
+    return lambda session, tag, args='': session.bye(text, how)
+
+
+def leaves_out(uid, also=()):
+    """This mail is never in the answer, which is OK."""
+    def fetch_mail(self, number, m, items):
+        if m.uid != uid or 'BODY.PEEK[]' not in items:
+            Session.fetch_mail(self, number, m, items)
+    return dict(fetch_mail=fetch_mail)
+
+
+def body_of(uid, *text):
+    """Instead of the whole mail it sends this."""
+    def fetch_items(self, m, items):
+        out = Session.fetch_items(self, m, items)
+        if m.uid == uid and 'BODY.PEEK[]' in items:
+            out[-1:] = text
+        return out
+    return dict(fetch_items=fetch_items)
+
+
+def partial_no(session, tag, args):
+    """Gmail: the others come, and then NO."""
+    uids = imapd.uids_of(args.split()[0])
+    if len(uids) > 1:
+        uids.remove(5)
+        session.fetch(imapd.ranges(uids) + ' ' + args.split(' ', 1)[1])
+    session.no(tag, 'Some messages could not be FETCHed (Failure)')
+
+
+def mails_until(session, tag, args):
+    """All in front of UID 5 come, then the line is dead."""
+    below = [u for u in imapd.uids_of(args.split()[0]) if u < 5]
+    if below:
+        session.fetch(imapd.ranges(below) + ' ' + args.split(' ', 1)[1])
+    session.put('* 5 FETCH (UID 5 FLAGS () BODY[] {100}\r\nSubject: torn\r\n')
+    session.flush()
+    session.drop('fin')
+
+
+def refuse_literals(self):
+    """The first command with a literal is refused at once."""
+    line = self.take_line()
+    self.server.record(imapd.Command(self.number, 0, '', line.decode(), len(line)))
+    tag = line.split()[0].decode()
+    if line.endswith(b'}\r\n'):
+        self.no(tag, 'no literals, please')
+    else:
+        self.cmd_CAPABILITY(tag, '')
+    self.flush()
+
+
+def busy_server(n):
+    """No more than n sessions of a user at a time."""
+    def enter(self, tag, user, password):
+        with self.server.lock:
+            if sum(1 for s in self.server.inside if s.user == user) >= n:
+                return self.no(tag, '[LIMIT] Maximum number of connections exceeded')
+            self.user = user
+        Session.enter(self, tag, user, password)
+    return dict(enter=enter)
+
+
+def test_failures(t):
+    """Mails, commands and connections that fail. The next run, by an honest server, must find the rest."""
+    def poison(act, **more):
+        return Case(runs=(1,), fails=1, lacks=(5,), says=r'1 mails .*UID 5$', **act, **more)
+
+    def passing(says=(), runs=(1,), **act):
+        return Case(runs=runs, says=says, **act)
+    cases = {
+        'no': poison(asks_for(5, no('no'))),
+        'bad': poison(asks_for(5, bad('no'))),
+        'gmail': poison(asks_for(5, partial_no)),
+        'missing': poison(leaves_out(5)),
+        'nil': poison(body_of(5, b'BODY[] NIL')),
+        'nothing': poison(body_of(5, b'BODY[] ')),
+        'empty': poison(body_of(5, b'BODY[] ""')),
+        'empty-literal': poison(body_of(5, b'BODY[] {0}\r\n')),
+        'closes': poison(asks_for(5, drop('close'))),
+        'resets': poison(asks_for(5, drop('rst'))),
+        'cuts': poison(asks_for(5, mails_until)),
+        'says-bye': poison(asks_for(5, bye('internal error'))),
+        'throttled': passing('says NO .THROTTLED. slow down; trying again', **once('^UID_FETCH', no('[THROTTLED] slow down'))),
+        'backoff': passing('trying again in [12]', **once('^UID_FETCH', bad(
+            'Request is throttled. Suggested Backoff Time: 299 milliseconds'))),
+        'backoff-login': passing('trying again in [12]', **once('^AUTH', no('Suggested Backoff Time: 99 milliseconds'))),
+        'unavailable': passing('UNAVAILABLE', **once('^AUTH', no('[UNAVAILABLE] try again later'))),
+        'limit': passing('LIMIT', **once('^CAPABILITY|^AUTH', no('[LIMIT] Rate limit hit.'))),
+        'inuse': passing('INUSE', **once('^EXAMINE', no('[INUSE] another has it'))),
+        'inuse-bye': passing('ended the connection: closing; service busy', **once('^EXAMINE', bye('closing; service busy'))),
+        'wrong': Case(runs=(1,), once=True, fails=1, says='AUTHENTICATIONFAILED', skips=('INBOX',),
+                      **always('^AUTH', no('[AUTHENTICATIONFAILED] wrong password'))),
+        'wrong-user': Case(runs=(1,), once=True, fails=1, says='never heard of', skips=('INBOX',), login='', password='ü',
+                           enter=lambda self, tag, *x: self.no(tag, 'never heard of'), **{}),
+        'disabled': Case(runs=(1,), once=True, fails=1, says='LOGINDISABLED', skips=('INBOX',), login='LOGINDISABLED'),
+        'expunged': Case(runs=(1,), **once('^UID_FETCH 6', lambda session, tag: (
+            session.server.boxes['INBOX'].expunge(7, 12), session.cmd_UID_FETCH(tag, session.server.commands[-1].text[10:])))),
+    }
+    for k in range(1, 9):
+        cases['bye-%d' % k] = passing('ended the connection: going down|connection lost', **at_command(k, bye()))
+    cases['bye-0'] = passing('ended the connection: not now', greet=lambda self: Session.greet(self) if self.number > 1
+                             else self.bye('not now'))
+    play(t, cases, retries=2)
