@@ -2583,11 +2583,13 @@ static int imap_know_capabilities(struct imap *im)
 /* Wait for "+ ", then send a line. The command's own answer may come instead. */
 static int imap_continue(struct imap *im, unsigned tag, const char *line)
 {
-	int got;
+	const struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+	int got = 0;
 
-	while ((got = imap_response(im)) == 0)
-		if (im->results[tag % IMAP_FLIGHT_MAX].condition != IMAP_PENDING)
-			return 0;
+	while (result->condition == IMAP_PENDING && (got = imap_response(im)) == 0)
+		;
+	if (got == 0)
+		return 0;
 	if (got < 0 || stream_write(&im->s, line, strlen(line)) != 0 ||
 	    stream_write(&im->s, "\r\n", 2) != 0)
 		return -1;
