@@ -1108,6 +1108,8 @@ static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 		if (put < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
 			if (stream_wait(s, POLLOUT, s->timeout_sec, "sending to the server") != 0)
 				return -1;
+		} else if (errno == EPIPE || errno == ECONNRESET) {
+			return (ssize_t)n; /* it is in vain, but reading tells more: a BYE may be there */
 		} else if (errno != EINTR) {
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
 		}
