@@ -2658,8 +2658,8 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 		return -1;
 	if (result->condition != IMAP_OK) {
 		imap_refused(&im->s.err, result, "login");
-		if (im->s.err.code == E_REFUSED)
-			im->s.err.code = E_ACCOUNT;
+		if (im->s.err.code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
+			im->s.err.code = E_ACCOUNT; /* also where the text says "try again later" */
 		return -1;
 	}
 	return imap_know_capabilities(im);

@@ -591,6 +591,8 @@ def test_failures(t):
                            enter=lambda self, tag, *x: self.no(tag, 'never heard of'), **{}),
         'wrong-literal': Case(runs=(1,), once=True, fails=1, says='no literals', skips=('INBOX',), login='', password='ü',
                               one=refuse_literals),
+        'wrong-later': Case(runs=(1,), once=True, fails=1, says='AUTHENTICATIONFAILED', skips=('INBOX',),
+                            **always('^AUTH', no('[AUTHENTICATIONFAILED] wrong, please try again later'))),
         'disabled': Case(runs=(1,), once=True, fails=1, says='LOGINDISABLED', skips=('INBOX',), login='LOGINDISABLED'),
         'expunged': Case(runs=(1,), **once('^UID_FETCH 6', lambda session, tag: (
             session.server.boxes['INBOX'].expunge(7, 12), session.cmd_UID_FETCH(tag, session.server.commands[-1].text[10:])))),
