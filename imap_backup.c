@@ -81,6 +81,8 @@ enum {
 	BATCH_RANGES = 128,             /* of UIDs in one command */
 	MAILBOXES_MAX = 20000,          /* of one account */
 	POISON_MAX = 32,                /* mails of one mailbox that break the connection */
+	VAGUE_SEC = 5,                  /* where a server is unavailable, but does not say for how long */
+	VAGUE_MAX = 8,                  /* single mails one after the other that are so: it is not the mails */
 	BACKOFF_SEC = 60,               /* the longest pause of our own making */
 	WAIT_SEC = 900,                 /* the longest that a server can ask for */
 	PLACE_SEC = 10                  /* a worker that must wait longer gives its place back */
@@ -2047,10 +2049,10 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 	}
 	for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
 		if (strcmp(result->code, codes[i]) == 0)
-			return strcmp(codes[i], "OVERQUOTA") == 0 ? 60 : 5;
+			return strcmp(codes[i], "OVERQUOTA") == 0 ? 60 : VAGUE_SEC;
 	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
 		if (strstr(result->text, words[i]) != NULL)
-			return 5;
+			return VAGUE_SEC;
 	return 0;
 }
 
@@ -3057,6 +3059,7 @@ struct batch {
 struct attempt {
 	bool careful;             /* the line broke without a mail: one mail at a time now */
 	uint32_t asked_uid;       /* the mail asked for last then */
+	bool doubtful;            /* mails were refused with a request to wait; it may be one of them */
 	unsigned poisons;
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
 };
@@ -3084,6 +3087,7 @@ struct sync {
 	struct mbox_header header; /* of a mail that is asked for by its header */
 	struct mbox_made made;
 	bool has_header, writing;
+	unsigned vague;           /* single mails in a row that were refused with a request to wait */
 	struct imap_fetch apart;  /* the last one without a mail: flags and date may come apart from it */
 };
 
@@ -3179,6 +3183,7 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	y->counts->stored += (unsigned)stored;
 	y->im->noise = 0;
 	y->attempt->careful = false;
+	y->vague = 0;
 	y->progress(y->context);
 	if (stop_asked)
 		return err_set(y->e, E_STOPPED, "stopped by a signal");
@@ -3343,13 +3348,18 @@ static int sync_batch_done(struct sync *y)
 {
 	struct batch *b = &y->flight[y->first % IMAP_FLIGHT_MAX];
 	const struct imap_result *result = imap_wait(y->im, b->tag);
+	unsigned sec;
 
 	if (result == NULL)
 		return sync_line_failed(y);
 	y->first++;
 	y->pending--;
-	if (result->condition != IMAP_OK && imap_wait_asked(result) > 0 && !b->single)
+	sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
+	/* Yahoo is "unavailable" for ever to a batch that holds a broken mail: wait once, then ask singly. */
+	if (sec > 0 && (sec != VAGUE_SEC || (b->single ? ++y->vague > VAGUE_MAX : !y->attempt->doubtful))) {
+		y->attempt->doubtful = true;
 		return imap_refused(y->e, result, "fetching mails");
+	}
 	if (result->condition == IMAP_BAD)
 		y->im->one_at_a_time = true;
 	set_sort(&y->ask_made);

@@ -593,6 +593,8 @@ def test_failures(t):
                               one=refuse_literals),
         'wrong-later': Case(runs=(1,), once=True, fails=1, says='AUTHENTICATIONFAILED', skips=('INBOX',),
                             **always('^AUTH', no('[AUTHENTICATIONFAILED] wrong, please try again later'))),
+        'yahoo-poison': poison(asks_for(5, no('[UNAVAILABLE] UID FETCH Server error - Please try again later'))),
+        'exchange-poison': poison(asks_for(5, no('Server Unavailable. 15'))),
         'disabled': Case(runs=(1,), once=True, fails=1, says='LOGINDISABLED', skips=('INBOX',), login='LOGINDISABLED'),
         'expunged': Case(runs=(1,), **once('^UID_FETCH 6', lambda session, tag: (
             session.server.boxes['INBOX'].expunge(7, 12), session.cmd_UID_FETCH(tag, session.server.commands[-1].text[10:])))),
