@@ -3756,6 +3756,7 @@ struct task { /* an account, as the parent sees it */
 	struct mailbox *boxes;        /* owned; once it is ready, those with work first, largest first */
 	unsigned n, todo;             /* of these, to be handed out */
 	unsigned workers, tries;
+	unsigned most;                /* workers at a time: fewer, once the server turned one away */
 	int64_t not_before_ms, began_ms, ended_ms;
 	struct counts counts;         /* of what is done */
 	uint64_t in, out;
@@ -4502,8 +4503,15 @@ static void worker_note(struct run *run, struct worker *w)
 		break;
 	case NOTE_ACCOUNT:
 		counts_add(&task->counts, &note->counts);
-		if (task->state != TASK_OVER)
+		if (box != NULL && task->workers > 1 && task->state == TASK_READY &&
+		    note->code != E_ACCOUNT && note->code != E_STOPPED) {
+			log_warn("%s; going on with one connection less", note->text);
+			task->most = task->workers - 1;
+			box->state = BOX_TODO;
+			task->todo++;
+		} else if (task->state != TASK_OVER) {
 			task_fail(task, note);
+		}
 		w->box = -1;
 		w->over = true;
 		break;
@@ -4638,7 +4646,7 @@ static void run_start_workers(struct run *run)
 			struct task *task = &run->tasks[i];
 
 			while (run->n_workers < run->config->total_processes &&
-			       task->workers < (round == 0 ? 1 : task->account->processes) &&
+			       task->workers < (round == 0 ? 1 : task->most) &&
 			       task->not_before_ms <= now_ms() &&
 			       (task->state == TASK_NEW || (task->state == TASK_READY && task->todo > 0))) {
 				if (task->state == TASK_NEW && task->workers > 0)
@@ -4920,6 +4928,7 @@ static int run_prepare(struct run *run)
 			continue;
 		task->account = account;
 		task->lock = -1;
+		task->most = account->processes;
 		snprintf(task->folder, sizeof task->folder, "%s/%s", c->destination, account->email);
 		run->n_tasks++;
 		if (account->pins > 0 || run_trust(run, account->ca_file) != NULL)

@@ -546,17 +546,6 @@ def refuse_literals(self):
     self.flush()
 
 
-def busy_server(n):
-    """No more than n sessions of a user at a time."""
-    def enter(self, tag, user, password):
-        with self.server.lock:
-            if sum(1 for s in self.server.inside if s.user == user) >= n:
-                return self.no(tag, '[LIMIT] Maximum number of connections exceeded')
-            self.user = user
-        Session.enter(self, tag, user, password)
-    return dict(enter=enter)
-
-
 def test_failures(t):
     """Mails, commands and connections that fail. The next run, by an honest server, must find the rest."""
     def poison(act, **more):
@@ -604,3 +593,22 @@ def test_failures(t):
     cases['bye-0'] = passing('ended the connection: not now', greet=lambda self: Session.greet(self) if self.number > 1
                              else self.bye('not now'))
     play(t, cases, retries=2)
+
+
+def test_one_connection_is_all_that_the_server_takes(t):
+    """The second worker is turned away: the first does the work of both."""
+    boxes = {name: Mailbox(letters(12, name)) for name in ('INBOX', 'A', 'B', 'C', 'D')}
+    for how in (no('[LIMIT] Maximum number of connections exceeded'), bye('too many'), drop('rst')):
+        def enter(self, tag, user, password):
+            with self.server.lock:
+                full = any(s.user == user for s in self.server.inside)
+                self.user = user
+            return how(self, tag) if full else Session.enter(self, tag, user, password)
+        server = Server(boxes, session=dict(enter=enter, lag=0.05))
+        t.cleanups.append(server.stop)
+        t.dest += 'x'
+        account = {'email': 'a@x', 'host': '127.0.0.1', 'port': server.port, 'password': 'secret'}
+        status, said, err = run(t, [account], retries=0, processes_per_account=2)
+        assert status == 0 and len(server.sessions) == 2, (len(server.sessions), err)
+        for name, box in boxes.items():
+            assert not archive.compare(os.path.join(t.dest, 'a@x', name + '.mbox'), held(box))
