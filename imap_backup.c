@@ -80,6 +80,7 @@ enum {
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,             /* of UIDs in one command */
 	MAILBOXES_MAX = 20000,          /* of one account */
+	ALERTS_MAX = 8,                 /* shown, of one connection */
 	POISON_MAX = 32,                /* mails of one mailbox that break the connection */
 	VAGUE_SEC = 5,                  /* where a server is unavailable, but does not say for how long */
 	VAGUE_MAX = 8,                  /* single mails one after the other that are so: it is not the mails */
@@ -1687,6 +1688,7 @@ struct imap {
 	unsigned tag, oldest;      /* the last one given out; the first that is not known done */
 	struct imap_result results[IMAP_FLIGHT_MAX];
 	unsigned in_flight;        /* octets of commands without an answer */
+	unsigned alerts;           /* shown to the person */
 	uint64_t noise;            /* octets since something that we asked for came */
 	bool trace;
 	char line[300];            /* of the response in hand, for -vv */
@@ -1842,8 +1844,8 @@ static int imap_literal(struct imap *im, uint64_t *octets)
 							     strcmp(end, "}") != 0))
 		return imap_proto(im, "a literal without a length", "{number}");
 	if (*octets > UINT32_MAX)
-		return stream_fail(&im->s, E_PROTO, "the server announces a literal of %s octets; more than "
-				   "4294967295 is no mail", text);
+		return stream_fail(&im->s, E_PROTO, "the server announces a literal of %llu octets; more than "
+				   "4294967295 is no mail", (unsigned long long)*octets);
 	imap_is(im, '\r');
 	return imap_expect(im, '\n');
 }
@@ -2024,7 +2026,7 @@ static int imap_text(struct imap *im, struct imap_result *result)
 		im->uidnext = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
 	else if (strcmp(result->code, "HIGHESTMODSEQ") == 0)
 		im->highestmodseq = result->numbers[0];
-	else if (strcmp(result->code, "ALERT") == 0)
+	else if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
 		log_info("the server says: %s", result->text);
 	return imap_line_end(im);
 }
@@ -2225,30 +2227,29 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 	return imap_line_end(im);
 }
 
+/* A UID, 0 at an error. */
+static uint32_t imap_uid(struct imap *im)
+{
+	uint64_t uid = 0;
+
+	for (int c; uid <= UINT32_MAX && (c = imap_peek(im)) >= '0' && c <= '9'; imap_next(im))
+		uid = uid * 10 + (unsigned)(c - '0');
+	if (uid > 0 && uid <= UINT32_MAX)
+		return (uint32_t)uid;
+	imap_proto(im, uid > 0 ? "a number over 4294967295" : "something else", "a UID");
+	return 0;
+}
+
 /* "1:5,9", as in ESEARCH and VANISHED. */
 static int imap_uid_set(struct imap *im)
 {
 	for (;;) {
-		uint32_t low = 0, high;
-		int c;
+		uint32_t low = imap_uid(im), high = low;
 
-		while ((c = imap_peek(im)) >= '0' && c <= '9') {
-			if (low > (UINT32_MAX - 9) / 10)
-				return imap_proto(im, "a number over 4294967295", "a UID");
-			low = low * 10 + (uint32_t)(imap_next(im) - '0');
-		}
-		high = low;
-		if (imap_is(im, ':'))
-			for (high = 0; (c = imap_peek(im)) >= '0' && c <= '9';) {
-				if (high > (UINT32_MAX - 9) / 10)
-					return imap_proto(im, "a number over 4294967295", "a UID");
-				high = high * 10 + (uint32_t)(imap_next(im) - '0');
-			}
-		if (low == 0 || high == 0)
-			return imap_proto(im, "something else", "a UID");
+		if (low == 0 || (imap_is(im, ':') && (high = imap_uid(im)) == 0))
+			return -1;
 		if (im->on_uids(im->context, low < high ? low : high, low < high ? high : low) != 0)
 			return -1;
-		im->noise = 0;
 		if (!imap_is(im, ','))
 			return 0;
 	}
@@ -2317,7 +2318,6 @@ static int imap_list_response(struct imap *im)
 	}
 	if (imap_expect(im, ' ') != 0 || (n = imap_string(im, name, sizeof name)) < 0)
 		return -1;
-	im->noise = 0;
 	if (im->on_list(im->context, name, (size_t)n, delimiter[0], selectable) != 0)
 		return -1;
 	return imap_skip_line(im); /* RFC 5258 adds things behind the name */
@@ -2354,7 +2354,6 @@ static int imap_status_response(struct imap *im)
 		else if (imap_skip(im) != 0)
 			return -1;
 	}
-	im->noise = 0;
 	if (im->on_status != NULL && im->on_status(im->context, name, &status) != 0)
 		return -1;
 	return imap_line_end(im);
@@ -3082,6 +3081,7 @@ struct sync {
 	bool searching;           /* the UIDs that come are the listing */
 	bool listing_now;         /* the FETCH responses that come are it */
 	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	uint32_t told;            /* flags of mails */
 	bool window;              /* the server shows only the newest mails */
 
 	struct mbox_header header; /* of a mail that is asked for by its header */
@@ -3175,7 +3175,7 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	y->writing = false;
 	if (fetch->uid == 0 || !sync_wants(y, fetch->uid)) {
 		mbox_abort(y->m);
-		return 0;
+		return imap_noise(y->im, fetch->octets);
 	}
 	stored = mbox_end(y->m, fetch->uid, dated->has_date ? dated->date_sec : 0, flagged->flags, y->e);
 	if (stored < 0)
@@ -3198,7 +3198,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	int known;
 
 	if (fetch->uid == 0 || !sync_wants(y, fetch->uid))
-		return 0;
+		return imap_noise(y->im, fetch->octets);
 	y->im->noise = 0;
 	if (fetch->section == SECTION_MADE) {
 		mbox_made_end(&y->made, key);
@@ -3232,15 +3232,13 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		y->apart = *fetch;
 	if (fetch->uid == 0 || !fetch->has_flags)
 		return 0;
-	if (y->listing_now) {
+	if (y->listing_now && !set_add(&y->listing, fetch->uid, fetch->uid))
+		return sync_out_of_room(y);
+	if ((y->listing_now || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
+	    y->told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
 		y->im->noise = 0;
-		if (!set_add(&y->listing, fetch->uid, fetch->uid))
-			return sync_out_of_room(y);
-	}
 	if (y->rekeyed)
 		return 0;
-	if (mbox_next_uid(y->m, fetch->uid) == fetch->uid)
-		y->im->noise = 0;
 	return mbox_set_flags(y->m, fetch->uid, fetch->flags, y->e);
 }
 
@@ -3290,6 +3288,8 @@ static int sync_listed(struct sync *y, unsigned tag)
 	}
 	y->searching = y->listing_now = false;
 	set_sort(&y->listing);
+	if (set_count(&y->listing) > MBOX_MAILS_MAX)
+		return sync_out_of_room(y);
 	return set_count(&y->listing) == y->im->exists;
 }
 
@@ -3901,6 +3901,7 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes", MAILBOXES_MAX);
 		return 0;
 	}
+	d->im.noise = 0;
 	*boxes_more(&d->boxes, &d->n_boxes) = (struct mailbox){
 		.name = copy_text(name), .delimiter = delimiter, .selectable = selectable,
 		.ignored = box_ignored(d->run, d->task->account, name, delimiter) };
@@ -3914,6 +3915,7 @@ static int on_status(void *context, const char *name, const struct imap_status *
 	for (unsigned i = d->n_boxes; i-- > 0;)
 		if (strcmp(d->boxes[i].name, name) == 0 ||
 		    (strcasecmp(name, "INBOX") == 0 && strcasecmp(d->boxes[i].name, "INBOX") == 0)) {
+			d->im.noise = d->boxes[i].status.known ? d->im.noise : 0;
 			d->boxes[i].status = *status;
 			break;
 		}

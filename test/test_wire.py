@@ -40,19 +40,20 @@ class Case:
     fails    how many failures its summary tells in an odd run
     lacks    UIDs of the INBOX that an odd run cannot get
     says     patterns of what is printed for the account in the odd runs
+    keeps    an odd run proves nothing: what has gone keeps its state
     once     it is not tried again in an odd run: one connection
     skips    names of mailboxes that an odd run cannot or must not back up
     account  more keys of the account
     """
 
     def __init__(self, boxes=None, runs=(1, 2), fails=0, lacks=(), says=(), skips=(), hook=None, delimiter='/',
-                 password='secret', account=None, once=False, **odd):
+                 password='secret', account=None, once=False, keeps=False, **odd):
         self.boxes = boxes or {'INBOX': Mailbox(letters())}
         self.runs, self.fails, self.lacks, self.skips = runs, fails, set(lacks), set(skips)
         self.says = [says] if isinstance(says, str) else says
         self.session = type('Odd', (Session,), odd)
         self.hook, self.delimiter, self.password, self.account = hook, delimiter, password, account or {}
-        self.once = once
+        self.once, self.keeps = once, keeps
         self.gone = {name: [] for name in self.boxes}
 
     def change(self):
@@ -79,8 +80,10 @@ class Case:
             if not os.path.exists(path):
                 out.append('%s: there is no %s' % (name, path))
                 continue
-            out += ['%s: %s' % (name, c) for c in archive.compare(
-                path, [m for m in held(box) if m.uid not in lacks], gone=self.gone[name])]
+            gone, live = self.gone[name], [m for m in held(box) if m.uid not in lacks]
+            if odd and self.keeps:
+                gone, live = [], gone + live
+            out += ['%s: %s' % (name, c) for c in archive.compare(path, live, gone=gone)]
         return out
 
 
@@ -103,7 +106,7 @@ def watch(process, peaks):
         time.sleep(0.01)
 
 
-def run(t, accounts, timeout=60, **more):
+def run(t, accounts, limit=60, mails=0, **more):
     """Back them all up at once: (exit status, {email: lines}, stderr)."""
     t.config(*accounts, **dict({'total_processes': 64, 'timeout': 4, 'email_batch_size': 5,
                                 'header_batch_size': 7}, **more))
@@ -112,14 +115,15 @@ def run(t, accounts, timeout=60, **more):
     peaks = {}
     watcher = threading.Thread(target=watch, args=(process, peaks))
     watcher.start()
-    try:
-        err = process.communicate(timeout=timeout)[1].decode()
-    finally:
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-        watcher.join()
+    ender = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+    ender.start()
+    err = process.communicate()[1].decode()
+    ender.cancel()
+    watcher.join()
+    assert process.returncode >= 0, 'hangs; said:\n' + err
     parent = peaks.pop(process.pid, None)
     if parent and peaks:
-        assert max(peaks.values()) < parent + 8192, 'a worker took %d KiB, the parent %d' % (
+        assert max(peaks.values()) < parent + 8192 + 24 * mails // 1024, 'a worker took %d KiB, the parent %d' % (
             max(peaks.values()), parent)
     assert not re.search('[\x00-\x09\x0b-\x1f\x7f-\x9f]', err), 'control characters: %r' % err
     said = {a['email']: [] for a in accounts}
@@ -612,3 +616,124 @@ def test_one_connection_is_all_that_the_server_takes(t):
         assert status == 0 and len(server.sessions) == 2, (len(server.sessions), err)
         for name, box in boxes.items():
             assert not archive.compare(os.path.join(t.dest, 'a@x', name + '.mbox'), held(box))
+
+
+# ---- lies ----
+
+def endless(what, when='greet'):
+    """Says this without end: as a greeting, or instead of an answer to a command."""
+    def forever(self, *args):
+        if when == 'fetch':   # behind the honest answer
+            Session.fetch(self, *args)
+        self.put('* OK [CAPABILITY %s] x\r\n' % self.known() if when == 'greet' else '')
+        while True:
+            self.put(what)
+    return {when: forever}
+
+
+def says_when(when, what):
+    """Says this in front of the answer to a command."""
+    def method(self, *args):
+        self.put(what)
+        getattr(Session, when)(self, *args)
+    return {when: method}
+
+
+def lists(count, uids):
+    """EXISTS and SEARCH are these, whatever there is."""
+    def examine_lines(self):
+        self.line('* %d EXISTS' % count(self.box))
+        self.line('* OK [UIDVALIDITY %d] valid' % self.box.uidvalidity)
+        self.line('* OK [UIDNEXT %d] next' % self.box.uidnext)
+
+    def search_line(self, tag, have, extended):
+        text = uids(self.box)
+        self.line('* ESEARCH (TAG "%s") UID ALL %s' % (tag, text) if extended else '* SEARCH ' + text.replace(',', ' '))
+    return dict(examine_lines=examine_lines, search_line=search_line)
+
+
+def newest(n):
+    """The server shows no more than these, and does not say so."""
+    def method(name):
+        def shown(self, *args):
+            whole = self.box
+            self.box = Mailbox(uidvalidity=whole.uidvalidity)
+            self.box.mails, self.box.uidnext, self.box.modseq = whole.mails[-n:], whole.uidnext, whole.modseq
+            getattr(Session, name)(self, *args)
+            self.box = whole
+        return shown
+
+    def status_values(self, name, box):
+        return dict(Session.status_values(self, name, box), MESSAGES=min(n, len(box.mails)))
+    return dict(status_values=status_values, **{x: method(x) for x in ('examine_lines', 'search_uids', 'fetch')
+                                                if x != 'search_uids'},
+                search_uids=lambda self: [m.uid for m in self.box.mails[-n:]])
+
+
+def uids(box):
+    return imapd.ranges([m.uid for m in box.mails])
+
+
+def test_lies(t):
+    """What no server may say. Memory stays small, nothing is marked gone, the message says what it was."""
+    def lie(says, runs=(1,), skips=('INBOX',), **more):
+        return Case(runs=runs, fails=1, says=says, skips=skips, **more)
+
+    def late(says, **more):
+        return Case(runs=(2,), fails=1, says=says, keeps=True, **more)
+    flood = 'more than 16777216 octets that nobody asked for'
+    many = 'more than 1000000 mails'
+    fetched = 'cmd_UID_FETCH'
+    play(t, {
+        'http': lie('no IMAP greeting', greeting='HTTP/1.1 400 Bad Request\r\n\r\n'),
+        'nothing': lie('connection closed by the server', greet=lambda self: self.drop('close')),
+        'wrongtag': lie('begins with "B7"', **says_when('cmd_LIST', 'B7 OK done\r\n')),
+        'oldtag': lie('begins with "A1"', **says_when('cmd_LIST', 'A1 OK done\r\n')),
+        'futuretag': lie('begins with "A99"', **says_when('cmd_LIST', 'A99 OK done\r\n')),
+        'emptyline': lie('begins with ""', **says_when('cmd_LIST', '\r\n')),
+        'neither': lie('sent MAYBE where OK', ok=lambda self, tag, text='': self.line(tag + ' MAYBE ' + text)),
+        'plus': lie('continuation request', **says_when('cmd_LIST', '+ go on\r\n')),
+        'controls': lie('x1b.2Jx07', cmd_AUTHENTICATE=lambda self, tag, args: self.no(tag, '\x1b[2Jx07\x07\0\x7f\x9b\udcff')),
+        'controls-alert': Case(says=r'server says: \\x1b\]0;title\\x07', runs=(1,), **says_when(
+            'cmd_LIST', '* OK [ALERT] \x1b]0;title\x07\r\n')),
+        'controls-tag': lie('begins with ""', **says_when('cmd_LIST', '\x1b[31mA1 OK x\r\n')),
+        'deep': lie('nests parentheses', **says_when('cmd_LIST', '* XYZZY ' + '(' * 100 + ')' * 100 + '\r\n')),
+        'deep-list': lie('parentheses|where', **says_when('cmd_LIST', '* LIST ((((' + '(' * 100 + '\r\n')),
+        'unclosed': lie("line's end", **says_when('cmd_LIST', '* XYZZY (a (b)\r\n')),
+        'nolength': lie('literal without a length', **says_when('cmd_LIST', '* LIST () "/" {}\r\n')),
+        'negative': lie('literal without a length', **says_when('cmd_LIST', '* LIST () "/" {-1}\r\n')),
+        'overflow': lie('literal without a length', **says_when('cmd_LIST', '* LIST () "/" {99999999999999999999}\r\n')),
+        'hugename': lie('more than 16777216 octets', cmd_LIST=lambda self, tag, args: (
+            self.put('* LIST () "/" {4294967295}\r\n'), endless('x' * 9999, 'x')['x'](self))),
+        'hugeskip': lie(flood, **says_when('cmd_LIST', '* XYZZY {4294967295}\r\n')),
+        'huge': Case(runs=(1,), fails=1, skips=('INBOX',), says='literal of 4294967296 octets',
+                     **says_when(fetched, '* 1 FETCH (UID 1 BODY[] {4294967296}\r\n')),
+        'cutliteral': lie('nothing for 2 seconds', cmd_UID_FETCH=lambda self, tag, args: self.put(
+            '* 1 FETCH (UID 1 BODY[] {4000}\r\nSubject: x\r\n')),
+        'flood': lie(flood, **endless('* OK still here\r\n')),
+        'flood-alert': lie(flood, **endless('* OK [ALERT] buy more space\r\n')),
+        'flood-line': lie(flood, **endless('x' * 1000)),
+        'flood-list': lie(flood, **endless('* LIST () "/" INBOX\r\n', 'cmd_LIST')),
+        'flood-status': lie(flood, **endless('* STATUS INBOX (MESSAGES 1)\r\n', 'cmd_LIST')),
+        'flood-search': lie(flood, cmd_UID_SEARCH=lambda self, tag, args: (
+            self.put('* SEARCH'), endless(' 1 2' * 999, 'x')['x'](self))),
+        'flood-fetch': lie(flood, **endless('* 1 FETCH (UID 99 BODY[] {20}\r\n01234567890123456789)\r\n', fetched)),
+        'flood-uidlast': lie(flood, **endless('* 1 FETCH (BODY[] {99}\r\n%s UID 99)\r\n' % ('x' * 99), fetched)),
+        'flood-same': lie(flood, skips=(), lacks=range(6, 13), **endless('* 1 FETCH (UID 1 BODY[] {20}\r\n01234567890123456789)\r\n', 'fetch')),
+        'flood-flags': late(flood, lacks=(13, 14), **endless('* 1 FETCH (UID 1 FLAGS ())\r\n' * 99, 'fetch')),
+        'everything': lie(many, **lists(lambda box: 12, lambda box: '1:4294967295')),
+        'millions': lie(many, **lists(lambda box: 12999987, lambda box: ','.join(
+            '%d:%d' % (k * 1000000 + 1, k * 1000000 + 999999) for k in range(13)))),
+        'zero': lie('where a UID', **lists(lambda box: 12, lambda box: '0,1')),
+        'toobig': lie('where a UID', **lists(lambda box: 12, lambda box: '4294967296')),
+        'garbage': lie('where', **says_when(fetched, '* 1 FETCH UID 1 FLAGS ()\r\n')),
+        'more': late('the server has 16 mails but lists 13: none is marked', **lists(lambda box: len(box.mails) + 3, uids)),
+        'less': late('the server has 11 mails but lists 13: none is marked', **lists(lambda box: len(box.mails) - 2, uids)),
+        'partial': late('but lists 3: none is marked', lacks=(13, 14), **lists(lambda box: len(box.mails), lambda box: '1,3,4')),
+        'nosearch': late('says NO not now', lacks=(13, 14), cmd_UID_SEARCH=lambda self, tag, args: self.no(tag, 'not now')),
+        'nolist': lie('lists no mailbox', cmd_LIST=lambda self, tag, args: self.ok(tag)),
+        'norights': lie('says NO no rights', cmd_LIST=lambda self, tag, args: self.no(tag, 'no rights')),
+        'silent-greeting': lie('nothing for 2 seconds', greet=lambda self: self.drop('silence')),
+        'silent-login': lie('nothing for 2 seconds', **at_command(1, drop('silence'))),
+        'silent-fetch': lie('nothing for 2 seconds', **at_command(6, drop('silence'))),
+    }, retries=0, timeout=2)
