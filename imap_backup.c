@@ -3438,6 +3438,14 @@ static bool sync_lives(void *context, uint32_t uid)
 	return set_has(&y->listing, uid) || (y->window && uid < set_next(&y->listing, 1));
 }
 
+/* The UIDs are still those of the EXAMINE; else the pass must begin anew. */
+static int sync_held(struct sync *y, const struct mbox_claim *claim)
+{
+	if (y->im->uidvalidity == claim->uidvalidity)
+		return 0;
+	return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
+}
+
 static bool sync_is_poison(const struct sync *y, uint32_t uid)
 {
 	for (unsigned i = 0; i < y->attempt->poisons; i++)
@@ -3602,8 +3610,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	}
 	if (complete < 0)
 		return -1;
-	if (im->uidvalidity != claim->uidvalidity)
-		return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
+	if (sync_held(y, claim) != 0)
+		return -1;
 	if (complete == 0) {
 		log_error("the server has %lu mails but lists %llu: none is marked as gone",
 			  (unsigned long)im->exists, (unsigned long long)set_count(&y->listing));
@@ -3630,6 +3638,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	} else if (sync_try_suspect(y) != 0 || sync_still_listed(y) != 0) {
 		return -1;
 	}
+	if (sync_held(y, claim) != 0)
+		return -1;
 	if (complete > 0) {
 		if (mbox_mark_gone(y->m, &live, &gone, y->e) != 0)
 			return -1;

@@ -40,6 +40,7 @@ class Case:
     fails    how many failures its summary tells in an odd run
     lacks    UIDs of the INBOX that an odd run cannot get
     says     patterns of what is printed for the account in the odd runs
+    flag     which of the mails is flagged between the first two runs
     keeps    an odd run proves nothing: what has gone keeps its state
     once     it is not tried again in an odd run: one connection
     skips    names of mailboxes that an odd run cannot or must not back up
@@ -47,13 +48,14 @@ class Case:
     """
 
     def __init__(self, boxes=None, runs=(1, 2), fails=0, lacks=(), says=(), skips=(), hook=None, delimiter='/',
-                 password='secret', account=None, once=False, keeps=False, **odd):
+                 password='secret', account=None, once=False, keeps=False, flag=1,
+                 **odd):
         self.boxes = boxes or {'INBOX': Mailbox(letters())}
         self.runs, self.fails, self.lacks, self.skips = runs, fails, set(lacks), set(skips)
         self.says = [says] if isinstance(says, str) else says
         self.session = type('Odd', (Session,), odd)
         self.hook, self.delimiter, self.password, self.account = hook, delimiter, password, account or {}
-        self.once, self.keeps = once, keeps
+        self.once, self.keeps, self.flag = once, keeps, flag
         self.gone = {name: [] for name in self.boxes}
 
     def change(self):
@@ -65,9 +67,9 @@ class Case:
                     m = sample.mail(rng, 'new %d' % i)
                     box.add(m.data, m.flags, m.when)
                 if 1 not in self.runs or name not in self.skips:
-                    self.gone[name] += [m for m in held(box) if m.uid == 2]
-                box.expunge(2)
-                box.flag(3, '\\Seen \\Flagged')
+                    self.gone[name].append(held(box)[1])
+                box.expunge(box.mails[1].uid)
+                box.flag(box.mails[self.flag].uid, '\\Seen \\Flagged')
                 break
 
     def complaints(self, folder, odd):
@@ -493,6 +495,13 @@ def bad(text):
     return lambda session, tag, args='': session.line(tag + ' BAD ' + text)
 
 
+def renumber(session, tag):
+    """All mails get other UIDs, and the server says so."""
+    session.box.renumber()
+    session.line('* OK [UIDVALIDITY %d] all is new' % session.box.uidvalidity)
+    session.cmd_UID_FETCH(tag, session.server.commands[-1].text[10:])
+
+
 def drop(how):
     return lambda session, tag, args='': (session.flush(), session.drop(how))
 
@@ -592,6 +601,14 @@ def test_failures(t):
         'expunged': Case(runs=(1,), **once('^UID_FETCH 6', lambda session, tag: (
             session.server.boxes['INBOX'].expunge(7, 12), session.cmd_UID_FETCH(tag, session.server.commands[-1].text[10:])))),
     }
+    cases.update({
+        'renumbered': passing('UIDVALIDITY', **once('^UID_FETCH 6', renumber)),
+        'renumbered-later': passing('UIDVALIDITY', runs=(2,), **once('^UID_FETCH 13:14 .*MESSAGE-ID', renumber)),
+        'tag-once': passing('begins with "B7"', **once('^UID_FETCH 6', lambda s, tag: s.line('B7 OK'))),
+        'huge-once': passing('announces a literal', **once('^UID_FETCH 6', lambda s, tag: s.line(
+            '* 7 FETCH (UID 7 BODY[] {99999999999}'))),
+        'silence-once': passing('nothing for 4 seconds', **once('^UID_FETCH 6', drop('silence'))),
+    })
     for k in range(1, 9):
         cases['bye-%d' % k] = passing('ended the connection: going down', **at_command(k, bye()))
     cases['bye-0'] = passing('ended the connection: not now', greet=lambda self: Session.greet(self) if self.number > 1
