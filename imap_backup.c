@@ -3553,6 +3553,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	unsigned examine, listing = 0, changes = 0;
 	const struct imap_result *result;
 	uint32_t live, gone;
+	struct mbox_info info;
 	int complete;
 
 	/* EXAMINE, the listing and the changes in one flight; a server that cannot, one by one. */
@@ -3588,6 +3589,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		    im->exists == 10000;
 	if (y->rekeyed)
 		mbox_forget_uids(y->m);
+	mbox_tally(y->m, &info);
 	y->rekeyed = y->rekeyed && !empty;
 	only.uidvalidity = im->uidvalidity;
 	if (empty && !y->dry && mbox_commit(y->m, &only, y->e) != 0)
@@ -3640,7 +3642,8 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	}
 	if (sync_held(y, claim) != 0)
 		return -1;
-	if (complete > 0) {
+	/* Of a mail without a UID nobody knows whether it lies in the window. */
+	if (complete > 0 && !(y->window && info.unbound > 0)) {
 		if (mbox_mark_gone(y->m, &live, &gone, y->e) != 0)
 			return -1;
 		y->counts->gone += gone;

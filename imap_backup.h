@@ -193,6 +193,7 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
+	uint32_t unbound;              /* mails that are not gone and have no UID; by mbox_tally() */
 	bool exists;                   /* the mbox file does */
 	bool fits;                     /* an index is there, at rest, for this name and this mbox */
 };

@@ -1465,7 +1465,8 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 {
 	*info = (struct mbox_info){ .claim = m->now.claim, .octets = m->flushed + (off_t)m->buffered,
 				    .stored = m->now.stored, .gone = m->now.gone,
-				    .others = m->now.others, .exists = true, .fits = true };
+				    .others = m->now.others, .exists = true, .fits = true,
+				    .unbound = m->now.stored - m->now.gone + m->now.others - m->known };
 }
 
 uint32_t mbox_came_back(const struct mbox *m)

@@ -608,6 +608,10 @@ def test_failures(t):
         'huge-once': passing('announces a literal', **once('^UID_FETCH 6', lambda s, tag: s.line(
             '* 7 FETCH (UID 7 BODY[] {99999999999}'))),
         'silence-once': passing('nothing for 4 seconds', **once('^UID_FETCH 6', drop('silence'))),
+        'newest': Case(boxes={'INBOX': Mailbox(sample.many(1003))}, runs=(2,), keeps=True, flag=-3, **newest(1000)),
+        'newest-renumbered': Case(boxes={'INBOX': Mailbox(sample.many(1003))}, runs=(2,), keeps=True, flag=-3, **dict(
+            newest(1000), setup=lambda self: self.server.boxes['INBOX'].uidvalidity == 1000 and
+            self.server.boxes['INBOX'].renumber())),
     })
     for k in range(1, 9):
         cases['bye-%d' % k] = passing('ended the connection: going down', **at_command(k, bye()))
