@@ -114,10 +114,13 @@ class Session:
 
     # -- octets --
 
-    def start_tls(self):
+    def context(self):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self.server.certificate)
-        self.sock = context.wrap_socket(self.raw, server_side=True)
+        return context
+
+    def start_tls(self):
+        self.sock = self.context().wrap_socket(self.raw, server_side=True)
         self.tls = True
 
     def put(self, data):

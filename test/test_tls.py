@@ -1,0 +1,216 @@
+"""Certificates, STARTTLS and the way to a server, good and bad: what is refused, and in which words.
+
+A table: each entry is an account with a scripted server of its own, all of them in one run. Where the way
+is not safe no password may have been sent.
+"""
+import os
+import re
+import socket
+import ssl
+
+import archive
+from imapd import BARE, FULL, Mailbox, Server, Session
+from run import Skip
+from test_wire import held, letters, run
+
+
+class Way:
+    """
+    says     a pattern of what is printed for the account; with `fails` it gets nothing, else all
+    kind     of certificate, None: no TLS
+    tls      from the first byte
+    account  more keys of it; None: without this key
+    odd      what is odd about the session
+    """
+
+    def __init__(self, says='', fails=True, kind='good', tls=True, account=None, address='127.0.0.1', server=True, **odd):
+        self.says, self.fails, self.kind, self.tls = says, fails, kind, tls
+        self.account, self.address, self.server, self.odd = account or {}, address, server, odd
+
+
+def fine(**more):
+    return Way(fails=False, **more)
+
+
+def walk(t, ways, env=None, **more):
+    servers, accounts, complaints = {}, [], []
+    box = Mailbox(letters(3))
+    for name, way in ways.items():
+        account = {'email': name + '@x', 'host': 'localhost', 'username': 'u', 'password': 'secret', 'ca_file': t.certs.ca}
+        if way.server:
+            servers[name] = Server({'INBOX': box}, certificate=way.kind and t.certs.make(way.kind),
+                                   tls=way.tls and way.kind is not None, session=way.odd, address=way.address)
+            t.cleanups.append(servers[name].stop)
+            account['port'] = servers[name].port
+        if way.tls:
+            account['ssl'] = True
+        account.update(way.account)
+        accounts.append({k: v for k, v in account.items() if v is not None})
+    status, said, err = run(t, accounts, **dict({'retries': 0, 'timeout': 3}, **more))
+    for name, way in ways.items():
+        lines, path = '\n'.join(said[name + '@x']), os.path.join(t.dest, name + '@x', 'INBOX.mbox')
+        found = [] if re.search(way.says, lines) else ['not said: ' + way.says]
+        if ('FAILED' in lines) != way.fails:
+            found.append('must fail' if way.fails else 'must not fail')
+        if not way.fails:
+            found += archive.compare(path, held(box)) if os.path.exists(path) else ['there is no archive']
+        elif name in servers and servers[name].lines('AUTHENTICATE|LOGIN'):
+            found.append('has sent the password')
+        if re.search(r'error -?\d+', lines):
+            found.append('numbers instead of words')
+        found += servers[name].faults if name in servers else []
+        if found:
+            complaints.append('%s: %s\n  said: %s\n  heard: %s' % (
+                name, '; '.join(found), lines, name in servers and servers[name].lines()))
+    assert not complaints, '\n'.join(complaints)
+    return servers
+
+
+def test_certificates(t):
+    pin = t.certs.fingerprint
+    crlf, cut, junk, empty = (os.path.join(t.folder, n) for n in ('crlf.pem', 'cut.pem', 'junk.pem', 'empty.pem'))
+    with open(t.certs.ca) as f:
+        text = f.read()
+    for path, data in ((crlf, text.replace('\n', '\r\n')), (cut, text.rstrip('\n')), (empty, ''),
+                       (junk, '-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n')):
+        with open(path, 'w', newline='') as f:
+            f.write(data)
+    names = []
+
+    def noting(self):
+        context = Session.context(self)
+        context.sni_callback = lambda sock, name, _: names.append(name)
+        return context
+
+    def only_tls13(self):
+        context = Session.context(self)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+    nobody = 'signed by nobody whom the CA bundle knows; to trust it alone: "tls_fingerprint": "%s"'
+    walk(t, {
+        'good': fine(context=noting),
+        'rsa': fine(kind='rsa'),
+        'chain': fine(kind='chain'),
+        'address': fine(kind='ip', account={'host': '127.0.0.1'}, context=noting),
+        'address-too': fine(account={'host': '127.0.0.1'}),
+        'case': fine(account={'host': 'LocalHost'}),
+        'expired': Way(r'localhost: the certificate expired on 20\d\d-\d\d-\d\d', kind='expired'),
+        'future': Way(r'not valid before 20\d\d-\d\d-\d\d, and this device.s clock says 20', kind='future'),
+        'name': Way('the certificate is for other.example, not for localhost', kind='name'),
+        'name-address': Way('the certificate is for .*other.example, not for 127.0.0.1', kind='name',
+                            account={'host': '127.0.0.1'}),
+        'wrong-address': Way(r'certificate is for .*not for localhost', kind='ip'),
+        'wildcard': Way(r'the certificate is for \*.example.org, not for localhost', kind='wildcard'),
+        'other-ca': Way(nobody % pin('other_ca'), kind='other_ca'),
+        'self-signed': Way(nobody % pin('self_signed'), kind='self_signed'),
+        'missing': Way('signed by nobody', kind='missing'),
+        'pinned': fine(kind='self_signed', account={'tls_fingerprint': pin('self_signed'), 'ca_file': None}),
+        'pinned-colons': fine(kind='other_ca', account={'tls_fingerprint': [pin('good'), ':'.join(
+            re.findall('..', pin('other_ca').upper()))]}),
+        'pinned-expired': fine(kind='expired', account={'tls_fingerprint': pin('expired'), 'host': '127.0.0.1'}),
+        'pinned-other': Way(r'SHA-256 is %s, which is not "tls_fingerprint"' % pin('good'), kind='good',
+                            account={'tls_fingerprint': pin('rsa')}),
+        'ca-crlf': fine(account={'ca_file': crlf}),
+        'ca-cut': fine(account={'ca_file': cut}),
+        'ca-absent': Way('cannot read the CA bundle: No such file', account={'ca_file': t.folder + '/none.pem'}),
+        'ca-empty': Way('no certificate in it', account={'ca_file': empty}),
+        'ca-junk': Way('no certificate in it', account={'ca_file': junk}),
+        'only13': Way('speaks only TLS 1.3', context=only_tls13),
+        'plain': Way('speaks no TLS 1.2 here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
+        'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
+        'closes': Way('cut without a TLS close|connection lost: Connection reset', start_tls=lambda self: self.drop('close')),
+    })
+    assert names == ['localhost', None] or names == [None, 'localhost'], names
+
+
+def test_no_ca_bundle(t):
+    """What the system has is named by SSL_CERT_FILE; where there is none only a fingerprint helps."""
+    os.environ['SSL_CERT_FILE'] = t.certs.ca
+    try:
+        walk(t, {'system': fine(account={'ca_file': None})})
+        os.environ['SSL_CERT_FILE'] = '/nonexistent/ca.pem'
+        walk(t, {'none': Way('/nonexistent/ca.pem: cannot read the CA bundle', account={'ca_file': None}),
+                 'none-starttls': Way('CA bundle', tls=False, account={'ca_file': None}),
+                 'pinned': fine(account={'ca_file': None, 'tls_fingerprint': t.certs.fingerprint()})})
+    finally:
+        del os.environ['SSL_CERT_FILE']
+
+
+def inject(self, tag, args):
+    self.put(tag + ' OK begin\r\n* CAPABILITY IMAP4rev1 AUTH=PLAIN\r\n* PREAUTH in\r\n')
+    self.flush()
+    self.start_tls()
+
+
+def inject_later(self, tag, args):
+    self.ok(tag)
+    self.flush()
+    self.more(0.3)   # our hello
+    self.put('A2 OK nothing to see here\r\n')
+    self.flush()
+    self.drop('fin')
+
+
+class Forgetful:
+    """Before TLS it promises what it has not got after it."""
+    def known(self):
+        return BARE + ' AUTH=PLAIN' if self.tls else FULL + ' STARTTLS LOGINDISABLED AUTH=PLAIN'
+    capabilities = BARE
+    greeting = '* OK [CAPABILITY %s STARTTLS LOGINDISABLED] ready\r\n' % FULL
+
+
+def test_starttls(t):
+    """127.0.0.2 is an address of this machine from which, for the program, nothing tells that it is one."""
+    far = {'address': '127.0.0.2', 'kind': None, 'tls': False, 'account': {'host': '127.0.0.2'}}
+    odd = {k: v for k, v in vars(Forgetful).items() if not k.startswith('__')}
+    servers = walk(t, {
+        'good': fine(tls=False),
+        'off': fine(tls=False, account={'ssl': False}),
+        'forgetful': fine(tls=False, **odd),
+        'expired': Way('expired on', kind='expired', tls=False),
+        'name': Way('is for other.example', kind='name', tls=False),
+        'injected': Way('talked before the TLS handshake', tls=False, cmd_STARTTLS=inject),
+        'injected-later': Way('does not speak TLS|TLS', tls=False, cmd_STARTTLS=inject_later),
+        'refused': Way('STARTTLS: the server says NO not today', tls=False,
+                       cmd_STARTTLS=lambda self, tag, args: self.no(tag, 'not today')),
+        'none-here': fine(kind=None, tls=False, account={'host': '127.0.0.1'}),
+        'none-there': Way('offers no STARTTLS; set "ssl": true for TLS on port 993, or "ssl": false to', **far),
+        'none-there-off': fine(**dict(far, account={'host': '127.0.0.2', 'ssl': False},
+                                      says='warning: .*the password goes over the line in the clear')),
+        'preauth': Way('PREAUTH', **far, greeting='* PREAUTH [CAPABILITY IMAP4rev1] in\r\n', user='u'),
+        'preauth-tls': fine(greeting='* PREAUTH in\r\n', user='u'),
+        'tls-on-plain': Way('nothing for 3 seconds', tls=True, account={'ssl': None}),
+        'nothing-on-143': Way('127.0.0.9, port 143: Connection refused .*"ssl": true uses port 993', tls=False,
+                              server=False, account={'host': '127.0.0.9'}),
+        'nothing-on-993': Way('127.0.0.9, port 993: Connection refused', server=False, account={'host': '127.0.0.9'}),
+    })
+    assert servers['forgetful'].lines('AUTHENTICATE PLAIN$')
+
+
+def test_truncation_is_not_a_goodbye(t):
+    """A line that is cut is told apart from one that the server closed."""
+    def ends(how):
+        def hook(self, tag, args):
+            self.drop(how)
+        return dict(cmd_LIST=hook)
+    server = Server({'INBOX': Mailbox(letters(3))}, certificate=t.certs.good, tls=True)
+    t.cleanups.append(server.stop)
+    for how, text in (('fin', 'connection cut without a TLS close'), ('close', 'connection closed by the server')):
+        server.session = type('Ends', (Session,), ends(how))
+        account = t.account(email='a@x')
+        account['port'] = server.port
+        status, said, err = run(t, [account], retries=0)
+        assert status == 1 and text in err, err
+
+
+def test_ipv6(t):
+    try:
+        socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+    except OSError:
+        raise Skip('no IPv6 on this machine')
+    both = socket.AF_INET6 in [x[0] for x in socket.getaddrinfo('localhost', 1)]
+    walk(t, {
+        'literal': fine(address='::1', account={'host': '::1'}),
+        'literal-name': Way('is for other.example, not for ::1', kind='name', address='::1', account={'host': '::1'}),
+        'localhost': fine(address='::1' if both else '127.0.0.1'),   # tries the addresses in turn
+    })
