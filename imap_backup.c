@@ -1513,6 +1513,7 @@ static void set_free(struct set *set)
 static bool set_add(struct set *set, uint32_t low, uint32_t high)
 {
 	struct range *last = set->n > set->taken ? &set->ranges[set->n - 1] : NULL;
+	bool before = last != NULL && low < last->low;
 
 	if (last != NULL && low >= last->low && low - 1 <= last->high) {
 		last->high = high > last->high ? high : last->high;
@@ -1528,7 +1529,7 @@ static bool set_add(struct set *set, uint32_t low, uint32_t high)
 		set->ranges = ranges;
 		set->room = room;
 	}
-	set->unsorted = set->unsorted || (last != NULL && low < last->low);
+	set->unsorted = set->unsorted || before; /* 'last' may have moved */
 	set->ranges[set->n++] = (struct range){ low, high };
 	return true;
 }
