@@ -3701,8 +3701,7 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 	if (r != 0)
 		counts->failures = failures;
 	if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0) {
-		if (attempt->careful && attempt->poisons < POISON_MAX &&
-		    y->flight[y->first % IMAP_FLIGHT_MAX].kind == BATCH_MAILS) {
+		if (attempt->careful && attempt->poisons < POISON_MAX) {
 			log_error("the mail with UID %lu breaks the connection again and again: left out "
 				  "in this run", (unsigned long)attempt->asked_uid);
 			attempt->poison[attempt->poisons++] = attempt->asked_uid;

@@ -608,6 +608,8 @@ def test_failures(t):
         'yahoo-poison': poison(asks_for(5, no('[UNAVAILABLE] UID FETCH Server error - Please try again later'))),
         'exchange-poison': poison(asks_for(5, no('Server Unavailable. 15'))),
         'disabled': Case(runs=(1,), once=True, fails=1, says='LOGINDISABLED', skips=('INBOX',), login='LOGINDISABLED'),
+        'poison-header': Case(runs=(2,), fails=1, lacks=(13,), says='UID 13', **always(
+            '^UID_FETCH (13|1?[0-9]:1[34]) .*BODY', drop('rst'))),
         'expunge-told': Case(runs=(1,), **once('^UID_SEARCH', lambda session, tag: (
             session.box.expunge(7), session.line('* 7 EXPUNGE'), session.cmd_UID_SEARCH(tag, 'RETURN (ALL) ALL')))),
         'exists-told': Case(runs=(1,), **once('^UID_SEARCH', lambda session, tag: (
