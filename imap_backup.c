@@ -3057,8 +3057,10 @@ struct batch {
 
 /* What is remembered of a mailbox from one connection to the next, within a worker. */
 struct attempt {
-	bool careful;             /* the line broke without a mail: one mail at a time now */
-	uint32_t asked_uid;       /* the mail asked for last then */
+	bool careful;             /* the line broke: one mail at a time now, up to this one: */
+	uint32_t careful_uid;
+	bool careful_asks;        /* it broke at a header: those too */
+	uint32_t broken_uid;      /* the first that had not come when it broke */
 	bool doubtful;            /* mails were refused with a request to wait; it may be one of them */
 	unsigned poisons;
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
@@ -3165,6 +3167,14 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 	return 0;
 }
 
+/* A mail has come, or its header: was it the last of those that may have broken the line? */
+static void sync_passed(struct sync *y, uint32_t uid, bool mail)
+{
+	y->im->noise = 0;
+	if (uid >= y->attempt->careful_uid && (mail || y->attempt->careful_asks))
+		y->attempt->careful = false;
+}
+
 /* A mail has come as a whole: store it. */
 static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 {
@@ -3182,8 +3192,7 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	if (stored < 0)
 		return -1;
 	y->counts->stored += (unsigned)stored;
-	y->im->noise = 0;
-	y->attempt->careful = false;
+	sync_passed(y, fetch->uid, true);
 	y->vague = 0;
 	y->progress(y->context);
 	if (stop_asked)
@@ -3200,7 +3209,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 
 	if (fetch->uid == 0 || !sync_wants(y, fetch->uid))
 		return imap_noise(y->im, fetch->octets);
-	y->im->noise = 0;
+	sync_passed(y, fetch->uid, false);
 	if (fetch->section == SECTION_MADE) {
 		mbox_made_end(&y->made, key);
 		known = mbox_bind_made(y->m, fetch->uid, key, y->e);
@@ -3407,8 +3416,9 @@ static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
 	}
 	b->single = from == &y->again || (y->attempt->careful && b->kind == BATCH_MAILS);
 	set_sort(from);
-	b->n = set_take(from, y->attempt->careful ? 1 : most, b->ranges);
-	y->attempt->asked_uid = b->ranges[0].low;
+	if (y->attempt->careful && (b->kind == BATCH_MAILS || y->attempt->careful_asks))
+		most = 1;
+	b->n = set_take(from, most, b->ranges);
 	return true;
 }
 
@@ -3469,6 +3479,37 @@ static int sync_find_unknown(struct sync *y, struct set *into)
 			return sync_out_of_room(y);
 	}
 	return 0;
+}
+
+/*
+ * The line broke with a command for mails on it. A line may break at any place; the mail that breaks
+ * it twice, the second time alone, is left out.
+ */
+static void sync_broken(struct sync *y)
+{
+	struct attempt *a = y->attempt;
+	const struct batch *b = &y->flight[y->first % IMAP_FLIGHT_MAX];
+	uint32_t low = b->ranges[0].low, high = b->ranges[b->n - 1].high;
+	uint64_t uid = low;
+
+	for (unsigned i = 0; i < b->n; i++) {
+		uid = b->ranges[i].low;
+		while (uid <= b->ranges[i].high && mbox_next_uid(y->m, (uint32_t)uid) == uid)
+			uid++;
+		if (uid <= b->ranges[i].high)
+			break;
+	}
+	if (a->careful && low == high && low == a->broken_uid && a->poisons < POISON_MAX) {
+		log_error("the mail with UID %lu breaks the connection again and again: left out in this run",
+			  (unsigned long)low);
+		a->poison[a->poisons++] = low;
+		a->careful = false;
+	} else {
+		a->careful = true;
+		a->careful_uid = high;
+		a->careful_asks = b->kind != BATCH_MAILS;
+		a->broken_uid = (uint32_t)uid;
+	}
 }
 
 /* Of the mails that never came, which does the server still list? Only those are failures. */
@@ -3689,6 +3730,8 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 		im->on_octets = on_octets;
 		im->on_fetch = on_fetch;
 		r = sync_pass(y, box, &claim);
+		if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0)
+			sync_broken(y);
 		im->selected = false;
 		im->on_uids = NULL; /* what still comes is for nobody */
 		im->on_fetch = NULL;
@@ -3700,16 +3743,6 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 	}
 	if (r != 0)
 		counts->failures = failures;
-	if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0) {
-		if (attempt->careful && attempt->poisons < POISON_MAX) {
-			log_error("the mail with UID %lu breaks the connection again and again: left out "
-				  "in this run", (unsigned long)attempt->asked_uid);
-			attempt->poison[attempt->poisons++] = attempt->asked_uid;
-			attempt->careful = false;
-		} else {
-			attempt->careful = true;
-		}
-	}
 	set_free(&y->listing);
 	set_free(&y->ask);
 	set_free(&y->ask_made);
