@@ -1,0 +1,44 @@
+"""What must hold on the worst day: kills, power cuts, disk faults. What torture.py has found, each by
+itself, and a sample of its campaign."""
+import os
+import random
+
+import archive
+import imapd
+import sample
+import torture
+from run import PROGRAM, Skip
+
+
+def rig(t, *args, **more):
+    """A Rig that ends with the test."""
+    with open(PROGRAM, 'rb') as f:
+        if b'/ld' not in f.read(4096):
+            raise Skip('nothing can be interposed in a static program')
+    made = torture.Rig(*args, **more)
+    t.cleanups.append(made.close)
+    return made
+
+
+def mailbox(*labels, **more):
+    rng = random.Random(1)
+    return imapd.Mailbox([sample.mail(rng, label, **more) for label in labels])
+
+
+def backed_up(r, box):
+    """One run, all well; a copy of the mailbox, to be changed."""
+    r.settle(box, 'undisturbed')
+    r.remember(box)
+    return torture.copy_box(box)
+
+
+def index(r):
+    with open(r.mbox() + '.index', 'rb') as f:
+        return f.read()
+
+
+def killed_everywhere(r, was, box, after):
+    """Died at each operation of the run that finds 'box' where 'was' had been; then the server has 'after'."""
+    step = torture.Step(r, 'killed', was, box)
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.kill_at(r, step, n, 'before', after)
