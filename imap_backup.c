@@ -3200,9 +3200,14 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	return 0;
 }
 
-/* The answer to a question for a header has come: is the mail stored already? */
+/*
+ * The answer to a question for a header has come: is the mail stored already? Then these are its
+ * flags; whatever told them before it was known went past.
+ */
 static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 {
+	bool apart = fetch->uid == y->apart.uid;
+	const struct imap_fetch *flagged = fetch->has_flags || !apart ? fetch : &y->apart;
 	struct mbox_id id;
 	uint8_t key[20];
 	int known;
@@ -3218,6 +3223,8 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	} else {
 		return set_add(&y->ask_made, fetch->uid, fetch->uid) ? 0 : sync_out_of_room(y);
 	}
+	if (known > 0 && flagged->has_flags)
+		return mbox_set_flags(y->m, fetch->uid, flagged->flags, y->e);
 	return known < 0 ? -1 : 0;
 }
 
@@ -3338,8 +3345,8 @@ static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
 static int sync_send_batch(struct sync *y, struct batch *b)
 {
 	static const char *const items[] = {
-		"(UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
-		"(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
+		"(UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)] FLAGS)",
+		"(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)] FLAGS)",
 		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
 		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
 	};
@@ -3671,8 +3678,6 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
 		y->rekeyed = false;
 		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
-			return -1;
-		if (mbox_next_uid(y->m, 1) != 0 && sync_flags(y, sync_send_flags(y, 0, 0), 0) != 0)
 			return -1;
 	}
 	if (sync_pump(y, y->dry) != 0)

@@ -42,3 +42,15 @@ def killed_everywhere(r, was, box, after):
     step = torture.Step(r, 'killed', was, box)
     for n in range(1, torture.undisturbed(r, step)[0] + 1):
         torture.kill_at(r, step, n, 'before', after)
+
+
+def test_flags_of_a_mail_that_is_back(t):
+    """Told before its UID was known, or with it."""
+    for session in (torture.Searching, torture.Plain):
+        r = rig(t, session)
+        was = mailbox('a', 'b', flags='')
+        box = backed_up(r, was)
+        box.expunge(1)
+        box = backed_up(r, box)
+        box.add(was.mails[0].data, '\\Flagged', was.mails[0].when)
+        backed_up(r, box)
