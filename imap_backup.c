@@ -3594,8 +3594,9 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 {
 	struct imap *im = y->im;
 	const struct mbox_claim old = *mbox_claimed(y->m);
-	bool condstore = (im->capabilities & CAP_CONDSTORE) != 0 && old.highestmodseq > 0;
-	bool with_flags = old.uidvalidity != 0 && mbox_count(y->m) > 0 && !condstore;
+	uint32_t last = mbox_last_uid(y->m);
+	bool condstore = (im->capabilities & CAP_CONDSTORE) != 0 && old.highestmodseq > 0 && last > 0;
+	bool with_flags = old.uidvalidity != 0 && last > 0 && !condstore;
 	bool ahead = !im->one_at_a_time && box->status.known, empty = mbox_count(y->m) == 0;
 	struct mbox_claim only = { .unseen = UINT32_MAX };
 	char quoted[2 * MBOX_NAME_MAX + 20];
@@ -3615,8 +3616,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	if (ahead) {
 		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
 		if (condstore)
-			changes = sync_send_flags(y, old.uidnext > 1 ? old.uidnext - 1 : 1,
-						  old.highestmodseq);
+			changes = sync_send_flags(y, last, old.highestmodseq);
 		if (sync_send_first_batch(y, &box->status) != 0)
 			return -1;
 	}

@@ -808,6 +808,11 @@ uint32_t mbox_next_uid(const struct mbox *m, uint32_t uid)
 	return at < m->known ? m->entries[m->order[at]].uid : 0;
 }
 
+uint32_t mbox_last_uid(const struct mbox *m)
+{
+	return m->known > 0 ? m->entries[m->order[m->known - 1]].uid : 0;
+}
+
 /* Give record i, which has none, a UID that no other has. Mostly it is the highest so far. */
 static void order_insert(struct mbox *m, uint32_t i, uint32_t uid)
 {

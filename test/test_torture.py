@@ -54,3 +54,15 @@ def test_flags_of_a_mail_that_is_back(t):
         box = backed_up(r, box)
         box.add(was.mails[0].data, '\\Flagged', was.mails[0].when)
         backed_up(r, box)
+
+
+def test_flags_changed_after_a_kill(t):
+    """The UIDs of mails that a killed run has stored lie above the UIDNEXT of the index's header."""
+    r = rig(t)
+    was = mailbox('a', 'b', flags='')
+    box = backed_up(r, was)
+    for m in mailbox('c', 'd', 'e', flags='').mails:
+        box.add(m.data)
+    after = torture.copy_box(box)
+    after.flag(3, '\\Seen')
+    killed_everywhere(r, was, box, after)
