@@ -20,6 +20,7 @@
  *     and cuts off the rest. While it does not say so, nothing is ever cut.
  * (2) A message never moves and never shrinks: an offset handed out stays good for ever.
  * (3) A change of state overwrites the four digits of X-Mozilla-Status. Nothing else is rewritten.
+ *     "Writing" is said before this too: where it stands, the digits count, not the records' states.
  * (4) The mbox is synced before the index that speaks of it, its digits included: in memory a
  *     changed record is only marked dirty, and written behind the mbox's fsync().
  * (5) The index can be rebuilt from the mbox and the server: losing it costs time, not mail.
@@ -1188,8 +1189,8 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 	return more;
 }
 
-/* Does the record's message stand in the mbox, whole? 1 yes, 0 no, -1 cannot say. */
-static int verify(struct mbox *m, const struct record *r, struct err *e)
+/* Does the record's message stand in the mbox, whole? 1 yes, and its state is read; 0 no, -1 cannot say. */
+static int verify(struct mbox *m, struct record *r, struct err *e)
 {
 	struct reader reader;
 	struct record found;
@@ -1202,10 +1203,39 @@ static int verify(struct mbox *m, const struct record *r, struct err *e)
 	got = scan_mail(&reader, &found, e);
 	if (got < 0)
 		return -1;
+	r->state = found.state;
 	return got == 0 && found.octets == r->octets && found.sum == r->sum;
 }
 
+/* Read only its state. 1, 0 if there is none where the record says, -1. */
+static int reread_state(struct mbox *m, struct record *r, struct err *e)
+{
+	uint8_t digits[4];
+	size_t got;
+
+	if (r->digits == 0)
+		return 1;
+	if (read_all(m, m->fd, digits, 4, r->offset + r->digits, &got, e) != 0)
+		return -1;
+	if (got < 4 || parse_state(digits) < 0)
+		return 0;
+	r->state = (unsigned)parse_state(digits);
+	return 1;
+}
+
 /* ======== opening ======== */
+
+/* Take a record of the index into memory, with the state that it has in the mbox by now. */
+static int record_load(struct mbox *m, const struct record *r, unsigned state_before, struct err *e)
+{
+	if (record_add(m, r, e) != 0)
+		return -1;
+	if (entry_state(r->state) != entry_state(state_before)) {
+		m->entries[m->now.records - 1].bits |= ENTRY_DIRTY;
+		m->records_dirty = true;
+	}
+	return 0;
+}
 
 /*
  * Take in the records that this copy of the header counts. Returns 1; 0 if they are damaged or do
@@ -1223,6 +1253,8 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 	memset(m->table, 0, m->table_room * sizeof *m->table);
 	for (uint32_t i = 0; i < state->records; i++) {
 		uint32_t in_block = i % RECORDS_HELD;
+		unsigned before;
+		int good = 1;
 
 		if (in_block == 0 && read_all(m, m->index, block, sizeof block,
 					      RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
@@ -1230,7 +1262,13 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 		if (got < (in_block + 1) * RECORD_OCTETS ||
 		    !record_unpack(&r, block + in_block * RECORD_OCTETS))
 			return 0;
-		if (record_add(m, &r, e) != 0)
+		before = r.state;
+		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
+		if ((state->writing || m->flushed > state->octets) && (r.kind & ENTRY_OTHER) == 0)
+			good = reread_state(m, &r, e);
+		if (good <= 0)
+			return good;
+		if (record_load(m, &r, before, e) != 0)
 			return -1;
 		if ((r.kind & ENTRY_OTHER) == 0) {
 			first = first.octets == 0 ? r : first;
@@ -1260,6 +1298,7 @@ static int recover(struct mbox *m, struct err *e)
 	for (;;) {
 		uint8_t p[RECORD_OCTETS];
 		struct record r;
+		unsigned state;
 		size_t got;
 		int good = 1;
 
@@ -1268,13 +1307,14 @@ static int recover(struct mbox *m, struct err *e)
 			return -1;
 		if (got < sizeof p || !record_unpack(&r, p))
 			break;
+		state = r.state;
 		if ((r.kind & ENTRY_OTHER) == 0)
 			good = r.offset == end && r.octets <= m->flushed - end ? verify(m, &r, e) : 0;
 		if (good < 0)
 			return -1;
 		if (good == 0)
 			break;
-		if (record_add(m, &r, e) != 0)
+		if (record_load(m, &r, state, e) != 0)
 			return -1;
 		m->written = m->now.records;
 		end += r.octets;
@@ -1542,6 +1582,15 @@ static int patch(struct mbox *m, off_t at, const void *octets, size_t n, struct 
 
 /* ======== state ======== */
 
+/* Before the first change of this file: the index says that the mbox may be ahead of it. */
+static int mark_writing(struct mbox *m, struct err *e)
+{
+	if (m->disk.writing)
+		return 0;
+	m->now.writing = true;
+	return mbox_commit(m, NULL, e);
+}
+
 /*
  * Make record i's state this, in the mbox (unless it has no digits) and in memory. Bits that are
  * not ours stay as they are.
@@ -1575,7 +1624,9 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 		snprintf(digits, sizeof digits, "%04x",
 			 ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
 		if (memcmp(digits, head + r.digits, 4) != 0) {
-			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
+			/* A new index is not in place yet: without one, the digits are read anyway. */
+			if ((!m->index_new && mark_writing(m, e) != 0) ||
+			    write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
 			m->data_dirty = true;
 		}
@@ -1637,6 +1688,7 @@ void mbox_forget_uids(struct mbox *m)
 {
 	mbox_drop_uids(m, no_uid_lives, NULL);
 	m->index_rekeyed = true;
+	m->now.claim = (struct mbox_claim){ .unseen = UINT32_MAX }; /* should a commit come meanwhile */
 }
 
 void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), void *context)
@@ -1811,8 +1863,7 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 		if (fstat(m->fd, &st) != 0 || stat(m->path, &named) != 0 ||
 		    st.st_ino != named.st_ino || st.st_dev != named.st_dev)
 			return err_set(e, E_FORMAT, "%s: another program replaced it", m->path);
-		m->now.writing = true;
-		if (mbox_commit(m, NULL, e) != 0)
+		if (mark_writing(m, e) != 0)
 			return -1;
 	}
 	m->start = m->flushed + (off_t)m->buffered;

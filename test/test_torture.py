@@ -66,3 +66,26 @@ def test_flags_changed_after_a_kill(t):
     after = torture.copy_box(box)
     after.flag(3, '\\Seen')
     killed_everywhere(r, was, box, after)
+
+
+def test_states_that_a_killed_run_has_written(t):
+    """Flags and marks as gone, in the mbox but not yet in the index; then all is as it was before."""
+    r = rig(t)
+    was = mailbox('a', 'b', 'c', flags='')
+    box = backed_up(r, was)
+    box.flag(1, '\\Seen')
+    box.expunge(2)
+    killed_everywhere(r, was, box, torture.then_wavers(was, box))
+
+
+def test_states_newer_than_an_older_index(t):
+    r = rig(t)
+    box = backed_up(r, mailbox('a', 'b', flags=''))
+    old = index(r)
+    box.flag(1, '\\Seen')
+    box.add(b'Message-ID: <later@x>\r\n\r\n')
+    box = backed_up(r, box)
+    with open(r.mbox() + '.index', 'wb') as f:
+        f.write(old)
+    box.flag(1, '')
+    backed_up(r, box)
