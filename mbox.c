@@ -413,6 +413,7 @@ struct mbox {
 	off_t start;             /* -1: none */
 	int64_t when_sec;        /* as its From line says */
 	off_t flushed;           /* the mbox file's length; 'buffer' follows it */
+	off_t whole;             /* of this, up to the last end of a mail */
 	size_t buffered, summed; /* octets in 'buffer'; of these already in 'sum' */
 	struct sum sum;
 	struct mbox_header header;
@@ -477,6 +478,7 @@ static int write_all(struct mbox *m, int fd, const void *from, size_t n, off_t a
 			n -= (size_t)r;
 			at += r;
 		} else if (r == 0 || errno != EINTR) {
+			m->stuck = true;
 			if (errno == EFBIG)
 				return err_set(e, E_SYSTEM, "%s: the file system takes no file larger than "
 					       "this (FAT: 4 GB)", m->path);
@@ -1537,12 +1539,14 @@ static int flush(struct mbox *m, struct err *e)
 			       m->path, (long long)st.st_size, (long long)m->flushed);
 	}
 	if (write_all(m, m->fd, m->buffer, m->buffered, m->flushed, e) != 0) {
-		/* Whole mails may be lost with it, whose records stand: let mbox_open() sort it out. */
-		m->stuck = true;
+		/* Leave no part of a mail. Whole ones are lost too, whose records stand: mbox_open() sees it. */
+		if (ftruncate(m->fd, m->whole) == 0)
+			m->flushed = m->whole;
 		m->buffered = 0;
 		return -1;
 	}
 	m->flushed += (off_t)m->buffered;
+	m->whole = m->start >= 0 ? m->start : m->flushed;
 	m->buffered = 0;
 	m->data_dirty = true;
 	return 0;
@@ -1867,6 +1871,8 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 			return -1;
 	}
 	m->start = m->flushed + (off_t)m->buffered;
+	if (m->buffered == 0)
+		m->whole = m->flushed;
 	m->summed = m->buffered;
 	m->sum = (struct sum){ 0 };
 	mbox_header_init(&m->header, NULL);
@@ -2069,7 +2075,7 @@ void mbox_abort(struct mbox *m)
 	if (m->start < 0)
 		return;
 	if (m->start >= m->flushed) {
-		m->buffered = (size_t)(m->start - m->flushed);
+		m->buffered = m->stuck ? 0 : (size_t)(m->start - m->flushed);
 	} else {
 		m->flushed = m->start;
 		m->buffered = 0;

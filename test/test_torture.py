@@ -89,3 +89,12 @@ def test_states_newer_than_an_older_index(t):
         f.write(old)
     box.flag(1, '')
     backed_up(r, box)
+
+
+def test_a_full_disk_stops_cleanly(t):
+    """No part of a mail is left, and the next run goes on by itself."""
+    r = rig(t)
+    box = imapd.Mailbox(torture.first_mails(random.Random(1)))
+    step = torture.Step(r, 'full', imapd.Mailbox(), box)
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.fault_at(r, step, n, 'ENOSPC', ever=True)
