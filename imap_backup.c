@@ -4177,6 +4177,8 @@ static void desk_run(struct desk *d, bool listing)
 		if (pause > 0)
 			log_warn("%s; trying again in %u.%u s (%u of %u)", e.text, pause / 1000,
 				 pause / 100 % 10, tries, config->retries);
+		else
+			log_warn("%s; trying again", e.text);
 		if (pause > PLACE_SEC * 1000) {
 			struct note note = { .kind = NOTE_WAIT, .code = e.code, .tries = tries,
 					     .wait_sec = pause / 1000, .counts = d->counts };

@@ -1523,6 +1523,33 @@ uint32_t mbox_came_back(const struct mbox *m)
 
 /* ======== writing the mbox ======== */
 
+/*
+ * Another program has put something behind the part of a mail that we have written, so that cannot be
+ * cut off: it must neither pass for the mail nor swallow what follows it.
+ */
+static void disown_part(struct mbox *m)
+{
+	static const char from[] = "From MAILER-DAEMON ";
+	off_t part = m->flushed - m->whole;
+	size_t n = part < BODY_AT ? (size_t)part : BODY_AT, got;
+	char text[BODY_AT + 80];
+	struct err ignored = { 0 };
+
+	if (read_all(m, m->fd, text, n, m->whole, &got, &ignored) != 0 || got < n ||
+	    memcmp(text, from, n < sizeof from ? n : sizeof from - 1) != 0)
+		return; /* it is not there any more */
+	n = DIGITS_AT + (size_t)snprintf(text + DIGITS_AT, sizeof text - DIGITS_AT,
+					 "%04x\nMessage-ID: <part.%lld%s\n", MBOX_GONE,
+					 (long long)m->whole, made_domain);
+	if (part < (off_t)n + 2) { /* too short to be a mail of its own: empty lines behind the last */
+		n = (size_t)part;
+		memset(text, '\n', n);
+	}
+	write_all(m, m->fd, text, n, m->whole, &ignored);
+	if (part > (off_t)n)
+		write_all(m, m->fd, "\n\n", 2, m->flushed - 2, &ignored);
+}
+
 /* Write out the buffer. The file must be as long as we left it: else somebody else is at it. */
 static int flush(struct mbox *m, struct err *e)
 {
@@ -1535,6 +1562,7 @@ static int flush(struct mbox *m, struct err *e)
 		return 0;
 	if (fstat(m->fd, &st) == 0 && st.st_size != m->flushed) {
 		m->index_void = true;
+		disown_part(m);
 		return err_set(e, E_FORMAT, "%s: another program changed it: %lld octets, not %lld",
 			       m->path, (long long)st.st_size, (long long)m->flushed);
 	}
@@ -1859,17 +1887,11 @@ static void from_line(char out[FROM_OCTETS + 1], int64_t when_sec)
 int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 {
 	char line[FROM_OCTETS + 1];
-	struct stat st, named;
 
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
-	if (!m->disk.writing) {
-		if (fstat(m->fd, &st) != 0 || stat(m->path, &named) != 0 ||
-		    st.st_ino != named.st_ino || st.st_dev != named.st_dev)
-			return err_set(e, E_FORMAT, "%s: another program replaced it", m->path);
-		if (mark_writing(m, e) != 0)
-			return -1;
-	}
+	if (mark_writing(m, e) != 0)
+		return -1;
 	m->start = m->flushed + (off_t)m->buffered;
 	if (m->buffered == 0)
 		m->whole = m->flushed;
@@ -2094,9 +2116,15 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
 	char new[PATH_OCTETS + 16], path[PATH_OCTETS + 16];
 	bool data = m->data_dirty || m->buffered > 0, records;
+	struct stat st, named;
 
 	if (m->stuck || m->index_void)
 		return err_set(e, E_SYSTEM, "%s: not committed after an error", m->path);
+	if (fstat(m->fd, &st) != 0 || stat(m->path, &named) != 0 || st.st_ino != named.st_ino ||
+	    st.st_dev != named.st_dev) {
+		m->index_void = true;
+		return err_set(e, E_FORMAT, "%s: another program replaced it", m->path);
+	}
 	if (claim != NULL)
 		m->now.claim = *claim;
 	if (flush(m, e) != 0 || (m->data_dirty && sync_file(m, m->fd, e) != 0))
@@ -2137,13 +2165,14 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	if (m == NULL)
 		return 0;
 	mbox_abort(m);
+	if (!m->stuck && !m->index_void && (m->how & MBOX_LOOK) == 0) {
+		m->now.writing = false;
+		r = mbox_commit(m, claim, e);
+	}
 	if (m->index_void && (m->how & MBOX_LOOK) == 0) {
 		index_path(m->path, "", path);
 		if (unlink(path) != 0 && errno != ENOENT)
 			r = err_errno(e, E_SYSTEM, "%s: cannot remove", path);
-	} else if (!m->stuck && (m->how & MBOX_LOOK) == 0) {
-		m->now.writing = false;
-		r = mbox_commit(m, claim, e);
 	}
 	if (m->index_new) {
 		index_path(m->path, ".new", path);

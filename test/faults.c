@@ -11,7 +11,7 @@
  *   FAULTS_AT      the operation at which it happens, from 1; absent: never
  *   FAULTS_DO      before   die before it       half   die when a write is half done (else: after)
  *                  short    the write takes only half, that is all
- *                  call     run FAULTS_CALL (a shell command) before it, and go on
+ *                  call     run FAULTS_CALL (a shell command) after it, and go on
  *                  ENOSPC EIO EROFS EDQUOT    it fails so; a failing write may have done half
  *   FAULTS_EVER    1: and every operation after it as well
  *   FAULTS_DIES    group (default), self, parent: who gets the SIGKILL; the caller stops there
@@ -103,7 +103,7 @@ static int error_number(void)
  * An operation comes: 0 to let it be, -1 to fail with errno set; *n is cut where only a part of it
  * shall be done first, and 'after' told of that.
  */
-enum after { GO_ON, THEN_DIE, THEN_FAIL };
+enum after { GO_ON, THEN_DIE, THEN_CALL, THEN_FAIL };
 
 static int operation(const char *name, size_t *n, enum after *after)
 {
@@ -121,9 +121,7 @@ static int operation(const char *name, size_t *n, enum after *after)
 	} else if (strcmp(what, "short") == 0) {
 		*n = (*n + 1) / 2;
 	} else if (strcmp(what, "call") == 0) {
-		unsetenv("LD_PRELOAD");
-		if (system(getenv("FAULTS_CALL")) != 0)
-			abort();
+		*after = THEN_CALL;
 	}
 	if (error_number() == 0 || (frees && (error_number() == ENOSPC || error_number() == EDQUOT)))
 		return 0;
@@ -150,6 +148,17 @@ static void done(const char *name, const char *path, off_t offset, const void *o
 		abort();
 }
 
+static void then(enum after after)
+{
+	if (after == THEN_DIE)
+		die();
+	if (after == THEN_CALL) {
+		unsetenv("LD_PRELOAD");
+		if (system(getenv("FAULTS_CALL")) != 0)
+			abort();
+	}
+}
+
 static ssize_t written(int fd, const void *octets, size_t n, off_t offset, int positioned)
 {
 	char path[PATH_MAX];
@@ -162,8 +171,7 @@ static ssize_t written(int fd, const void *octets, size_t n, off_t offset, int p
 	r = positioned ? REAL(pwrite64)(fd, octets, n, offset) : REAL(write)(fd, octets, n);
 	if (counted && r > 0)
 		done("write", path, positioned ? offset : -1, octets, (size_t)r);
-	if (after == THEN_DIE)
-		die();
+	then(after);
 	if (after == THEN_FAIL && r >= 0)
 		return errno = error_number(), -1;
 	return r;
@@ -183,8 +191,7 @@ ssize_t pwrite(int fd, const void *octets, size_t n, off_t offset) { return writ
 	r = call; \
 	if (counted && r >= 0) \
 		done(name, path, offset, NULL, 0); \
-	if (after == THEN_DIE) \
-		die(); \
+	then(after); \
 	return r; \
 } while (0)
 

@@ -98,3 +98,72 @@ def test_a_full_disk_stops_cleanly(t):
     step = torture.Step(r, 'full', imapd.Mailbox(), box)
     for n in range(1, torture.undisturbed(r, step)[0] + 1):
         torture.fault_at(r, step, n, 'ENOSPC', ever=True)
+
+
+# ---- others at the same files ----
+
+def meddle(r, box, n, command):
+    """Run; after its n-th operation somebody does this in the archive's folder."""
+    r.serve(box)
+    return r.run('call', n, FAULTS_CALL='if [ -s %s ]; then cd %s/%s; %s; fi' % (
+        r.mbox(), r.dest, torture.EMAIL, command))
+
+
+def big_mails(label=''):
+    rng = random.Random('big' + label)
+    return [sample.mail(rng, 'small' + label), sample.mail(rng, 'lines' + label, b'\r\n' * 150_000),
+            sample.with_attachment(rng, 'large' + label, 100_000), sample.mail(rng, 'last' + label)]
+
+
+def meddled_everywhere(r, was, box, command, there=()):
+    """The meddling, after each operation of a run; whatever comes, the next run sees to it. 'there':
+    texts of other mails that are to be found."""
+    step = torture.Step(r, command, was, box)
+    heard = []
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.begin(r, step)
+        status, err = meddle(r, box, n, command)
+        heard.append(err)
+        what = '%s after operation %d' % (command, n)
+        assert status in (0, 1) and 'worker died' not in err, '%s: %s' % (what, err)
+        r.server.boxes = {'INBOX': box}
+        status, again = r.run()
+        assert status == 0, '%s: then %s' % (what, again)
+        stored = archive.read(r.mbox())
+        texts = [torture.whole_of(s) for s in stored if not s.state & archive.GONE]
+        for m in torture.held(box):
+            assert texts.count(archive.quote(m.data)) == 1, '%s: %r is %d times in it\n%s%s' % (
+                what, m.data[:80], texts.count(archive.quote(m.data)), err, again)
+        assert len(texts) == len(box.mails), '%s: a mail too many: %r\n%s%s' % (what, [
+            x[:100] for x in texts if x not in {archive.quote(m.data) for m in box.mails}], err, again)
+        for text in there:
+            assert text in [s.text for s in stored], '%s: it is lost\n%s' % (what, err)
+        before = torture.tree(r.disk)
+        assert r.run()[0] == 0
+        assert torture.tree(r.disk) == before, what
+    return heard
+
+
+FOREIGN = ('printf "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\\nX-Mozilla-Status: 0001\\nMessage-ID: <foreign@x>\\n\\nhi\\n\\n" '
+           '>>INBOX.mbox')
+
+
+def test_a_mail_reader_appends_in_mid_run(t):
+    r = rig(t)
+    was = imapd.Mailbox(big_mails())
+    box = backed_up(r, was)
+    for m in big_mails(' too'):
+        box.add(m.data)
+    heard = meddled_everywhere(r, was, box, FOREIGN, there=[b'Message-ID: <foreign@x>\n\nhi\n'])
+    assert any('another program changed it' in h for h in heard), heard
+
+
+def test_an_editor_saves_it_in_mid_run(t):
+    r = rig(t)
+    was = imapd.Mailbox(big_mails())
+    box = backed_up(r, was)
+    for m in big_mails(' too'):
+        box.add(m.data)
+    box.flag(1, '\\Flagged')
+    heard = meddled_everywhere(r, was, box, 'cp INBOX.mbox x; mv x INBOX.mbox')
+    assert any('another program replaced it' in h for h in heard), heard
