@@ -5134,6 +5134,7 @@ int main(int argc, char **argv)
 	sigaction(SIGTERM, &stop, NULL);
 	sigaction(SIGHUP, &stop, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
 	curl_global_init(CURL_GLOBAL_DEFAULT);
 	status = 1;
 	if (!config.require_mount || destination_mounted(&config)) {

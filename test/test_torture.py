@@ -2,6 +2,9 @@
 itself, and a sample of its campaign."""
 import os
 import random
+import resource
+import shutil
+import subprocess
 
 import archive
 import imapd
@@ -167,3 +170,56 @@ def test_an_editor_saves_it_in_mid_run(t):
     box.flag(1, '\\Flagged')
     heard = meddled_everywhere(r, was, box, 'cp INBOX.mbox x; mv x INBOX.mbox')
     assert any('another program replaced it' in h for h in heard), heard
+
+
+# ---- disks ----
+
+def test_a_limit_on_file_sizes(t):
+    """EFBIG, and the signal that comes with it, as on FAT."""
+    r = rig(t)
+    box = imapd.Mailbox(big_mails())
+    r.serve(box)
+    status, err = r.run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)))
+    assert status == 1 and 'no file larger' in err and 'died' not in err, err
+    backed_up(r, box)
+
+
+def test_a_small_disk_for_real(t):
+    r = rig(t)
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'none', r.disk], stderr=subprocess.PIPE).returncode:
+        raise Skip('no right to mount')
+    t.cleanups.insert(0, lambda: subprocess.run(['umount', '-l', r.disk]))
+    box = imapd.Mailbox(big_mails())
+    r.serve(box)
+    for _ in range(2):
+        status, err = r.run()
+        assert status == 1 and 'No space left' in err, err
+        assert {torture.whole_of(s) for s in archive.read(r.mbox())} <= {archive.quote(m.data) for m in box.mails}
+    subprocess.run(['mount', '-o', 'remount,size=10m', r.disk], check=True)
+    was = torture.copy_box(box)
+    box = backed_up(r, box)
+    box.add(b'Message-ID: <more@x>\r\n\r\n')
+    subprocess.run(['mount', '-o', 'remount,ro', r.disk], check=True)
+    r.serve(box)
+    before = torture.tree(r.disk)
+    status, err = r.run()
+    assert status == 1 and 'Read-only' in err and torture.tree(r.disk) == before, err
+    subprocess.run(['mount', '-o', 'remount,rw', r.disk], check=True)
+    backed_up(r, box)
+
+
+def test_the_destination_vanishes(t):
+    """Moved away, or its stick pulled out, after any operation: an error, and all is well once it is back."""
+    r = rig(t)
+    was = imapd.Mailbox(big_mails())
+    box = backed_up(r, was)
+    box.add(b'Message-ID: <more@x>\r\n\r\n')
+    step = torture.Step(r, 'vanishes', was, box)
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.begin(r, step)
+        status, err = r.run('call', n, FAULTS_CALL='mv %s %s.away' % (r.dest, r.dest))
+        assert status in (0, 1) and 'died' not in err, err
+        if os.path.exists(r.dest + '.away'):
+            shutil.rmtree(r.dest, ignore_errors=True)
+            os.rename(r.dest + '.away', r.dest)
+        r.settle(box, 'vanished after operation %d: %s' % (n, err))

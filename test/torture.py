@@ -281,7 +281,7 @@ class Rig:
     def mbox(self, name='INBOX'):
         return os.path.join(self.dest, EMAIL, name + '.mbox')
 
-    def start(self, do=None, at=0, log=None, **env):
+    def start(self, do=None, at=0, log=None, preexec_fn=None, **env):
         """The program in a group of its own, perhaps disturbed."""
         self.runs += 1
         self.disturbed += do is not None
@@ -296,7 +296,7 @@ class Rig:
         if log is not None:
             more['FAULTS_LOG'] = log
         return subprocess.Popen([PROGRAM, self.path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                stdin=subprocess.DEVNULL, cwd=self.folder, start_new_session=True,
+                                stdin=subprocess.DEVNULL, cwd=self.folder, start_new_session=True, preexec_fn=preexec_fn,
                                 env=dict(os.environ, **more))
 
     def run(self, do=None, at=0, log=None, **env):
