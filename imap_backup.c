@@ -3543,7 +3543,11 @@ static int sync_still_listed(struct sync *y)
 	return 0;
 }
 
-/* A mail from the end of a tail that was taken over: is it as long as the server's? */
+/*
+ * A mail from the end of a tail that was taken over: is it as long as the server's, but for the line
+ * end that we may have added? Bare LFs are stored like CRLF: where it seems longer, parts may be missing
+ * all the same.
+ */
 static int sync_try_suspect(struct sync *y)
 {
 	uint64_t octets = 0;
@@ -3552,14 +3556,14 @@ static int sync_try_suspect(struct sync *y)
 
 	if (uid == 0)
 		return 0;
-	snprintf(which, sizeof which, "UID %lu LARGER %llu", (unsigned long)uid,
-		 (unsigned long long)octets);
+	snprintf(which, sizeof which, "UID %lu LARGER %llu SMALLER %llu", (unsigned long)uid,
+		 (unsigned long long)(octets > 3 ? octets - 3 : 0), (unsigned long long)octets + 1);
 	set_clear(&y->listing);
 	if (sync_listed(y, sync_send_search(y, which)) < 0)
 		return -1;
-	if (!set_has(&y->listing, uid))
+	if (set_has(&y->listing, uid))
 		return mbox_judge(y->m, false, y->e);
-	log_info("the last mail of the archive is shorter than on the server: fetched once more");
+	log_info("the last mail of the archive is not as long as on the server: fetched once more");
 	if (mbox_judge(y->m, true, y->e) != 0 || !set_add(&y->want, uid, uid))
 		return -1;
 	return sync_pump(y, false);

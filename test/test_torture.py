@@ -223,3 +223,14 @@ def test_the_destination_vanishes(t):
             shutil.rmtree(r.dest, ignore_errors=True)
             os.rename(r.dest + '.away', r.dest)
         r.settle(box, 'vanished after operation %d: %s' % (n, err))
+
+
+def test_a_torn_mail_with_bare_line_feeds(t):
+    """Stored, each of them is as long as CRLF: the mail may be torn and yet not too short."""
+    r = rig(t)
+    box = imapd.Mailbox([b'Message-ID: <a@x>\r\n\r\nx\r\n', b'Message-ID: <lf@x>\r\n\r\n' + b'line\n' * 100])
+    box = backed_up(r, box)
+    os.unlink(r.mbox() + '.index')
+    with open(r.mbox(), 'r+b') as f:
+        f.truncate(os.path.getsize(r.mbox()) - 50)
+    r.settle(box, 'torn', torn=True)
