@@ -4209,14 +4209,32 @@ static void box_path(const struct task *task, const char *file, char out[PATH_MA
 	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", task->folder, file);
 }
 
+/* Make a folder if there is none; its entry is to outlast a power cut, as what comes into it does. */
+static int make_folder(const char *path)
+{
+	char parent[PATH_MAX_OCTETS];
+	char *slash;
+	int fd;
+
+	if (mkdir(path, 0700) != 0)
+		return errno == EEXIST ? 0 : -1;
+	snprintf(parent, sizeof parent, "%s", path);
+	slash = strrchr(parent, '/');
+	memcpy(slash != NULL ? slash + 1 : parent, ".", 2);
+	if ((fd = open(parent, O_RDONLY | O_CLOEXEC)) >= 0) {
+		fsync(fd);
+		close(fd);
+	}
+	return 0;
+}
+
 /* Create the account's folder and hold its lock: one run at a time. */
 static int task_lock(struct task *task, const char *destination, struct err *e)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	char path[PATH_MAX_OCTETS + 300];
 
-	if ((mkdir(destination, 0700) != 0 && errno != EEXIST) ||
-	    (mkdir(task->folder, 0700) != 0 && errno != EEXIST))
+	if (make_folder(destination) != 0 || make_folder(task->folder) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", task->folder);
 	box_path(task, ".lock", path);
 	task->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);

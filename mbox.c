@@ -2154,7 +2154,8 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		m->index_new = false;
 		return sync_folder(m, e);
 	}
-	return 0;
+	/* A run may have died between the renaming above and the sync. */
+	return m->now.writing && m->now.octets == 0 ? sync_folder(m, e) : 0;
 }
 
 int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)

@@ -234,3 +234,23 @@ def test_a_torn_mail_with_bare_line_feeds(t):
     with open(r.mbox(), 'r+b') as f:
         f.truncate(os.path.getsize(r.mbox()) - 50)
     r.settle(box, 'torn', torn=True)
+
+
+# ---- power cuts ----
+
+def test_a_first_backup_outlasts_a_power_cut(t):
+    """With its folder, also if an earlier run died before it had synced the archive's name in there."""
+    r = rig(t)
+    box = mailbox('a', 'b')
+    step = torture.Step(r, 'first', imapd.Mailbox(), box)
+    names = [o[2] for o in torture.undisturbed(r, step)[1]]
+    for n in range(names.index(r.mbox()), len(names) + 1):
+        torture.begin(r, step)
+        disk, log = torture.Disk(r.disk, {}), os.path.join(r.folder, 'log')
+        for died in (True, False):
+            r.run('before' if died else '-', n, log=log)
+            for operation in r.logged(log):
+                disk.apply(*operation)
+        left, wanted = disk.cut('none', random.Random(1)), torture.tree(r.disk)
+        assert {p: o for p, o in left.items() if not p.endswith('.index')} == \
+            {p: o for p, o in wanted.items() if not p.endswith('.index')} and len(left) == len(wanted), 'died at operation %d: there is only %s' % (n, sorted(left))
