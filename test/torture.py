@@ -349,7 +349,7 @@ class Rig:
         if torn:
             whole = {archive.quote(m.data) for m in now + gone}
             kept = [s for s in archive.read(path) if whole_of(s) in whole or
-                    not any(w.startswith(whole_of(s).rstrip(b'\n')) for w in whole)]
+                    not any(w.startswith(whole_of(s).rstrip(b'\n\0')) for w in whole)]
             path = os.path.join(self.folder, 'kept')
             with open(path, 'wb') as f:
                 for s in kept:
