@@ -380,6 +380,7 @@ struct state { /* what the index's header says */
 	bool writing;            /* mails may follow behind 'octets', their records behind 'records' */
 	uint32_t records, stored, gone, others;
 	off_t octets;            /* of the mbox: the committed size */
+	uint64_t mix;            /* the records' checksums, XORed: do they belong to this header? */
 	struct mbox_claim claim;
 };
 
@@ -533,7 +534,7 @@ static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 	put_number(p + 40, 8, s->claim.highestmodseq);
 	put_number(p + 48, 8, (uint64_t)s->claim.when_sec);
 	put_number(p + 56, 8, (uint64_t)s->octets);
-	put_number(p + 64, 8, 0);
+	put_number(p + 64, 8, s->mix);
 	put_number(p + 72, 8, sum_of(p, 72));
 }
 
@@ -546,7 +547,8 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 	for (unsigned i = 0; i < 10; i++)
 		n[i] = (uint32_t)get_number(p + 4 * i, 4);
 	*s = (struct state){ .turn = n[0], .writing = n[1] != 0, .records = n[2], .stored = n[3],
-			     .gone = n[4], .others = n[5], .octets = (off_t)get_number(p + 56, 8) };
+			     .gone = n[4], .others = n[5], .octets = (off_t)get_number(p + 56, 8),
+			     .mix = get_number(p + 64, 8) };
 	s->claim = (struct mbox_claim){ .uidvalidity = n[6], .uidnext = n[7], .messages = n[8],
 					.unseen = n[9], .highestmodseq = get_number(p + 40, 8),
 					.when_sec = (int64_t)get_number(p + 48, 8) };
@@ -659,8 +661,11 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 
 /* ======== records ======== */
 
-static void record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
+/* Returns its checksum. */
+static uint64_t record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 {
+	uint64_t sum;
+
 	put_number(p, 4, r->uid);
 	put_number(p + 4, 2, r->state);
 	put_number(p + 6, 2, r->kind);
@@ -670,7 +675,9 @@ static void record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 	put_number(p + 40, 8, r->sum);
 	put_number(p + 48, 4, r->digits);
 	put_number(p + 52, 4, 0);
-	put_number(p + 56, 8, sum_of(p, 56));
+	sum = sum_of(p, 56);
+	put_number(p + 56, 8, sum);
+	return sum;
 }
 
 static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
@@ -735,10 +742,11 @@ static int records_update(struct mbox *m, struct err *e)
 			continue;
 		if (record_get(m, i, &r, e) != 0)
 			return -1;
+		m->now.mix ^= record_pack(&r, p);
 		r.uid = entry->uid;
 		r.state = state_of(entry);
 		r.kind = entry->bits & ENTRY_KIND;
-		record_pack(&r, p);
+		m->now.mix ^= record_pack(&r, p);
 		if (i >= m->written)
 			memcpy(m->held + (i - m->written) * RECORD_OCTETS, p, sizeof p);
 		else if (write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS,
@@ -984,9 +992,9 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 
 	if (i - m->written == RECORDS_HELD && records_flush(m, e) != 0)
 		return -1;
-	record_pack(r, m->held + (i - m->written) * RECORD_OCTETS);
 	if (record_add(m, r, e) != 0)
 		return -1;
+	m->now.mix ^= record_pack(r, m->held + (i - m->written) * RECORD_OCTETS);
 	if (uid != 0)
 		order_insert(m, i, uid);
 	return 0;
@@ -1241,8 +1249,9 @@ static int record_load(struct mbox *m, const struct record *r, unsigned state_be
 
 /*
  * Take in the records that this copy of the header counts. Returns 1; 0 if they are damaged or do
- * not fit the mbox: a record fails its checksum, the last message does not end where the mbox was
- * committed, or no message begins where the first or the last record says.
+ * not fit the mbox: a record fails its checksum, or with the header at rest all of them fail theirs
+ * (only some came to the disk before the power went), the last message does not end where the mbox
+ * was committed, or no message begins where the first or the last record says.
  */
 static int load(struct mbox *m, const struct state *state, struct err *e)
 {
@@ -1252,6 +1261,7 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 
 	m->now = *state;
 	m->now.records = m->now.stored = m->now.gone = m->now.others = m->suspect = 0;
+	m->now.mix = 0;
 	memset(m->table, 0, m->table_room * sizeof *m->table);
 	for (uint32_t i = 0; i < state->records; i++) {
 		uint32_t in_block = i % RECORDS_HELD;
@@ -1264,6 +1274,7 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 		if (got < (in_block + 1) * RECORD_OCTETS ||
 		    !record_unpack(&r, block + in_block * RECORD_OCTETS))
 			return 0;
+		m->now.mix ^= get_number(block + in_block * RECORD_OCTETS + 56, 8);
 		before = r.state;
 		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
 		if ((state->writing || m->flushed > state->octets) && (r.kind & ENTRY_OTHER) == 0)
@@ -1278,7 +1289,8 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 		}
 	}
 	m->written = m->now.records;
-	if (last.offset + last.octets != state->octets || state->octets > m->flushed)
+	if (last.offset + last.octets != state->octets || state->octets > m->flushed ||
+	    (!state->writing && m->now.mix != state->mix))
 		return 0;
 	for (int i = 0; i < 2 && last.octets > 0; i++) {
 		char from[5];
@@ -1318,6 +1330,7 @@ static int recover(struct mbox *m, struct err *e)
 			break;
 		if (record_load(m, &r, state, e) != 0)
 			return -1;
+		m->now.mix ^= get_number(p + 56, 8);
 		m->written = m->now.records;
 		end += r.octets;
 	}

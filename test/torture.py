@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills, power cuts and disk faults, for minutes: torture.py [--seed N] [--minutes N] [PART ...]
 
-Parts: kills cuts faults chains. Each puts an archive through a history (STEPS) and disturbs each step at
+Parts: kills cuts tears faults chains. Each puts an archive through a history (STEPS) and disturbs each step at
 every operation that changes the disk; then one more run must make the archive what the server holds,
 and another must change no byte. test_torture.py runs a sample of this.
 """
@@ -472,6 +472,31 @@ def cuts(rig, rng, steps, some=1.0, randoms=4):
                     step.name, n, how, '' if after is step.box else ', then changed'), step.torn)
 
 
+def tears(rig, rng, steps, some=1.0):
+    """The archive's last mail torn at each octet, without an index, or with one that is at rest: it is never
+    taken for a whole one. Its body has empty lines, From lines and a forged header."""
+    last = sample.Mail(b'Subject: torn\r\nMessage-ID: <torn@x>\r\nFrom: a@x\r\n\r\na\r\n\r\nFrom b\r\n\r\n\r\n'
+                       b'From MAILER-DAEMON Thu Jan  1 00:00:00 1970\r\nX-Mozilla-Status: 0000\r\n'
+                       b'Message-ID: <torn@x>\r\n\r\nforged\r\n\r\n\r\n', '\\Seen', 9)
+    for data in (last.data, last.data.replace(b'Message-ID: <torn@x>\r\n', b'', 1), last.data.rstrip() + b'.'):
+        plant(rig.disk, {})
+        rig.known = {}
+        box = imapd.Mailbox([sample.mail(rng, 'before'), last._replace(data=data)])
+        rig.settle(box, 'tears')
+        files, path = tree(rig.disk), 'backup/%s/INBOX.mbox' % EMAIL
+        whole = files[path]
+        for at in range([m.start() for m in re.finditer(rb'(?m)^From ', whole)][1], len(whole)):
+            for index in (True, False):
+                if rng.random() >= some:
+                    continue
+                torn = dict(files, **{path: whole[:at]})
+                if not index:
+                    del torn[path + '.index']
+                plant(rig.disk, torn)
+                rig.disturbed += 1
+                rig.settle(box, 'torn at octet %d of %d' % (at, len(whole)), torn=True)
+
+
 MESSAGES = {'ENOSPC': 'No space left', 'EIO': 'Input/output error', 'EROFS': 'Read-only', 'EDQUOT': 'quota'}
 
 
@@ -564,23 +589,26 @@ def chains(rig, rng, until):
     return n
 
 
+PARTS = ['kills', 'cuts', 'tears', 'faults', 'chains']
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument('--minutes', type=float, default=5, help='for the chains')
-    parser.add_argument('part', nargs='*', choices=[[], 'kills', 'cuts', 'faults', 'chains'])
+    parser.add_argument('part', nargs='*', choices=[[], *PARTS])
     options = parser.parse_args()
     print('seed %d' % options.seed, flush=True)
     failed = 0
     for session in (Searching, Plain):
-        for part in options.part or ['kills', 'cuts', 'faults', 'chains']:
+        for part in options.part or PARTS:
             rig, rng, began = Rig(session), random.Random(options.seed), time.monotonic()
             try:
                 if part == 'chains':
                     chains(rig, rng, began + options.minutes * 30)
                 else:
                     steps = history(rig, rng)
-                    {'kills': kills, 'cuts': cuts, 'faults': disk_faults}[part](rig, rng, steps)
+                    {'kills': kills, 'cuts': cuts, 'tears': tears, 'faults': disk_faults}[part](rig, rng, steps)
                 result = 'ok'
             except AssertionError as e:
                 result, failed = 'FAIL\n%s' % e, failed + 1
