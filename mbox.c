@@ -1364,7 +1364,10 @@ static int take_over(struct mbox *m, off_t from, struct err *e)
 		return -1;
 	m->flushed += (off_t)missing;
 	m->data_dirty = true;
-	return scan(m, from, m->flushed, e);
+	if (scan(m, from, m->flushed, e) != 0)
+		return -1;
+	/* What we store ends with a line end: without one it is not whole, whatever its length. */
+	return missing == 2 && m->suspect == m->now.records ? mbox_judge(m, true, e) : 0;
 }
 
 /* The index is missing or does not fit: make it from the mbox. UIDs must be bound anew. */
@@ -2258,10 +2261,12 @@ int mbox_judge(struct mbox *m, bool torn, struct err *e)
 	m->records_dirty = true;
 	if (!torn)
 		return 0;
-	at = order_find(m, m->entries[i].uid);
-	m->known--;
-	memmove(m->order + at, m->order + at + 1, (m->known - at) * sizeof *m->order);
-	m->entries[i].uid = 0;
+	if (m->entries[i].uid != 0) {
+		at = order_find(m, m->entries[i].uid);
+		m->known--;
+		memmove(m->order + at, m->order + at + 1, (m->known - at) * sizeof *m->order);
+		m->entries[i].uid = 0;
+	}
 	m->entries[i].bits |= ENTRY_TORN;
 	return set_state(m, i, state_of(&m->entries[i]) | MBOX_GONE, e);
 }

@@ -254,3 +254,34 @@ def test_a_first_backup_outlasts_a_power_cut(t):
         left, wanted = disk.cut('none', random.Random(1)), torture.tree(r.disk)
         assert {p: o for p, o in left.items() if not p.endswith('.index')} == \
             {p: o for p, o in wanted.items() if not p.endswith('.index')} and len(left) == len(wanted), 'died at operation %d: there is only %s' % (n, sorted(left))
+
+
+# ---- a sample of the campaign ----
+
+def part(t, campaign, some):
+    r, rng = rig(t), random.Random(5)
+    steps = torture.history(r, rng)
+    campaign(r, rng, steps, some)
+    print('%d disturbed of %d runs' % (r.disturbed, r.runs))
+
+
+def test_some_kills(t):
+    part(t, torture.kills, .05)
+
+
+def test_some_power_cuts(t):
+    part(t, torture.cuts, .08)
+
+
+def test_some_torn_mails(t):
+    part(t, torture.tears, .04)
+
+
+def test_some_disk_faults(t):
+    part(t, torture.disk_faults, .04)
+
+
+def test_some_chains(t):
+    r = rig(t)
+    for seed in range(6):
+        torture.chain(r, random.Random(seed), 12)

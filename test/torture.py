@@ -344,18 +344,29 @@ class Rig:
         """torn: copies that are not whole may stand besides."""
         now, gone = self.expect(box)
         path = self.mbox()
+        if torn:
+            path = self.without_parts({archive.quote(m.data) for m in now + gone})
         if self.seen is not None:   # of what is gone, any state may be the last that a run has met
             gone = self.met(now, gone)
-        if torn:
-            whole = {archive.quote(m.data) for m in now + gone}
-            kept = [s for s in archive.read(path) if whole_of(s) in whole or
-                    not any(w.startswith(whole_of(s).rstrip(b'\n\0')) for w in whole)]
-            path = os.path.join(self.folder, 'kept')
-            with open(path, 'wb') as f:
-                for s in kept:
-                    f.write(b'From MAILER-DAEMON %s\nX-Mozilla-Status: %04x\n%s\n'
-                            % (s.date.encode(), s.state, s.text))
         return archive.compare(path, now, gone=gone)
+
+    def without_parts(self, whole):
+        """A copy of the archive without what a torn mail has left: parts of mails; whole ones, marked as
+        gone, that were fetched again for safety; what has no status line."""
+        with open(self.mbox(), 'rb') as f:
+            chunks = re.split(rb'(?m)^(?=From )', f.read())[1:]
+        mails = [(chunk, *re.match(rb'[^\n]*\n(?:X-Mozilla-Status: ([0-9a-f]{4})\n)?((?s:.*))\n', chunk).groups())
+                 for chunk in chunks]
+        mails = [(chunk, int(digits, 16), whole_of(archive.Stored('', 0, text)))
+                 for chunk, digits, text in mails if digits]
+        live = {text for _, state, text in mails if not state & archive.GONE}
+        path = os.path.join(self.folder, 'kept')
+        with open(path, 'wb') as f:
+            for chunk, state, text in mails:
+                if text in whole and not (state & archive.GONE and text in live) or text not in whole and not (
+                        state & archive.GONE or any(w.startswith(text.rstrip(b'\n\0')) for w in whole)):
+                    f.write(chunk)
+        return path
 
     def settle(self, box, what, torn=False):
         """After whatever happened: one run mends it, a further run changes no byte."""
