@@ -1,5 +1,6 @@
 """What must hold on the worst day: kills, power cuts, disk faults. What torture.py has found, each by
 itself, and a sample of its campaign."""
+import fcntl
 import os
 import random
 import resource
@@ -172,6 +173,114 @@ def test_an_editor_saves_it_in_mid_run(t):
     assert any('another program replaced it' in h for h in heard), heard
 
 
+def test_runs_at_the_same_time(t):
+    """Several on one destination: one does it, the others say so and leave it alone."""
+    r = rig(t)
+    box = mailbox('a', 'b', 'c')
+    for n in range(4):
+        box.add(b'Message-ID: <next.%d@x>\r\n\r\n' % n)
+        r.serve(box)
+        crowd = [r.start() for _ in range(4)]
+        ends = [(p.communicate()[1].decode(), p.returncode) for p in crowd]
+        assert {status for _, status in ends} <= {0, 3} and 0 in {status for _, status in ends}, ends
+        assert all('another run is at work' in err for err, status in ends if status == 3), ends
+        box = backed_up(r, box)
+
+
+def test_the_next_run_beside_workers_of_a_dead_parent(t):
+    r = rig(t)
+    was = mailbox('a', 'b', 'c')
+    box = backed_up(r, was)
+    box.add(big_mails()[1].data)
+    box.flag(1, '\\Flagged')
+    step = torture.Step(r, 'parent', was, box)
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.begin(r, step)
+        orphaned = r.start('before', n, FAULTS_DIES='parent')
+        orphaned.wait()
+        status, err = r.run()
+        assert status in (0, 3) and 'died' not in err, err
+        orphaned.communicate()
+        r.settle(box, 'parent dead at operation %d' % n)
+
+
+def test_a_mail_reader_holds_the_lock(t):
+    r = rig(t)
+    box = backed_up(r, mailbox('a'))
+    box.add(b'Message-ID: <more@x>\r\n\r\n')
+    r.serve(box)
+    before = torture.tree(r.disk)
+    with open(r.mbox(), 'r+b') as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)
+        status, err = r.run()
+        assert status == 3 and 'locked' in err and torture.tree(r.disk) == before, err
+    backed_up(r, box)
+
+
+# ---- forged mail ----
+
+def forged(rng):
+    """Bodies that look like an archive, and every octet that ends a line or a string."""
+    pretend = (b'From MAILER-DAEMON Thu Jan  1 00:00:00 1970\r\nX-Mozilla-Status: 0008\r\n'
+               b'Message-ID: <victim@x>\r\nSubject: forged\r\n\r\nbody\r\n\r\n')
+    odd = [b'\r', b'\n', b'\0', b'\r\n', b'From ', b'>', b'x', b'\r\r\n', b'\n\r', b'\0\r\n', b'X-Mozilla-Status: 0008\r\n']
+    bodies = [pretend * 5, b'\r\n' + pretend, pretend.replace(b'\r\n', b'\n') * 3, pretend.replace(b'\r\n', b'\r') * 3,
+              b'From ', b'From', b'>From ', b'\r\nFrom ', b'\r', b'\r\n\r', b'\n\nFrom x\n', b'\0', b'\0' * 5000]
+    bodies += [b''.join(rng.choices(odd, k=rng.randrange(200))) for _ in range(60)]
+    heads = [b'Message-ID: <forged.%d@x>\r\n' % n for n in range(len(bodies))]
+    out = [head + b'\r\n' + body for head, body in zip(heads, bodies)]
+    out += [b'Message-ID: <victim@x>\r\nSubject: the victim\r\n\r\nbody\r\n',
+            b'X-Mozilla-Status: 0008\r\nFrom nobody\r\nMessage-ID: <status.first@x>\r\n\r\n',
+            b'Message-ID: <' + b'long' * 25_000 + b'@x>\r\n\r\nlong\r\n',
+            b'Message-ID: <' + b'long' * 25_000 + b'!@x>\r\n\r\nnearly the same\r\n',
+            b'X: ' + b'y' * 1_000_000 + b'\r\nMessage-ID: <after.a.megabyte@x>\r\n\r\nbody\r\n',
+            b'y' * 1_000_000 + b':\r\n ' + b'>' * 70_000 + b'From \r\nMessage-ID: <name.of.a.megabyte@x>\r\n\r\n',
+            b'Subject: ' + b'z\r\n\t' * 100_000 + b'\r\nFrom: folded@x\r\n\r\nno ID, and a megabyte of folds\r\n',
+            b'Message-ID: <nul\0inside@x>\r\n\r\n', b'Message-ID: <nul\0other@x>\r\n\r\n',
+            b'Message-ID: <cr\rinside@x>\r\n\r\n', b'Message-ID\0: <no@x>\r\nSubject: NUL in a name\r\n\r\n']
+    return out
+
+
+def same(r, boxes):
+    wrong = [w for name, box in boxes.items() for w in archive.compare(r.mbox(name), torture.held(box))]
+    assert not wrong, '\n'.join(wrong[:6])
+
+
+def test_forged_mails_break_nothing(t):
+    mails = forged(random.Random(1))
+    for segment in (0, 1021, 16_384):
+        r = rig(t, type('Segments', (torture.Searching,), {'segment': segment}))
+        for order in (mails, mails[::-1]):
+            box = imapd.Mailbox(order, uidvalidity=len(order) + (order is mails))
+            torture.plant(r.disk, {})
+            r.server.boxes = {'INBOX': box}
+            status, err = r.run()
+            assert status == 0, err
+            same(r, {'INBOX': box})
+            os.unlink(r.mbox() + '.index')
+            before = torture.tree(r.disk)
+            status, err = r.run()
+            after = torture.tree(r.disk)
+            assert status == 0 and all(after[p] == before[p] for p in before), err
+
+
+def test_from_lines_wherever_octets_are_parted(t):
+    """By the server's segments, and by the program's buffer of 64 KB."""
+    line = b'From >From \r\n>>From x\r\n\r\nFrom\r\n\r'
+    for segment in (1, 2, 3, 7, 13):
+        r = rig(t, type('Segments', (torture.Searching,), {'segment': segment}))
+        boxes = {'INBOX': imapd.Mailbox([b'Message-ID: <%d@x>\r\n\r\n' % n + b'.' * n + line * 5
+                                         for n in range(segment)])}
+        if segment == 13:
+            boxes.update(('B%d' % n, imapd.Mailbox([b'Message-ID: <b@x>\r\n\r\n' + b'.' * n + b'\r\n' + line * 6000]))
+                         for n in range(16))
+            r.server.session.segment = 0
+        r.server.boxes = boxes
+        status, err = r.run()
+        assert status == 0, err
+        same(r, boxes)
+
+
 # ---- disks ----
 
 def test_a_limit_on_file_sizes(t):
@@ -270,7 +379,7 @@ def test_some_kills(t):
 
 
 def test_some_power_cuts(t):
-    part(t, torture.cuts, .08)
+    part(t, torture.cuts, .05)
 
 
 def test_some_torn_mails(t):
