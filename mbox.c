@@ -1566,22 +1566,29 @@ static void disown_part(struct mbox *m)
 		write_all(m, m->fd, "\n\n", 2, m->flushed - 2, &ignored);
 }
 
-/* Write out the buffer. The file must be as long as we left it: else somebody else is at it. */
-static int flush(struct mbox *m, struct err *e)
+/* The file must be as long as we left it: else somebody else is at it. */
+static int untouched(struct mbox *m, struct err *e)
 {
 	struct stat st;
 
+	if (fstat(m->fd, &st) != 0 || st.st_size == m->flushed)
+		return 0;
+	m->index_void = true;
+	disown_part(m);
+	return err_set(e, E_FORMAT, "%s: another program changed it: %lld octets, not %lld", m->path,
+		       (long long)st.st_size, (long long)m->flushed);
+}
+
+/* Write out the buffer. */
+static int flush(struct mbox *m, struct err *e)
+{
 	if (m->start >= 0)
 		sum_feed(&m->sum, m->buffer + m->summed, m->buffered - m->summed);
 	m->summed = 0;
 	if (m->buffered == 0)
 		return 0;
-	if (fstat(m->fd, &st) == 0 && st.st_size != m->flushed) {
-		m->index_void = true;
-		disown_part(m);
-		return err_set(e, E_FORMAT, "%s: another program changed it: %lld octets, not %lld",
-			       m->path, (long long)st.st_size, (long long)m->flushed);
-	}
+	if (untouched(m, e) != 0)
+		return -1;
 	if (write_all(m, m->fd, m->buffer, m->buffered, m->flushed, e) != 0) {
 		/* Leave no part of a mail. Whole ones are lost too, whose records stand: mbox_open() sees it. */
 		if (ftruncate(m->fd, m->whole) == 0)
@@ -1622,7 +1629,7 @@ static int patch(struct mbox *m, off_t at, const void *octets, size_t n, struct 
 		memcpy(m->buffer + (at - m->flushed), octets, n);
 		return 0;
 	}
-	if (at + (off_t)n > m->flushed && flush(m, e) != 0)
+	if ((at + (off_t)n > m->flushed && flush(m, e) != 0) || untouched(m, e) != 0)
 		return -1;
 	m->data_dirty = true;
 	return write_all(m, m->fd, octets, n, at, e);
@@ -1658,6 +1665,9 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	if (record_get(m, i, &r, e) != 0)
 		return -1;
 	if (r.digits > 0 && (m->how & MBOX_LOOK) == 0) {
+		/* A new index is not in place yet: without one, the digits are read anyway. */
+		if (!m->index_new && mark_writing(m, e) != 0)
+			return -1;
 		if (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0)
 			return -1;
 		if (read_all(m, m->fd, head, r.digits + 4, r.offset, &got, e) != 0)
@@ -1672,9 +1682,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 		snprintf(digits, sizeof digits, "%04x",
 			 ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
 		if (memcmp(digits, head + r.digits, 4) != 0) {
-			/* A new index is not in place yet: without one, the digits are read anyway. */
-			if ((!m->index_new && mark_writing(m, e) != 0) ||
-			    write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
+			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
 			m->data_dirty = true;
 		}

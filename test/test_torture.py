@@ -162,6 +162,19 @@ def test_a_mail_reader_appends_in_mid_run(t):
     assert any('another program changed it' in h for h in heard), heard
 
 
+def test_a_mail_reader_compacts_it_in_mid_run(t):
+    """In place: the first mail is cut out, all others stand elsewhere."""
+    r = rig(t)
+    was = imapd.Mailbox(big_mails())
+    box = backed_up(r, was)
+    for m in big_mails(' too'):
+        box.add(m.data, '\\Seen')
+    box.flag(2, '\\Flagged')
+    first = len(archive.read(r.mbox())[0].text) + 68
+    heard = meddled_everywhere(r, was, box, 'cp INBOX.mbox x; tail -c +%d x >INBOX.mbox; rm x' % (first + 1))
+    assert any('another program changed it' in h for h in heard), heard
+
+
 def test_an_editor_saves_it_in_mid_run(t):
     r = rig(t)
     was = imapd.Mailbox(big_mails())
