@@ -421,7 +421,7 @@ struct mbox {
 	bool header_over, known_already, sum_again;
 	bool cr;                 /* the last octet was a CR, held back: a LF may follow */
 	int prefix;              /* -1: within a line; else so much of "From " stands at its start */
-	off_t committed_octets;  /* of the mbox, at the last sync */
+	off_t committed_octets;  /* of the mbox, at the last sync or when it was opened */
 	time_t committed_sec;
 	uint8_t buffer[BUFFER_OCTETS];
 };
@@ -495,7 +495,11 @@ static int sync_file(struct mbox *m, int fd, struct err *e)
 	if (fsync(fd) == 0)
 		return 0;
 	m->stuck = true;
-	return err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
+	err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
+	/* Read again, these mails may look well, and a second fsync() succeed, though they are not on disk. */
+	if (fd == m->fd && m->flushed > m->committed_octets && ftruncate(m->fd, m->committed_octets) == 0)
+		m->flushed = m->whole = m->committed_octets;
+	return -1;
 }
 
 static int sync_folder(struct mbox *m, struct err *e)
@@ -1465,7 +1469,7 @@ static int open_locked(struct mbox *m, struct err *e)
 		return err_set(e, E_LOCKED, "%s: another program is replacing it", m->path);
 	if (!S_ISREG(st.st_mode))
 		return err_set(e, E_FORMAT, "%s: this is not a file", m->path);
-	m->flushed = st.st_size;
+	m->flushed = m->whole = m->committed_octets = st.st_size;
 	return 0;
 }
 

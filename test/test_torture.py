@@ -330,6 +330,40 @@ def test_a_small_disk_for_real(t):
     backed_up(r, box)
 
 
+def test_mails_that_could_not_be_synced_are_fetched_again(t):
+    """A second fsync() would succeed, and yet they would not be on the disk."""
+    r = rig(t)
+    was = mailbox('a', 'b')
+    box = backed_up(r, was)
+    box.add(b'Message-ID: <more@x>\r\n\r\n')
+    step = torture.Step(r, 'sync', was, box)
+    n, done = torture.undisturbed(r, step)
+    torture.begin(r, step)
+    before = os.path.getsize(r.mbox())
+    status, err = r.run('EIO', n - len(done) + [o[0] == 'sync' and o[2] == r.mbox() for o in done].index(True) + 1)
+    assert status == 1 and 'cannot sync' in err and os.path.getsize(r.mbox()) == before, err
+    r.settle(box, 'synced')
+
+
+def test_nothing_old_is_cut_where_a_sync_fails(t):
+    """While a tail is taken over, with a mail that the server has no more and a torn one behind it."""
+    r = rig(t)
+    box = backed_up(r, mailbox('a', 'b', flags=''))
+    old = index(r)
+    box.add(b'Message-ID: <gone@x>\r\n\r\n')
+    box = backed_up(r, box)
+    box.expunge(3)
+    box.add(b'Message-ID: <torn@x>\r\n\r\nlong enough a body\r\n')
+    box = backed_up(r, box)
+    with open(r.mbox(), 'r+b') as f:
+        f.truncate(os.path.getsize(r.mbox()) - 9)
+    with open(r.mbox() + '.index', 'wb') as f:
+        f.write(old)
+    step = torture.Step(r, 'taken over', box, box, torn=True)
+    for n in range(1, torture.undisturbed(r, step)[0] + 1):
+        torture.fault_at(r, step, n, 'EIO', ever=False)
+
+
 def test_the_destination_vanishes(t):
     """Moved away, or its stick pulled out, after any operation: an error, and all is well once it is back."""
     r = rig(t)
