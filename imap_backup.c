@@ -3570,14 +3570,14 @@ static int sync_try_suspect(struct sync *y)
 }
 
 /*
- * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE. What
- * the listing then does not have of them was a gap.
+ * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE, and into
+ * an empty archive as many as may be on the wire, unless most UIDs are gaps. What the listing then
+ * does not have of them was one.
  */
-static int sync_send_first_batch(struct sync *y, const struct imap_status *status)
+static int sync_send_first_batches(struct sync *y, const struct imap_status *status)
 {
 	const struct mbox_claim *old = mbox_claimed(y->m);
-	struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
-	bool empty = mbox_count(y->m) == 0;
+	bool empty = mbox_count(y->m) == 0, more = empty && status->messages >= status->uidnext / 2;
 	uint32_t most = empty ? y->config->email_batch : y->config->header_batch, low = 1;
 
 	if (!empty)
@@ -3585,12 +3585,19 @@ static int sync_send_first_batch(struct sync *y, const struct imap_status *statu
 	if (low == 0 || low >= status->uidnext || status->messages == 0 || y->attempt->careful ||
 	    y->attempt->poisons > 0 || (empty && y->dry))
 		return 0;
-	most = status->uidnext - low < most ? status->uidnext - low : most;
-	b->kind = empty ? BATCH_MAILS : BATCH_ASK;
-	b->single = false;
-	b->n = 1;
-	b->ranges[0] = (struct range){ low, low + most - 1 };
-	return sync_send_batch(y, b);
+	do {
+		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+
+		most = status->uidnext - low < most ? status->uidnext - low : most;
+		b->kind = empty ? BATCH_MAILS : BATCH_ASK;
+		b->single = false;
+		b->n = 1;
+		b->ranges[0] = (struct range){ low, low + most - 1 };
+		if (sync_send_batch(y, b) != 0)
+			return -1;
+		low += most;
+	} while (more && low < status->uidnext && imap_may_send(y->im, y->pending + 3)); /* EXAMINE ... */
+	return 0;
 }
 
 /* Select the mailbox and bring the archive up to it. *claim is what may be said of it afterwards. */
@@ -3621,7 +3628,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
 		if (condstore)
 			changes = sync_send_flags(y, last, old.highestmodseq);
-		if (sync_send_first_batch(y, &box->status) != 0)
+		if (sync_send_first_batches(y, &box->status) != 0)
 			return -1;
 	}
 	if (examine == 0 || (result = imap_wait(im, examine)) == NULL)
@@ -3630,7 +3637,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		imap_refused(y->e, result, "opening the mailbox");
 		if ((listing > 0 && imap_wait(im, listing) == NULL) ||
 		    (changes > 0 && imap_wait(im, changes) == NULL) ||
-		    (y->pending > 0 && imap_wait(im, y->flight[y->first].tag) == NULL))
+		    (y->pending > 0 && imap_wait(im, y->flight[y->pending - 1].tag) == NULL))
 			y->e->code = E_NET;
 		return -1;
 	}
