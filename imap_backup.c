@@ -3345,8 +3345,8 @@ static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
 static int sync_send_batch(struct sync *y, struct batch *b)
 {
 	static const char *const items[] = {
-		"(UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)] FLAGS)",
-		"(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)] FLAGS)",
+		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
+		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
 		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
 		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
 	};
@@ -3570,18 +3570,18 @@ static int sync_try_suspect(struct sync *y)
 }
 
 /*
- * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE, and into
- * an empty archive as many as may be on the wire, unless most UIDs are gaps. What the listing then
- * does not have of them was one.
+ * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE, and where
+ * all UIDs are new as many as may be on the wire, unless most are gaps. What the listing then does not
+ * have of them was one.
  */
 static int sync_send_first_batches(struct sync *y, const struct imap_status *status)
 {
 	const struct mbox_claim *old = mbox_claimed(y->m);
-	bool empty = mbox_count(y->m) == 0, more = empty && status->messages >= status->uidnext / 2;
-	uint32_t most = empty ? y->config->email_batch : y->config->header_batch, low = 1;
+	bool empty = mbox_count(y->m) == 0, same = !empty && old->uidvalidity == status->uidvalidity;
+	bool more = !same && status->messages >= status->uidnext / 2;
+	uint32_t most = empty ? y->config->email_batch : y->config->header_batch;
+	uint32_t low = same ? old->uidnext : 1;
 
-	if (!empty)
-		low = old->uidvalidity == status->uidvalidity ? old->uidnext : 0;
 	if (low == 0 || low >= status->uidnext || status->messages == 0 || y->attempt->careful ||
 	    y->attempt->poisons > 0 || (empty && y->dry))
 		return 0;

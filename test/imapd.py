@@ -437,7 +437,7 @@ class Session:
     # -- mails --
 
     def cmd_UID_SEARCH(self, tag, args):
-        m = re.match(r'(RETURN \(ALL\) )?(?:ALL|UID ([\d:*,]+))$', args)
+        m = re.match(r'(RETURN \(ALL\) )?(?:ALL|UID ([\d:*,]+)(?: LARGER (\d+))?)$', args)
         if not m:
             self.server.fault('UID SEARCH ' + args)
             return self.line(tag + ' BAD no')
@@ -449,7 +449,8 @@ class Session:
         with self.box.lock:
             uids = self.search_uids()
             if m.group(2):
-                uids = [u for u in uids if in_set(m.group(2), u, max(uids, default=0))]
+                uids = [u for u in uids if in_set(m.group(2), u, max(uids, default=0)) and
+                        (not m.group(3) or len(self.box.mail(u).data) > int(m.group(3)))]
         self.search_line(tag, uids, bool(m.group(1)))
         self.ok(tag)
 
