@@ -1801,7 +1801,7 @@ static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
 
 	for (int c; imap_atom_char(c = imap_peek(im)); imap_next(im))
 		if (n < IMAP_ATOM_MAX - 1)
-			out[n++] = (char)toupper(c);
+			out[n++] = (char)(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
 	out[n] = '\0';
 	return n;
 }
