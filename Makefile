@@ -45,7 +45,7 @@ test demo:
 	$(MAKE) imap_backup
 	test/$(if $(filter demo,$@),demo,run).py $(ARGS)
 bench torture: imap_backup
-	test/setup.sh test
+	test/setup.sh $(if $(filter bench,$@),$@,test)
 	test/$@.py $(ARGS)
 fuzz:
 	test/setup.sh test

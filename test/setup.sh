@@ -1,9 +1,10 @@
 #!/bin/sh
-# setup.sh [build|demo|test] - install what is missing on Debian or Ubuntu; silent if nothing is
+# setup.sh [build|demo|test|bench] - install what is missing on Debian or Ubuntu; silent if nothing is
 #
 #   build   what the program is built from
 #   demo    and what `make demo` needs: a Dovecot of its own, python3, openssl
 #   test    and what the tests need (the same today)
+#   bench   and what `make bench` compares with: isync
 #
 # Nothing is installed that is there in another form: what counts is that it works.
 set -eu
@@ -39,15 +40,16 @@ else
 fi
 case ${1:-build} in
 build) ;;
-demo|test)
+demo|test|bench)
 	need dovecot-imapd command -v dovecot
 	[ -z "$(command -v dovecot)" ] || need dovecot-imapd test -x /usr/lib/dovecot/imap -o \
 		-x /usr/libexec/dovecot/imap -o -x /usr/local/libexec/dovecot/imap
 	need python3 python3 -c 'import ssl, sys; sys.exit(sys.version_info < (3, 9))'
 	need openssl command -v openssl
+	[ "$1" != bench ] || need isync command -v mbsync
 	;;
 *)
-	echo "usage: $0 [build|demo|test]" >&2
+	echo "usage: $0 [build|demo|test|bench]" >&2
 	exit 2
 	;;
 esac
