@@ -436,7 +436,7 @@ def picture(bench, path):
                   ('mixed', '50ms', 'new', 'wall', 'seconds', '%.2f s'),
                   ('slow', '20mbit', 'first', 'wall', 'seconds', '%.1f s'),
                   ('mixed', 'loopback', 'first', 'cpu', 'CPU seconds of the client', '%.2f s'),
-                  ('large', 'loopback', 'first', 'rss', 'peak memory, KiB (mails of 50 MB)', '%.0f'))]
+                  ('large', 'loopback', 'first', 'rss', 'peak memory, KiB (five large mails)', '%.0f'))]
     out, y = [], 8
     for title, key, figure, form in groups:
         bars = [(c, bench.median(key, c, figure)) for c in bench.clients]
