@@ -437,7 +437,7 @@ class Session:
     # -- mails --
 
     def cmd_UID_SEARCH(self, tag, args):
-        m = re.match(r'(RETURN \(ALL\) )?(?:ALL|UID ([\d:*,]+)(?: LARGER (\d+))?)$', args)
+        m = re.match(r'(RETURN \(ALL\) )?(?:ALL|UID ([\d:*,]+)(?: LARGER (\d+) SMALLER (\d+))?)$', args)
         if not m:
             self.server.fault('UID SEARCH ' + args)
             return self.line(tag + ' BAD no')
@@ -450,7 +450,7 @@ class Session:
             uids = self.search_uids()
             if m.group(2):
                 uids = [u for u in uids if in_set(m.group(2), u, max(uids, default=0)) and
-                        (not m.group(3) or len(self.box.mail(u).data) > int(m.group(3)))]
+                        (not m.group(3) or int(m.group(3)) < len(self.box.mail(u).data) < int(m.group(4)))]
         self.search_line(tag, uids, bool(m.group(1)))
         self.ok(tag)
 
