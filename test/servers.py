@@ -115,10 +115,11 @@ class Dovecot:
     capability        replaces what CAPABILITY says
     limit             connections of one user at a time (mail_max_userip_connections)
     certificate       (file, key); `certificates` has made it
+    compress          COMPRESS=DEFLATE is offered
     As root it runs as nobody: what this class writes below `folder` belongs to `owner`.
     """
 
-    def __init__(self, folder, certificate, starttls=True, capability='', limit=100):
+    def __init__(self, folder, certificate, starttls=True, capability='', limit=100, compress=False):
         self.folder = folder
         self.owner = pwd.getpwnam('nobody') if os.getuid() == 0 else pwd.getpwuid(os.getuid())
         self.group = grp.getgrgid(self.owner.pw_gid).gr_name
@@ -133,7 +134,7 @@ class Dovecot:
         for attempt in range(5):   # another process may take the port in between
             self.port, self.tls = free_ports(2)
             with open(self.conf, 'w') as f:
-                f.write(self._config(starttls, capability, limit))
+                f.write(self._config(starttls, capability, limit, compress))
             self._own(self.conf)
             if self._start():
                 return
@@ -244,7 +245,7 @@ class Dovecot:
         self.stop()
         return False
 
-    def _config(self, starttls, capability, limit):
+    def _config(self, starttls, capability, limit, compress):
         new = tuple(int(x) for x in re.findall(r'\d+', self.version)[:2]) >= (2, 4)
         at, count = self.folder, 'restart_request_count' if new else 'service_count'
         lines = ['dovecot_config_version = 2.4.0', 'dovecot_storage_version = 2.4.0'] if new else []
@@ -273,6 +274,7 @@ class Dovecot:
             lines += ['disable_plaintext_auth = no', 'mail_location = maildir:~/Maildir:LAYOUT=fs',
                       'ssl_cert = <%s/server.crt' % at, 'ssl_key = <%s/server.key' % at,
                       'stats_writer_socket_path =',
+                      'protocol imap {\n  mail_plugins =%s\n}' % (' zlib imap_zlib' if compress else ''),
                       'passdb {\n  driver = static\n  args = password=%s\n}' % PASSWORD,
                       'userdb {\n  driver = static\n  args = uid=%d gid=%d home=%s/home/%%u\n}'
                       % (self.owner.pw_uid, self.owner.pw_gid, at)]
