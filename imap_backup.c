@@ -5,6 +5,7 @@
  *
  *     log           one place for messages to the person
  *     config        the configuration file
+ *     inflate       what a server compresses
  *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
  *     sets          of UIDs, as ranges
  *     imap          commands and responses (RFC 3501 and some of its extensions)
@@ -18,8 +19,8 @@
  *
  * The server is never changed: EXAMINE, BODY.PEEK. RFC 3501 (IMAP4rev1) with, where the server
  * offers them, 2595 (STARTTLS), 2971 (ID), 4315 (UIDPLUS' UID sets), 4731 (ESEARCH), 4959
- * (SASL-IR), 5530 (response codes), 5819 (LIST-STATUS), 7162 (CONDSTORE), 7888 (LITERAL+),
- * 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT).
+ * (SASL-IR), 4978 (COMPRESS, with 1951), 5530 (response codes), 5819 (LIST-STATUS), 7162
+ * (CONDSTORE), 7888 (LITERAL+), 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT).
  *
  * What it does not do, and why: QRESYNC (a missed VANISHED loses for good, a full set heals),
  * IDLE (it is run by cron), UTF8=ACCEPT (renames mailboxes on the wire), sequence numbers (they
@@ -70,6 +71,11 @@ enum {
 	CA_ANCHORS_MAX = 1000,
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
 	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
+	COMPRESS_RATE = 6000,           /* octets a ms, 50 Mbit/s: a slower line is worth it */
+	COMPRESS_OCTETS = 1 << 20,      /* that show it; fewer are not worth a round trip */
+	COMPRESS_CONNECT_MS = 5,        /* the round trip of a LAN is shorter */
+	COMPRESS_EMPTY_MAX = 64 << 10,  /* compressed octets in a row that stand for none */
+	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 32,           /* commands without an answer */
@@ -324,12 +330,14 @@ static void on_stop_signal(int number)
  * writes nothing. Strings are borrowed from the JSON tree, which lives as long as the config.
  */
 enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
+enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
 
 struct account {
 	const char *email, *host, *username, *ca_file;
 	const char *password;         /* or NULL, then: */
 	const char *password_command;
 	enum ssl_mode ssl;
+	enum compress_mode compress;
 	unsigned port, processes;
 	unsigned pins;                /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
@@ -343,6 +351,7 @@ struct config {
 	unsigned total_processes, processes_per_account, timeout_sec, retries;
 	unsigned header_batch, email_batch;
 	bool keep_duplicates, require_mount;
+	enum compress_mode compress;
 	const struct json *ignore;    /* an array, or NULL */
 	struct account *accounts;
 	unsigned n_accounts, complaints;
@@ -420,6 +429,14 @@ static bool config_bool(struct config *c, const struct json *object, const char 
 	const struct json *value = config_get(c, object, where, key, JSON_BOOL, false);
 
 	return value != NULL && value->number != 0;
+}
+
+static enum compress_mode config_compress(struct config *c, const struct json *object, const char *where,
+					  enum compress_mode standard)
+{
+	const struct json *value = config_get(c, object, where, "compress", JSON_BOOL, false);
+
+	return value == NULL ? standard : value->number != 0 ? COMPRESS_ON : COMPRESS_OFF;
 }
 
 static const struct json *config_texts(struct config *c, const struct json *object, const char *where,
@@ -532,7 +549,7 @@ static void config_account(struct config *c, const struct json *object, unsigned
 {
 	static const char *const known[] = { "email", "host", "username", "password",
 		"password_command", "oauth2", "ssl", "port", "ca_file", "tls_fingerprint",
-		"processes_per_account", "ignore_mailboxes", NULL };
+		"processes_per_account", "ignore_mailboxes", "compress", NULL };
 	struct account *account = &c->accounts[number];
 	const struct json *ssl, *at;
 	char where[32];
@@ -552,6 +569,7 @@ static void config_account(struct config *c, const struct json *object, unsigned
 	account->password_command = config_text(c, object, where, "password_command", false);
 	account->ca_file = config_text(c, object, where, "ca_file", false);
 	account->ignore = config_texts(c, object, where, "ignore_mailboxes");
+	account->compress = config_compress(c, object, where, c->compress);
 	account->processes = config_number(c, object, where, "processes_per_account",
 					   c->processes_per_account, 1, CONFIG_PROCESSES_MAX);
 	if (account->processes > c->processes_per_account)
@@ -608,7 +626,7 @@ static int config_load(struct config *c, const char *path)
 	static const char *const known[] = { "destination", "total_processes", "processes_per_account",
 		"success_url", "failure_url", "ignore_mailboxes", "timeout", "retries",
 		"header_batch_size", "email_batch_size", "keep_duplicates", "require_mount", "ca_file",
-		"oauth2", "oauth2_cache", "accounts", NULL };
+		"compress", "oauth2", "oauth2_cache", "accounts", NULL };
 	const struct json *accounts, *account;
 	struct err e = { 0 };
 	size_t room, got = 0;
@@ -659,6 +677,7 @@ static int config_load(struct config *c, const char *path)
 	c->require_mount = config_bool(c, c->root, "", "require_mount");
 	c->ca_file = config_text(c, c->root, "", "ca_file", false);
 	c->ignore = config_texts(c, c->root, "", "ignore_mailboxes");
+	c->compress = config_compress(c, c->root, "", COMPRESS_IF_SLOW);
 	config_url(c, c->root, "success_url", &c->success_url);
 	config_url(c, c->root, "failure_url", &c->failure_url);
 	if (c->destination != NULL && strlen(c->destination) > PATH_MAX_OCTETS / 2)
@@ -711,6 +730,405 @@ static bool match(const char *pattern, const char *text)
 	return *pattern == '\0';
 }
 
+/* ======== inflate: what a server compresses ======== */
+
+/*
+ * Decodes RFC 1951. Knows octets and nothing else: compressed ones go in, in pieces of any size, and
+ * what they stand for is lent from the window, uncopied. The window is a ring of 32 KB: a distance
+ * reaches no further back, so what is overwritten is not needed any more. A symbol is consumed when
+ * all its bits are there and not before, so the input may end anywhere. The stream decides about no
+ * memory, and every call ends at the latest when the ring is full.
+ */
+enum {
+	INFLATE_WINDOW = 32 << 10,
+	INFLATE_FAST = 9,              /* a code of so many bits is found at one look */
+	INFLATE_SYMBOLS = 288,         /* of the largest code, the fixed one (3.2.6) */
+	INFLATE_END = 256              /* the symbol that ends a block; those above it are lengths */
+};
+
+struct huffman {                       /* a code (3.2.2) */
+	uint16_t fast[1 << INFLATE_FAST]; /* by the next bits: symbol << 4 | its bits; 0: has more */
+	uint16_t count[16];            /* how many symbols have so many bits */
+	uint16_t symbol[INFLATE_SYMBOLS]; /* by the number of bits, then by value */
+};
+
+struct inflate {
+	const uint8_t *in, *end;       /* what is not looked at yet */
+	size_t bits;                   /* what is; the next bit is the lowest, and 0 follows the last */
+	unsigned n_bits;               /* of a register: 64 would be slow where it has 32 */
+	const char *wrong;             /* with the stream, in words; sticks */
+	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_CHECK, INFLATE_COPY, INFLATE_COUNTS, INFLATE_ORDER,
+	       INFLATE_LENGTHS, INFLATE_DATA, INFLATE_OVER } state;
+	bool last;                     /* this block is */
+	bool full;                     /* the ring has been written round */
+	unsigned at;                   /* where in the ring the next octet belongs */
+	unsigned left;                 /* octets of the stored block, or of the match in hand */
+	unsigned distance, more;       /* of that match; 0: not known yet; bits of it to be added */
+	unsigned literals, distances, orders, known; /* lengths that a dynamic block gives, has given */
+	uint8_t lengths[INFLATE_SYMBOLS + 32];
+	struct huffman literal, far;
+	uint8_t window[INFLATE_WINDOW];
+};
+
+static const char inflate_wait[] = ""; /* neither done nor wrong: there is no more input, or no room */
+
+/*
+ * Make the tables of a code. Returns 0; 1 where bits are left without a meaning, as is allowed for a
+ * code of no symbol, or of one with one bit (3.2.7); -1 if no code has these lengths.
+ */
+static int huffman_make(struct huffman *h, const uint8_t *lengths, unsigned n)
+{
+	uint16_t next[16] = { 0 }, place[16] = { 0 };
+	int left = 1 << 15; /* of the codes with 15 bits */
+
+	memset(h, 0, sizeof *h);
+	for (unsigned i = 0; i < n; i++)
+		h->count[lengths[i]]++;
+	n -= h->count[0];
+	h->count[0] = 0;
+	for (unsigned k = 1; k < 16; k++) {
+		left -= h->count[k] << (15 - k);
+		next[k] = (uint16_t)((next[k - 1] + h->count[k - 1]) << 1);
+		place[k] = (uint16_t)(place[k - 1] + h->count[k - 1]);
+	}
+	if (left < 0 || (left > 0 && n != h->count[1]))
+		return -1;
+	for (unsigned i = 0; n > 0; i++) {
+		unsigned length = lengths[i], code, mirrored = 0;
+
+		if (length == 0)
+			continue;
+		n--;
+		h->symbol[place[length]++] = (uint16_t)i;
+		code = next[length]++;
+		for (unsigned k = 0; k < length; k++) /* a code comes highest bit first, all else lowest */
+			mirrored |= (code >> k & 1) << (length - 1 - k);
+		for (; length <= INFLATE_FAST && mirrored < 1 << INFLATE_FAST; mirrored += 1u << length)
+			h->fast[mirrored] = (uint16_t)(i << 4 | length);
+	}
+	for (unsigned i = 0; left > 0 && i < 1 << INFLATE_FAST; i++)
+		if (h->fast[i] == 0)
+			h->fast[i] = 0xFFF1; /* a symbol outside of every range */
+	return left > 0;
+}
+
+/* A symbol whose code is longer. This ends, for a code that leaves no bits without a meaning. */
+static unsigned huffman_find_long(const struct huffman *h, size_t bits, unsigned *length)
+{
+	unsigned code = 0, first = 0, place = 0;
+
+	for (*length = 1;; ++*length, bits >>= 1) {
+		unsigned count = h->count[*length];
+
+		code = code << 1 | (bits & 1);
+		if (code - first < count)
+			return h->symbol[place + code - first];
+		place += count;
+		first = (first + count) << 1;
+	}
+}
+
+/*
+ * Which symbol comes next, and in how many bits. If there are not so many, it is another one. Inline
+ * also where size counts (-Os): it is a quarter of the time on a MIPS.
+ */
+static inline unsigned __attribute__((always_inline)) huffman_find(const struct huffman *h, size_t bits,
+								   unsigned *length)
+{
+	unsigned found = h->fast[bits & ((1 << INFLATE_FAST) - 1)];
+
+	*length = found & 15;
+	return found != 0 ? found >> 4 : huffman_find_long(h, bits, length);
+}
+
+/* Have 25 bits, or all that there are. */
+static void inflate_refill(struct inflate *f)
+{
+	for (; f->n_bits < 25 && f->in < f->end; f->n_bits += 8)
+		f->bits |= (size_t)*f->in++ << f->n_bits;
+}
+
+/* Take bits, at most 25; false, and none is taken, if they have not all come. */
+static bool inflate_take(struct inflate *f, unsigned n, uint32_t *value)
+{
+	inflate_refill(f);
+	if (f->n_bits < n)
+		return false;
+	*value = (uint32_t)f->bits & ((1u << n) - 1);
+	f->bits >>= n;
+	f->n_bits -= n;
+	return true;
+}
+
+/* One step for each state. Returns NULL when it is done, inflate_wait, or what is wrong. */
+
+static const char *inflate_block(struct inflate *f)
+{
+	uint32_t v;
+
+	if (!inflate_take(f, 3, &v))
+		return inflate_wait;
+	f->last = v & 1;
+	switch (v >> 1) {
+	case 0:
+		inflate_take(f, f->n_bits % 8, &v);
+		f->state = INFLATE_STORED;
+		return NULL;
+	case 1:
+		for (unsigned i = 0; i < INFLATE_SYMBOLS; i++)
+			f->lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8;
+		memset(f->lengths + INFLATE_SYMBOLS, 5, 32);
+		huffman_make(&f->literal, f->lengths, INFLATE_SYMBOLS);
+		huffman_make(&f->far, f->lengths + INFLATE_SYMBOLS, 32);
+		f->state = INFLATE_DATA;
+		return NULL;
+	case 2:
+		f->state = INFLATE_COUNTS;
+		return NULL;
+	default:
+		return "a block of no known type";
+	}
+}
+
+static const char *inflate_stored(struct inflate *f)
+{
+	uint32_t v;
+
+	if (!inflate_take(f, 16, &v))
+		return inflate_wait;
+	if (f->state == INFLATE_STORED) {
+		f->left = v;
+		f->state = INFLATE_CHECK;
+		return NULL;
+	}
+	f->state = INFLATE_COPY;
+	return f->left == (v ^ 0xFFFF) ? NULL : "a stored block whose length is in doubt";
+}
+
+static const char *inflate_copy(struct inflate *f)
+{
+	size_t n = (size_t)(f->end - f->in);
+
+	for (; f->n_bits > 0 && f->left > 0 && f->at < INFLATE_WINDOW; f->left--) {
+		f->window[f->at++] = (uint8_t)f->bits;
+		f->bits >>= 8;
+		f->n_bits -= 8;
+	}
+	n = n < f->left ? n : f->left;
+	n = n < INFLATE_WINDOW - f->at ? n : INFLATE_WINDOW - f->at;
+	memcpy(f->window + f->at, f->in, n);
+	f->in += n;
+	f->at += (unsigned)n;
+	f->left -= (unsigned)n;
+	if (f->left > 0)
+		return inflate_wait;
+	f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
+	return NULL;
+}
+
+static const char *inflate_counts(struct inflate *f)
+{
+	uint32_t v;
+
+	if (!inflate_take(f, 14, &v))
+		return inflate_wait;
+	f->literals = (v & 31) + 257;
+	f->distances = (v >> 5 & 31) + 1;
+	f->orders = (v >> 10) + 4;
+	f->known = 0;
+	memset(f->lengths, 0, sizeof f->lengths);
+	f->state = INFLATE_ORDER;
+	return f->literals <= 286 && f->distances <= 30 ? NULL : "a block with more symbols than there are";
+}
+
+/* The code in which the lengths of the other two are written. */
+static const char *inflate_order(struct inflate *f)
+{
+	static const uint8_t order[] = { 16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15 };
+	uint32_t v;
+
+	for (; f->known < f->orders; f->known++) {
+		if (!inflate_take(f, 3, &v))
+			return inflate_wait;
+		f->lengths[order[f->known]] = (uint8_t)v;
+	}
+	f->known = 0;
+	f->state = INFLATE_LENGTHS;
+	return huffman_make(&f->far, f->lengths, sizeof order) == 0 ? NULL : "code lengths without a code";
+}
+
+static const char *inflate_lengths(struct inflate *f)
+{
+	static const struct { uint8_t bits, least; } repeat[] = { { 2, 3 }, { 3, 3 }, { 7, 11 } };
+
+	while (f->known < f->literals + f->distances) {
+		unsigned length, symbol, more, times = 1;
+		uint32_t v;
+
+		inflate_refill(f);
+		symbol = huffman_find(&f->far, f->bits, &length);
+		more = symbol < 16 ? 0 : repeat[symbol - 16].bits;
+		if (!inflate_take(f, length + more, &v))
+			return inflate_wait;
+		if (symbol >= 16)
+			times = repeat[symbol - 16].least + (v >> length);
+		if ((symbol == 16 && f->known == 0) || f->known + times > f->literals + f->distances)
+			return "a length repeated too early or too often";
+		if (symbol >= 16)
+			symbol = symbol == 16 ? f->lengths[f->known - 1] : 0;
+		memset(f->lengths + f->known, (int)symbol, times);
+		f->known += times;
+	}
+	f->state = INFLATE_DATA;
+	if (f->lengths[INFLATE_END] == 0 || huffman_make(&f->literal, f->lengths, f->literals) < 0 ||
+	    huffman_make(&f->far, f->lengths + f->literals, f->distances) < 0)
+		return "lengths without a code";
+	return NULL;
+}
+
+/* The part of a match that fits into the ring's end: it may overlap itself. Returns its octets. */
+static unsigned inflate_match(uint8_t *window, unsigned at, unsigned distance, unsigned n)
+{
+	unsigned from = (at - distance) % INFLATE_WINDOW;
+
+	n = n < INFLATE_WINDOW - at ? n : INFLATE_WINDOW - at;
+	n = n < INFLATE_WINDOW - from ? n : INFLATE_WINDOW - from;
+	for (unsigned i = 0; i < n; i++)
+		window[at + i] = window[from + i];
+	return n;
+}
+
+/*
+ * Where the values of a length or distance begin, counted from its least one, and how many bits behind
+ * the symbol tell which it is (3.2.5): from the second group of symbols on, one more for each group.
+ */
+static inline unsigned inflate_base(unsigned symbol, unsigned log_group, unsigned *more)
+{
+	unsigned group = 1u << log_group;
+
+	*more = symbol < 2 * group ? 0 : (symbol >> log_group) - 1;
+	return *more == 0 ? symbol : (group | (symbol & (group - 1))) << *more;
+}
+
+/* Literals and matches: here the time goes, so what is in hand is kept in variables of its own. */
+static const char *inflate_data(struct inflate *f)
+{
+	const char *wrong = inflate_wait;
+	size_t bits = f->bits;
+	unsigned n_bits = f->n_bits, at = f->at, left = f->left, distance = f->distance, more = f->more;
+	const uint8_t *in = f->in, *const end = f->end;
+
+	while (at < INFLATE_WINDOW) {
+		unsigned symbol, length, value;
+
+		for (; n_bits < 25 && in < end; n_bits += 8)
+			bits |= (size_t)*in++ << n_bits;
+		if (left == 0) {
+			symbol = huffman_find(&f->literal, bits, &length);
+			if (length > n_bits)
+				break;
+			if (symbol < INFLATE_END) {
+				f->window[at++] = (uint8_t)symbol;
+				bits >>= length;
+				n_bits -= length;
+				continue;
+			}
+			if (symbol > 285) {
+				wrong = "a symbol without a meaning";
+				break;
+			}
+			if (symbol == INFLATE_END) {
+				bits >>= length;
+				n_bits -= length;
+				f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
+				wrong = NULL;
+				break;
+			}
+			value = inflate_base(symbol - INFLATE_END - 1, 2, &more);
+			if (symbol == 285) { /* the longest has a symbol for itself */
+				value = 255;
+				more = 0;
+			}
+			if (length + more > n_bits)
+				break;
+			left = value + 3 + ((unsigned)(bits >> length) & ((1u << more) - 1));
+			length += more;
+			distance = more = 0;
+		} else if (distance == 0) {
+			symbol = huffman_find(&f->far, bits, &length);
+			if (length > n_bits)
+				break;
+			if (symbol > 29) {
+				wrong = "a symbol without a meaning";
+				break;
+			}
+			distance = inflate_base(symbol, 1, &more) + 1;
+		} else if (more > 0) {
+			if (more > n_bits)
+				break;
+			distance += (unsigned)bits & ((1u << more) - 1);
+			length = more;
+			more = 0;
+		} else if (distance > (f->full ? INFLATE_WINDOW : at)) {
+			wrong = "a distance to before its beginning";
+			break;
+		} else {
+			value = inflate_match(f->window, at, distance, left);
+			at += value;
+			left -= value;
+			continue;
+		}
+		bits >>= length;
+		n_bits -= length;
+	}
+	f->bits = bits;
+	f->n_bits = n_bits;
+	f->at = at;
+	f->left = left;
+	f->distance = distance;
+	f->more = more;
+	f->in = in;
+	return wrong;
+}
+
+/* The last block has ended; its octet's other bits mean nothing. */
+static const char *inflate_over(struct inflate *f)
+{
+	uint32_t v;
+
+	inflate_take(f, f->n_bits % 8, &v);
+	return f->n_bits == 0 ? inflate_wait : "octets after its end";
+}
+
+/*
+ * Decode until the input, from *in to 'end', is used up or the ring is full. *out and *n receive what
+ * came of it: lent until the next call. Returns NULL, or what is wrong with the stream, in words.
+ */
+static const char *inflate_run(struct inflate *f, const uint8_t **in, const uint8_t *end,
+			       const uint8_t **out, size_t *n)
+{
+	static const char *(*const steps[])(struct inflate *) = { /* by state */
+		inflate_block, inflate_stored, inflate_stored, inflate_copy, inflate_counts, inflate_order,
+		inflate_lengths, inflate_data, inflate_over };
+	unsigned from;
+
+	if (f->at == INFLATE_WINDOW) {
+		f->full = true;
+		f->at = 0;
+	}
+	from = f->at;
+	f->in = *in;
+	f->end = end;
+	while (f->wrong == NULL)
+		f->wrong = steps[f->state](f);
+	if (f->wrong == inflate_wait)
+		f->wrong = NULL;
+	*in = f->in;
+	*out = f->window + from;
+	*n = f->at - from;
+	return f->wrong;
+}
+
 /* ======== stream: octets to and from one server ======== */
 
 /*
@@ -757,8 +1175,11 @@ struct stream {
 	const uint8_t *at, *end;       /* what has arrived and is not consumed */
 	size_t lent;                   /* octets of the TLS engine's that 'end' ends */
 	uint8_t *plain;                /* owned; without TLS they are here */
-	uint64_t in, out;              /* octets of payload */
+	struct inflate *inflate;       /* owned; NULL: nothing is compressed */
+	const uint8_t *packed, *packed_end; /* what has arrived and is not inflated */
+	uint64_t in, out;              /* octets of payload, as they are on the line */
 	unsigned waits;                /* how often it was our turn to wait for an answer */
+	int64_t waited_ms;             /* how long, for that and for what followed */
 	bool sent;                     /* something was sent since the last wait */
 	int64_t connect_ms;            /* what the TCP handshake took: one round trip */
 };
@@ -1056,7 +1477,7 @@ static int stream_fail(struct stream *s, enum err_code code, const char *format,
  */
 static int stream_wait(struct stream *s, short events, unsigned seconds, const char *what)
 {
-	int64_t deadline = now_ms() + (int64_t)seconds * 1000;
+	int64_t began = now_ms(), deadline = began + (int64_t)seconds * 1000;
 
 	if (events == POLLIN && s->sent) {
 		s->waits++;
@@ -1071,8 +1492,10 @@ static int stream_wait(struct stream *s, short events, unsigned seconds, const c
 			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
 		if (n > 0 && fds[1].revents != 0 && s->parent >= 0)
 			return stream_fail(s, E_STOPPED, "the parent process is gone");
-		if (n > 0)
+		if (n > 0) {
+			s->waited_ms += now_ms() - began;
 			return 0;
+		}
 		if (n == 0 && stop_asked)
 			return stream_fail(s, E_STOPPED, "stopped by a signal");
 		if (n == 0 && left <= 1000)
@@ -1355,9 +1778,11 @@ static void stream_close(struct stream *s)
 		free(s->tls->verifier.der);
 	free(s->tls);
 	free(s->plain);
+	free(s->inflate);
 	s->fd = -1;
 	s->tls = NULL;
 	s->plain = NULL;
+	s->inflate = NULL;
 }
 
 /*
@@ -1407,15 +1832,11 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	return 0;
 }
 
-/* Have at least one octet between s->at and s->end. Pointers into what was there before die. */
-static int stream_fill(struct stream *s)
+/* At least one octet as it comes over the line, lent until the next call. */
+static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end)
 {
 	size_t n;
 
-	if (s->err.code != E_NONE)
-		return -1;
-	if (s->at < s->end)
-		return 0;
 	if (s->tls != NULL) {
 		br_ssl_engine_context *engine = &s->tls->client.eng;
 
@@ -1424,26 +1845,75 @@ static int stream_fill(struct stream *s)
 		s->lent = 0;
 		if (tls_run(s, BR_SSL_RECVAPP) != 0)
 			return -1;
-		s->at = br_ssl_engine_recvapp_buf(engine, &n);
+		*at = br_ssl_engine_recvapp_buf(engine, &n);
 		s->lent = n;
 	} else {
 		ssize_t got = stream_receive(s, s->plain, STREAM_PLAIN_OCTETS);
 
 		if (got < 0)
 			return -1;
-		s->at = s->plain;
+		*at = s->plain;
 		n = (size_t)got;
 	}
-	s->end = s->at + n;
+	*end = *at + n;
 	s->in += n;
 	return 0;
 }
 
-/* Write; with TLS it is kept until the buffer is full or stream_flush(). */
-static int stream_write(struct stream *s, const void *octets, size_t n)
+/* Have at least one octet between s->at and s->end. Pointers into what was there before die. */
+static int stream_fill(struct stream *s)
 {
-	const uint8_t *p = octets;
+	const uint64_t before = s->in;
 
+	if (s->err.code != E_NONE)
+		return -1;
+	if (s->at < s->end)
+		return 0;
+	if (s->inflate == NULL)
+		return stream_take(s, &s->at, &s->end);
+	for (;;) {
+		size_t n;
+		const char *wrong = inflate_run(s->inflate, &s->packed, s->packed_end, &s->at, &n);
+
+		s->end = s->at + n;
+		if (n > 0) /* what is wrong is told again by the next call */
+			return 0;
+		if (wrong != NULL)
+			return stream_fail(s, E_PROTO, "the server's compressed data is wrong: %s", wrong);
+		if (s->in - before > COMPRESS_EMPTY_MAX)
+			return stream_fail(s, E_PROTO, "the server's compressed data stands for nothing");
+		if (stream_take(s, &s->packed, &s->packed_end) != 0)
+			return -1;
+	}
+}
+
+/*
+ * Is the line so slow that compressing pays? A server deflates some 10 to 30 MB/s, and mail becomes half
+ * to three quarters of itself: on a line that brings more, deflating is what takes the time. So the
+ * connect time alone says too little; but it says how long TCP's slow start makes a fast line wait,
+ * and whether this is a LAN, where the server is slow and not the line.
+ */
+static bool stream_is_slow(const struct stream *s)
+{
+	return s->connect_ms >= COMPRESS_CONNECT_MS && s->in >= COMPRESS_OCTETS &&
+	       s->waited_ms - COMPRESS_STARTS * s->connect_ms >= (int64_t)(s->in / COMPRESS_RATE);
+}
+
+/*
+ * From here on both sides compress (RFC 4978), what has arrived included. Ours only stores: that needs
+ * no memory, and the length of what we send tells nothing of it (CRIME). What the server sends, it
+ * sends once: nobody can try one guess after the other beside it.
+ */
+static void stream_compress(struct stream *s)
+{
+	s->inflate = allocate(sizeof *s->inflate);
+	s->packed = s->at;
+	s->packed_end = s->end;
+	s->at = s->end;
+}
+
+static int stream_put(struct stream *s, const uint8_t *p, size_t n)
+{
 	if (s->err.code != E_NONE)
 		return -1;
 	s->out += n;
@@ -1471,6 +1941,24 @@ static int stream_write(struct stream *s, const void *octets, size_t n)
 		n -= part;
 	}
 	return 0;
+}
+
+/* Write; with TLS it is kept until the buffer is full or stream_flush(). */
+static int stream_write(struct stream *s, const void *octets, size_t n)
+{
+	const uint8_t *p = octets;
+
+	while (s->inflate != NULL && n > 0) { /* stored blocks end with an octet, so need no flush */
+		size_t part = n < UINT16_MAX ? n : UINT16_MAX;
+		uint8_t block[5] = { 0, (uint8_t)part, (uint8_t)(part >> 8), (uint8_t)~part,
+				     (uint8_t)(~part >> 8) };
+
+		if (stream_put(s, block, sizeof block) != 0 || stream_put(s, p, part) != 0)
+			return -1;
+		p += part;
+		n -= part;
+	}
+	return stream_put(s, p, n);
 }
 
 static int stream_flush(struct stream *s)
@@ -1648,7 +2136,7 @@ static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
 enum imap_capability {
 	CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8,
 	CAP_LIST_STATUS = 16, CAP_ESEARCH = 32, CAP_CONDSTORE = 64, CAP_LITERAL_PLUS = 128,
-	CAP_ID = 256, CAP_STATUS_SIZE = 512, CAP_IMAP4REV1 = 1024,
+	CAP_ID = 256, CAP_STATUS_SIZE = 512, CAP_IMAP4REV1 = 1024, CAP_COMPRESS = 2048,
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -1970,7 +2458,7 @@ static void imap_capability_word(struct imap *im, const char *word)
 		{ "LIST-STATUS", CAP_LIST_STATUS }, { "ESEARCH", CAP_ESEARCH },
 		{ "CONDSTORE", CAP_CONDSTORE }, { "QRESYNC", CAP_CONDSTORE },
 		{ "LITERAL+", CAP_LITERAL_PLUS }, { "ID", CAP_ID }, { "STATUS=SIZE", CAP_STATUS_SIZE },
-		{ "IMAP4REV1", CAP_IMAP4REV1 },
+		{ "IMAP4REV1", CAP_IMAP4REV1 }, { "COMPRESS=DEFLATE", CAP_COMPRESS },
 	};
 
 	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
@@ -2600,6 +3088,34 @@ static int imap_continue(struct imap *im, unsigned tag, const char *line)
 	return stream_flush(&im->s);
 }
 
+/* May the server be asked to compress? It can, was not asked yet, and the config does not say no. */
+static bool imap_may_compress(const struct imap *im)
+{
+	return (im->capabilities & CAP_COMPRESS) != 0 && !im->one_at_a_time &&
+	       im->s.account->compress != COMPRESS_OFF;
+}
+
+/*
+ * Ask the server to compress (RFC 4978) if it may be asked. Nothing may be sent before its answer; so
+ * commands that are on the wire are answered first, by the callbacks.
+ */
+static int imap_compress(struct imap *im)
+{
+	const struct imap_result *result;
+
+	if (!imap_may_compress(im))
+		return 0;
+	im->capabilities &= ~(unsigned)CAP_COMPRESS; /* one NO is enough */
+	result = imap_wait(im, imap_send(im, NULL, "COMPRESS DEFLATE"));
+	if (result == NULL)
+		return -1;
+	if (result->condition == IMAP_OK)
+		stream_compress(&im->s);
+	else
+		log_detail("the server does not compress: %s", result->text);
+	return 0;
+}
+
 /* AUTHENTICATE PLAIN (RFC 4616), else LOGIN. A refusal is E_ACCOUNT unless it asks to wait. */
 static int imap_login(struct imap *im, const char *user, const char *password)
 {
@@ -2738,11 +3254,13 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password) != 0)
 		return -1;
-	if ((im->capabilities & CAP_ID) == 0)
-		return 0;
-	tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");
-	/* Its answer comes with that of the next command, unless there is to be only one at a time. */
-	return tag == 0 || (im->one_at_a_time && imap_wait(im, tag) == NULL) ? -1 : 0;
+	if (im->capabilities & CAP_ID) {
+		tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");
+		/* Its answer comes with that of the next command, unless there is to be only one at a time. */
+		if (tag == 0 || (im->one_at_a_time && imap_wait(im, tag) == NULL))
+			return -1;
+	}
+	return account->compress == COMPRESS_ON ? imap_compress(im) : 0;
 }
 
 /* Say goodbye and close. Nothing can go wrong any more. */
@@ -3399,11 +3917,26 @@ static int sync_batch_done(struct sync *y)
 	return 0;
 }
 
+/*
+ * Are enough mails on their way for now? They come before the answer to COMPRESS would: as long as the
+ * line may turn out to be slow, they are two batches, or more if these are small.
+ */
+static bool sync_holds_back(const struct sync *y)
+{
+	const struct counts *c = y->counts;
+	uint64_t batch = c->stored > 0 ? c->octets / c->stored * y->config->email_batch : COMPRESS_OCTETS;
+
+	return y->pending >= 2 && y->pending * batch >= COMPRESS_OCTETS &&
+	       y->im->s.connect_ms >= COMPRESS_CONNECT_MS && y->im->s.in < 4 * COMPRESS_OCTETS &&
+	       imap_may_compress(y->im);
+}
+
 /* The next command: mails as long as there are enough of them to ask for, else headers. */
 static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
 {
 	const struct config *c = y->config;
-	bool mails = !only_ask && y->want.n > 0, asks = y->ask.n > 0 || y->ask_made.n > 0;
+	bool mails = !only_ask && y->want.n > 0 && !sync_holds_back(y);
+	bool asks = y->ask.n > 0 || y->ask_made.n > 0;
 	unsigned most = c->header_batch;
 	struct set *from;
 
@@ -3435,6 +3968,8 @@ static int sync_pump(struct sync *y, bool only_ask)
 	for (;;) {
 		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
 
+		if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
+			return sync_line_failed(y);
 		while (imap_may_send(y->im, y->attempt->careful ? y->pending * IMAP_FLIGHT_MAX : y->pending) &&
 		       sync_next_batch(y, only_ask, b)) {
 			if (sync_send_batch(y, b) != 0)
