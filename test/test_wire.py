@@ -126,6 +126,7 @@ def run(t, accounts, limit=60, mails=0, **more):
     ender.cancel()
     watcher.join()
     assert process.returncode >= 0, 'hangs; said:\n' + err
+    assert 'a worker died' not in err, err
     parent = peaks.pop(process.pid, None)
     if parent and peaks:
         assert max(peaks.values()) < parent + 8192 + 24 * mails // 1024, 'a worker took %d KiB, the parent %d' % (
