@@ -2754,6 +2754,8 @@ static int imap_esearch(struct imap *im)
 			return -1;
 		if (imap_is(im, ' '))
 			continue;
+		if (c == ')' || c == ']') /* imap_skip() ends in front of these */
+			return imap_expect(im, '\n');
 		if (c == '(' || imap_atom(im, word) == 0) {
 			if (imap_skip(im) != 0)
 				return -1;

@@ -763,6 +763,7 @@ def test_lies(t):
         'everything': lie(many, **lists(lambda box: 12, lambda box: '1:4294967295')),
         'millions': lie(many, **lists(lambda box: 12999987, lambda box: ','.join(
             '%d:%d' % (k * 1000000 + 1, k * 1000000 + 999999) for k in range(13)))),
+        'esearch-closed': lie('where', search_line=lambda self, tag, uids, e: self.line('* ESEARCH (TAG "x")) UID ALL 1')),
         'zero': lie('where a UID', **lists(lambda box: 12, lambda box: '0,1')),
         'toobig': lie('where a UID', **lists(lambda box: 12, lambda box: '4294967296')),
         'garbage': lie('where', **says_when(fetched, '* 1 FETCH UID 1 FLAGS ()\r\n')),
@@ -782,10 +783,11 @@ def test_lies(t):
 
 class Relay:
     """Stands between client and server; cut(k) says after how many octets to the client its k-th connection
-    ends, and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at all."""
+    ends, and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at all. mangle(octets)
+    returns what goes to the client instead."""
 
-    def __init__(self, port, cut):
-        self.port_behind, self.cut = port, cut
+    def __init__(self, port, cut=lambda k: None, mangle=None):
+        self.port_behind, self.cut, self.mangle = port, cut, mangle
         self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
         self.port, self.count = self.listener.getsockname()[1], 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -812,7 +814,8 @@ class Relay:
                         data = s.recv(min(left, 1 << 16) if s is server else 1 << 16)
                         if not data:
                             return
-                        (client if s is server else server).sendall(data)
+                        (client if s is server else server).sendall(
+                            self.mangle(data) if self.mangle and s is server else data)
                         left -= len(data) if s is server else 0
                 if how == 'rst':
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
@@ -844,7 +847,7 @@ def cut_everywhere(t, tls, step, first=1):
     server = Server(boxes, certificate=t.certs.good if tls else None, tls=tls, session=dict(
         capabilities='IMAP4rev1 SASL-IR ESEARCH CONDSTORE'))
     t.cleanups.append(server.stop)
-    relay = Relay(server.port, lambda k: None)
+    relay = Relay(server.port)
     t.cleanups.append(relay.stop)
     more = {'ssl': True, 'ca_file': t.certs.ca} if tls else {}
     t.dest += 'whole'
@@ -960,3 +963,43 @@ def test_long_pauses(t):
     for name, (text, low, high) in texts.items():
         m = re.search(r'%s@x: .*%s; trying again in ([\d.]+) s' % (name, re.escape(text[-20:])), ''.join(said))
         assert m and low <= float(m.group(1)) <= high, (name, said)
+
+
+def mangled_sessions(t, seed, n):
+    """Octets of the server's are changed, lost, doubled at random. Nothing may crash, hang, grow or leave an
+    archive that cannot be read."""
+    print('seed', seed)
+    rng = random.Random(seed)
+    boxes = {'INBOX': Mailbox(letters(8)), 'a "b"': few(3)}
+    server = Server(boxes, session=dict(segment=400))
+    bare = Server(boxes, session=dict(segment=400, capabilities=BARE, literals=True))
+    tokens = [b'(', b')', b'{9}\r\n', b'{99}\r\n', b'"', b'\0', b'\r\n', b' ', b'* ', b'NIL', b'0', b'4294967295', b'[', b']',
+              b'\\', b'A5 ', b'UID ', b'\xff', b'\x7f', b':', b',', b'+ ']
+
+    def mangle(data):
+        if rng.random() < 0.3:
+            at, length = rng.randrange(len(data)), rng.randrange(1, 20)
+            put = rng.choice((b'', rng.choice(tokens), rng.randbytes(1), data[at:at + length] * 2))
+            data = data[:at] + put + data[at + rng.randrange(length):]
+        return data
+    relays = [Relay(s.port, mangle=mangle) for s in (server, bare)]
+    for s in (server, bare, *relays):
+        t.cleanups.append(s.stop)
+    accounts = []
+    for k in range(n):
+        accounts += accounts_at(t, relays[k % 2].port, 1)
+        accounts[-1]['email'] = 'a%d@x' % k
+    for _ in range(2):
+        run(t, accounts, retries=0, timeout=1)
+    for relay in relays:
+        relay.mangle = None
+    status, said, err = run(t, accounts, retries=0)
+    assert status in (0, 1), err
+    for folder, _, files in os.walk(t.dest):
+        for name in files:
+            if name.endswith('.mbox'):
+                archive.read(os.path.join(folder, name))
+
+
+def test_mangled_sessions(t):
+    mangled_sessions(t, int(time.time()), 100)
