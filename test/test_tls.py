@@ -23,7 +23,8 @@ class Way:
     odd      what is odd about the session
     """
 
-    def __init__(self, says='', fails=True, kind='good', tls=True, account=None, address='127.0.0.1', server=True, **odd):
+    def __init__(self, says='', fails=True, kind='good', tls=True, account=None, address='127.0.0.1', server=True,
+                 **odd):
         self.says, self.fails, self.kind, self.tls = says, fails, kind, tls
         self.account, self.address, self.server, self.odd = account or {}, address, server, odd
 
@@ -36,7 +37,8 @@ def walk(t, ways, env=None, **more):
     servers, accounts, complaints = {}, [], []
     box = Mailbox(letters(3))
     for name, way in ways.items():
-        account = {'email': name + '@x', 'host': 'localhost', 'username': 'u', 'password': 'secret', 'ca_file': t.certs.ca}
+        account = {'email': name + '@x', 'host': 'localhost', 'username': 'u', 'password': 'secret',
+                   'ca_file': t.certs.ca}
         if way.server:
             servers[name] = Server({'INBOX': box}, certificate=way.kind and t.certs.make(way.kind),
                                    tls=way.tls and way.kind is not None, session=way.odd, address=way.address)
@@ -118,7 +120,8 @@ def test_certificates(t):
         'only13': Way('speaks only TLS 1.3', context=only_tls13),
         'plain': Way('speaks no TLS 1.2 here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
         'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
-        'closes': Way('cut without a TLS close|connection lost: Connection reset', start_tls=lambda self: self.drop('close')),
+        'closes': Way('cut without a TLS close|connection lost: Connection reset',
+                      start_tls=lambda self: self.drop('close')),
     })
     assert names == ['localhost', None] or names == [None, 'localhost'], names
 
