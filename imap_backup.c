@@ -4150,7 +4150,7 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	char quoted[2 * MBOX_NAME_MAX + 20];
 	unsigned examine, listing = 0, changes = 0;
 	const struct imap_result *result;
-	uint32_t live, gone;
+	uint32_t live, gone, moved[2];
 	struct mbox_info info;
 	int complete;
 
@@ -4239,7 +4239,10 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 		return -1;
 	/* Of a mail without a UID nobody knows whether it lies in the window. */
 	if (complete > 0 && !(y->window && info.unbound > 0)) {
-		if (mbox_mark_gone(y->m, &live, &gone, y->e) != 0)
+		if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0 ||
+		    (moved[1] != 0 && sync_flags(y, imap_send(im, NULL, "UID FETCH %lu:%lu (FLAGS)",
+							      (unsigned long)moved[0],
+							      (unsigned long)moved[1]), 0) != 0))
 			return -1;
 		y->counts->gone += gone;
 		if (live >= 100 && gone > live / 2)

@@ -258,8 +258,11 @@ int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct e
 /*
  * Every listed UID has been bound or will be stored: mark what has no UID left as gone.
  * *live_before receives how many were not marked before this, *gone how many are marked by it.
+ * moved: the lowest and the highest UID that was another name of a mail and now is the mail's own, so
+ * that its flags count; or 0.
  */
-int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, struct err *e);
+int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2],
+		   struct err *e);
 
 /* How many lost their mark "gone" since mbox_open(). */
 uint32_t mbox_came_back(const struct mbox *m);

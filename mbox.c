@@ -1853,10 +1853,11 @@ int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct e
 	return give_uid(m, (uint32_t)gone, uid, e) != 0 ? -1 : 1;
 }
 
-int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, struct err *e)
+int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2],
+		   struct err *e)
 {
 	*live_before = m->now.stored - m->now.gone;
-	*gone = 0;
+	*gone = moved[0] = moved[1] = 0;
 	for (uint32_t n = 0; n < m->now.records; n++) {
 		struct entry *entry = &m->entries[n];
 		uint32_t at = 0, before = m->now.gone;
@@ -1880,6 +1881,8 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, struct
 				entry->uid = uid;
 				entry->bits |= ENTRY_DIRTY;
 				set_uid(m, (uint32_t)i, 0);
+				moved[0] = moved[0] == 0 || uid < moved[0] ? uid : moved[0];
+				moved[1] = uid > moved[1] ? uid : moved[1];
 			}
 			continue;
 		}

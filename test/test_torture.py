@@ -61,6 +61,17 @@ def test_flags_of_a_mail_that_is_back(t):
         backed_up(r, box)
 
 
+def test_flags_of_the_copy_that_stays(t):
+    """Of two copies the one goes whose flags the archive had: from now on the other's count."""
+    for session in (torture.Searching, torture.Plain):
+        r = rig(t, session)
+        box = backed_up(r, imapd.Mailbox([b'Message-ID: <copied@x>\r\n\r\n'] * 2))
+        box.flag(2, '\\Flagged')
+        box = backed_up(r, box)
+        box.expunge(1)
+        backed_up(r, box)
+
+
 def test_flags_changed_after_a_kill(t):
     """The UIDs of mails that a killed run has stored lie above the UIDNEXT of the index's header."""
     r = rig(t)
