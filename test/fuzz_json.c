@@ -1,40 +1,18 @@
 /*
  * fuzz_json - a libFuzzer target for json.c
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined json.c test/fuzz_json.c -o fuzz_json
- *   ./fuzz_json -max_len=4096 some_new_folder test/corpus/json
- *
  * A text is either refused with a place and a reason, or its tree, written as JSON and parsed
  * again, is the same tree.
  */
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../imap_backup.h"
+#define FUZZ
+#include "unit.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-int err_set(struct err *e, enum err_code code, const char *format, ...)
-{
-	va_list ap;
-
-	if (e->code == E_NONE) {
-		va_start(ap, format);
-		vsnprintf(e->text, sizeof e->text, format, ap);
-		va_end(ap);
-		e->code = code;
-	}
-	return -1;
-}
-
-static void must(bool ok)
-{
-	if (!ok)
-		abort();
-}
 
 /* Parse a copy of exactly this size that is gone afterwards. */
 static struct json *parse(const void *text, size_t n, struct err *e)

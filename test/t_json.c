@@ -1,75 +1,16 @@
 /*
  * t_json - unit tests of json.c
  *
- * Links with json.o alone. Prints what failed and one summary line; exits 0 if nothing did.
+ * Prints what failed and one summary line; exits 0 if nothing did.
  */
-#include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../imap_backup.h"
-
-static unsigned long checks, failures;
+#include "unit.h"
 
 /* ---- helpers ---- */
-
-static void err_put(struct err *e, enum err_code code, const char *tail, const char *format,
-                    va_list ap)
-{
-	int n;
-
-	if (e->code != E_NONE)
-		return;
-	e->code = code;
-	n = vsnprintf(e->text, sizeof e->text, format, ap);
-	if (tail != NULL && n >= 0 && (size_t)n < sizeof e->text)
-		snprintf(e->text + n, sizeof e->text - (size_t)n, ": %s", tail);
-}
-
-int err_set(struct err *e, enum err_code code, const char *format, ...)
-{
-	va_list ap;
-
-	va_start(ap, format);
-	err_put(e, code, NULL, format, ap);
-	va_end(ap);
-	return -1;
-}
-
-int err_errno(struct err *e, enum err_code code, const char *format, ...)
-{
-	const char *tail = strerror(errno);
-	va_list ap;
-
-	va_start(ap, format);
-	err_put(e, code, tail, format, ap);
-	va_end(ap);
-	return -1;
-}
-
-/* Count a check; when it failed, say so. Returns ok. */
-static bool check(bool ok, const char *format, ...)
-	__attribute__((format(printf, 2, 3)));
-
-static bool check(bool ok, const char *format, ...)
-{
-	va_list ap;
-
-	checks++;
-	if (ok)
-		return true;
-	if (++failures > 40)
-		return false; /* enough to read */
-	printf("t_json: ");
-	va_start(ap, format);
-	vprintf(format, ap);
-	va_end(ap);
-	printf("\n");
-	return false;
-}
 
 static void *need(void *p)
 {
@@ -893,6 +834,5 @@ int main(void)
 	test_size();
 	test_members();
 	test_names();
-	printf("t_json: %lu checks, %lu failed\n", checks, failures);
-	return failures > 0;
+	return checked("t_json");
 }

@@ -1,0 +1,80 @@
+/*
+ * unit.h - what units and fuzz targets share
+ *
+ * Where imap_backup.c is not included before it, err_set() and err_errno() come from here.
+ */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../imap_backup.h"
+
+#ifndef VERSION
+int err_set(struct err *e, enum err_code code, const char *format, ...)
+{
+	va_list ap;
+
+	if (e->code == E_NONE) {
+		va_start(ap, format);
+		vsnprintf(e->text, sizeof e->text, format, ap);
+		va_end(ap);
+		e->code = code;
+	}
+	return -1;
+}
+
+int err_errno(struct err *e, enum err_code code, const char *format, ...)
+{
+	const char *reason = strerror(errno);
+	va_list ap;
+	size_t n;
+
+	if (e->code != E_NONE)
+		return -1;
+	va_start(ap, format);
+	vsnprintf(e->text, sizeof e->text, format, ap);
+	va_end(ap);
+	e->code = code;
+	n = strlen(e->text);
+	snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
+	return -1;
+}
+#endif
+
+#ifdef FUZZ
+/* For a fuzz target: what must hold always. */
+#define must(ok) ((ok) ? (void)0 : \
+	(fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #ok), abort()))
+#else
+static unsigned long checks, failures;
+
+/* For a unit: count a check; when it failed, say so. Returns ok. */
+static bool check(bool ok, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+
+static bool check(bool ok, const char *format, ...)
+{
+	va_list ap;
+
+	checks++;
+	if (ok)
+		return true;
+	if (++failures > 40)
+		return false; /* enough to read */
+	printf("failed: ");
+	va_start(ap, format);
+	vprintf(format, ap);
+	va_end(ap);
+	printf("\n");
+	return false;
+}
+
+/* What main() returns. */
+static int checked(const char *unit)
+{
+	printf("%s: %lu checks, %lu failed\n", unit, checks, failures);
+	return failures > 0;
+}
+#endif
