@@ -1,0 +1,839 @@
+/*
+ * t_imap - unit tests of imap_backup.c: what needs no server and no second process
+ *
+ * The IMAP parser reads through the stream: recv() and send() are replaced here. Prints what
+ * failed and one summary line; exits 0 if nothing did.
+ */
+#include <sys/socket.h>
+#include <unistd.h>
+
+static ssize_t served(int fd, void *to, size_t n, int flags);
+static ssize_t sent(int fd, const void *from, size_t n, int flags);
+
+#define recv served
+#define send sent
+#define main program_main
+#include "../imap_backup.c"
+#undef main
+#undef recv
+#undef send
+#include "unit.h"
+
+#define N(table) (sizeof (table) / sizeof *(table))
+
+static const char *said;  /* by the server */
+static size_t said_octets, piece;
+static char told[5000];   /* by the client, and by the callbacks */
+
+static void tell(const char *format, ...)
+	__attribute__((format(printf, 1, 2)));
+
+static void tell(const char *format, ...)
+{
+	size_t n = strlen(told);
+	va_list ap;
+
+	va_start(ap, format);
+	vsnprintf(told + n, sizeof told - n, format, ap);
+	va_end(ap);
+}
+
+static ssize_t served(int fd, void *to, size_t n, int flags)
+{
+	(void)fd;
+	(void)flags;
+	n = n < piece ? n : piece;
+	n = n < said_octets ? n : said_octets;
+	memcpy(to, said, n);
+	said += n;
+	said_octets -= n;
+	return (ssize_t)n;
+}
+
+static ssize_t sent(int fd, const void *from, size_t n, int flags)
+{
+	(void)fd;
+	(void)flags;
+	tell("%.*s", (int)n, (const char *)from);
+	return (ssize_t)n;
+}
+
+/* ---- log ---- */
+
+static void test_log(void)
+{
+	static const struct { const char *text, *visible; } texts[] = {
+		{ "plain", "plain" }, { "a\r\nb\033[m\x7F", "a\\x0d\\x0ab\\x1b[m\\x7f" },
+		{ "\xC3\xA9\xFF\xC2\x85", "\xC3\xA9\\xff\\xc2\\x85" }, { "", "" },
+	};
+	static const struct { const char *text; unsigned columns, fit, used; } fits[] = {
+		{ "abc", 2, 2, 2 }, { "abc", 9, 3, 3 }, { "\xE4\xB8\xAD\xE6\x96\x87", 3, 3, 2 },
+		{ "e\xCC\x81x", 1, 3, 1 }, { "\xF0\x9F\x98\x80", 2, 4, 2 }, { "\xFF\xFF", 1, 1, 1 },
+	};
+	static const struct { uint64_t octets; const char *text; } amounts[] = {
+		{ 0, "0 B" }, { 999, "999 B" }, { 1000, "1 kB" }, { 999499, "999 kB" },
+		{ 1300000, "1.3 MB" }, { 123456789, "123 MB" }, { UINT64_MAX, "18.4 EB" },
+	};
+	char out[64], amount[16];
+	unsigned used;
+
+	for (size_t i = 0; i < N(texts); i++) {
+		log_visible(out, sizeof out, texts[i].text, strlen(texts[i].text));
+		check(strcmp(out, texts[i].visible) == 0, "visible %zu: %s", i, out);
+	}
+	check(strlen(log_visible(out, 10, "\1\1\1\1", 4)) < 10, "visible in little room");
+	for (size_t i = 0; i < N(fits); i++)
+		check(log_fit(fits[i].text, fits[i].columns, &used) == fits[i].fit && used == fits[i].used,
+		      "fit %zu: %u columns", i, used);
+	for (size_t i = 0; i < N(amounts); i++)
+		check(strcmp(log_octets(amount, amounts[i].octets), amounts[i].text) == 0,
+		      "%llu octets: %s", (unsigned long long)amounts[i].octets, amount);
+}
+
+/* ---- config ---- */
+
+/* What config_load() says about a text; NULL: it was taken. */
+static const char *complaints(struct config *c, const char *text)
+{
+	static char said_of_it[2000];
+	FILE *f = fopen("config.json", "w"), *err = tmpfile();
+	int saved = dup(STDERR_FILENO), result;
+
+	fputs(text, f);
+	fclose(f);
+	dup2(fileno(err), STDERR_FILENO);
+	result = config_load(c, "config.json");
+	dup2(saved, STDERR_FILENO);
+	close(saved);
+	rewind(err);
+	said_of_it[fread(said_of_it, 1, sizeof said_of_it - 1, err)] = '\0';
+	fclose(err);
+	return result == 0 ? NULL : said_of_it;
+}
+
+#define ACCOUNT(more) "{\"destination\": \"d\", \"accounts\": [{\"email\": \"a@x\", \"host\": \"h\"" more "}]}"
+#define TOP(more) "{\"destination\": \"d\", " more "\"accounts\": [{\"email\": \"a@x\", \"host\": \"h\", " \
+	"\"password\": \"p\"}]}"
+#define PIN "\"00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff:00112233445566778899AABBCCDDEEFF\""
+
+static void test_config(void)
+{
+	static const struct { const char *text, *complaint; } rows[] = {
+		{ TOP(""), NULL },
+		{ TOP("\"timeout\": null, \"success_url\": \"\", \"ca_file\": null, "), NULL },
+		{ TOP("\"failure_url\": \"HTTPS://x/\", \"oauth2\": {}, "), NULL },
+		{ "", "config.json:1:1: found " },
+		{ "[]", ":1:1: : found an array, expected an object" },
+		{ "{}", "destination: missing; expected a string" },
+		{ "{}", "accounts: missing; expected an array" },
+		{ "{\"destination\": \"\", \"accounts\": []}", ":1:17: destination: found an empty string" },
+		{ "{\"destination\": \"d\", \"accounts\": []}", "found 0 accounts, expected 1 to 1000" },
+		{ "{\"destination\": 1, \"accounts\": {}}", "destination: found a number, expected a string" },
+		{ "{\"destination\": \"d\", \"accounts\": [1]}", "accounts[0]: found a number, expected an object" },
+		{ TOP("\"timeout\": 0, "), "timeout: found 0, expected a whole number from 1 to 3600" },
+		{ TOP("\"timeout\": 3601, "), "timeout: found 3601" },
+		{ TOP("\"timeout\": 1e2, "), "timeout: found 1e2" },
+		{ TOP("\"timeout\": -1, "), "timeout: found -1" },
+		{ TOP("\"timeout\": 99999999999999999999, "), "timeout: found 99999999999999999999" },
+		{ TOP("\"timeout\": \"9\", "), "timeout: found a string, expected a number" },
+		{ TOP("\"total_processes\": 65, "), "from 1 to 64" },
+		{ TOP("\"keep_duplicates\": 1, "), "keep_duplicates: found a number, expected true or false" },
+		{ TOP("\"ignore_mailboxes\": [\"a\", 2], "), "ignore_mailboxes[1]: found a number" },
+		{ TOP("\"success_url\": \"ftp://x\", "), "success_url: \"ftp://x\" found, expected a URL" },
+		{ ACCOUNT(""), "accounts[0].password: expected one of" },
+		{ ACCOUNT(", \"password\": \"p\", \"password_command\": \"c\""), "expected only one of" },
+		{ ACCOUNT(", \"password_command\": \"c\", \"ssl\": 1"), "ssl: found a number, expected true or" },
+		{ ACCOUNT(", \"password\": \"p\", \"port\": 65536"), "port: found 65536, expected a whole" },
+		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": []"), "found an empty array" },
+		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": \"00:1\""), "64 hex digits" },
+		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": [" PIN ", 1]"), "64 hex digits" },
+		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": " PIN), NULL },
+		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": [" PIN ", " PIN "]"), NULL },
+		{ ACCOUNT(", \"password\": \"p\", \"email\": \"\""), "\"email\" again" },
+		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"../x\", \"host\": \"h\", \"password\": "
+		  "\"p\"}]}", "accounts[0].email: \"../x\" cannot name a folder" },
+		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"a\\nb\", \"host\": \"h\", \"password\": "
+		  "\"p\"}]}", "accounts[0].email: a control character" },
+		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"\", \"host\": \"h\", \"password\": "
+		  "\"p\"}]}", "accounts[0].email: found an empty string, expected an e-mail address" },
+		{ "{\"destination\": \"d\", \"accounts\": [\n{\"email\": \"a@x\", \"host\": \"h\", \"password\": "
+		  "\"p\"},\n {\"email\": \"A@X\", \"host\": \"h\", \"password\": \"p\"}]}",
+		  "config.json:3:12: accounts[1].email: \"A@X\" has the same folder as accounts[0].email" },
+	};
+	static const struct { const char *a, *b; unsigned distance; } words[] = {
+		{ "host", "host", 0 }, { "hst", "host", 1 }, { "hosst", "host", 1 }, { "hosr", "host", 1 },
+		{ "", "ab", 2 }, { "ab", "", 2 }, { "xost", "hos", 2 }, { "abcdef", "ghijkl", 3 },
+	};
+	char text[PATH_MAX_OCTETS];
+	struct config c;
+
+	for (size_t i = 0; i < N(rows); i++) {
+		const char *said_of_it = complaints(&c, rows[i].text), *expected = rows[i].complaint;
+
+		check((said_of_it == NULL) == (expected == NULL), "config %zu: %s", i, said_of_it);
+		if (said_of_it != NULL && expected != NULL)
+			check(strstr(said_of_it, expected) != NULL, "config %zu: %s not in %s", i, expected,
+			      said_of_it);
+		json_free(c.root);
+		free(c.accounts);
+	}
+	check(complaints(&c, ACCOUNT(", \"password\": \"p\", \"ssl\": true, \"processes_per_account\": 9"))
+	      == NULL && c.accounts[0].port == 993 && c.accounts[0].processes == 2 && c.timeout_sec == 120 &&
+	      c.retries == 6 && c.header_batch == 500 && c.email_batch == 50 && c.total_processes == 4 &&
+	      strcmp(c.accounts[0].username, "a@x") == 0, "defaults");
+	json_free(c.root);
+	free(c.accounts);
+	snprintf(text, sizeof text, "{\"destination\": \"%0*d\"}", PATH_MAX_OCTETS / 2 + 1, 0);
+	check(strstr(complaints(&c, text), "the path is too long") != NULL, "a long path");
+	json_free(c.root);
+	for (size_t i = 0; i < N(words); i++)
+		check(config_distance(words[i].a, words[i].b, 2) == words[i].distance, "distance of %s and %s: %u",
+		      words[i].a, words[i].b, config_distance(words[i].a, words[i].b, 2));
+}
+
+static void test_match(void)
+{
+	static const struct { const char *pattern, *text; bool match; } rows[] = {
+		{ "", "", true }, { "", "a", false }, { "a", "", false }, { "a", "a", true }, { "a", "A", false },
+		{ "*", "", true }, { "*", "abc", true }, { "a*", "abc", true }, { "*c", "abc", true },
+		{ "*b", "abc", false }, { "a*c*", "abcabc", true }, { "a*b", "aXbYb", true }, { "**", "", true },
+		{ "?", "", false }, { "?", "\xC3\xA9", true }, { "??", "\xC3\xA9", false }, { "?", "\xFF", true },
+		{ "a?c", "abc", true }, { "a?", "a", false }, { "*?", "a", true }, { "a*a*a*a*b", "aaaaaaaaaaaa", false },
+		{ "[a]", "[a]", true }, { "*", "a/b", true },
+	};
+
+	for (size_t i = 0; i < N(rows); i++)
+		check(match(rows[i].pattern, rows[i].text) == rows[i].match, "match %s %s", rows[i].pattern,
+		      rows[i].text);
+}
+
+/* ---- stream: certificates ---- */
+
+/* CN=t; DNS:t, IP:127.0.0.1, IP:::1; an EC key */
+static const char *const pem[] = { "-----BEGIN CERTIFICATE-----",
+	"MIIBlTCCATugAwIBAgIUco/rCjUgc6N8/c0b7z6SKnRW1kcwCgYIKoZIzj0EAwIw",
+	"DDEKMAgGA1UEAwwBdDAgFw0yNjExMjUwMzA3MzVaGA8yMTI2MTEwMTAzMDczNVow",
+	"DDEKMAgGA1UEAwwBdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLr9pwdZguup",
+	"hgTSbvl4xXIfQSYW/dC2AlfYy15CR2aaI1FfM8ZgzLmZ37jl285cN+C1vvKIuNGg",
+	"nvbmm8G4/2ijeTB3MB0GA1UdDgQWBBQOPdSPQCBAao6vRVeQJ9uT2fdWGTAfBgNV",
+	"HSMEGDAWgBQOPdSPQCBAao6vRVeQJ9uT2fdWGTAPBgNVHRMBAf8EBTADAQH/MCQG",
+	"A1UdEQQdMBuCAXSHBH8AAAGHEAAAAAAAAAAAAAAAAAAAAAEwCgYIKoZIzj0EAwID",
+	"SAAwRQIgX18M8e7sHvryx1LecJzk+J9qXOZe5h1iKCwxB7rn4ZUCIQCrEJzXSRxn",
+	"c3xuvWT/fi3ZuzUZ3LlFFaRP6VtVeHUVHQ==",
+	"-----END CERTIFICATE-----" };
+
+static int trusted(const char *line_end, bool last_line_end, const char *before, const char *after)
+{
+	struct trust t = { .n = 0 };
+	FILE *f = fopen("ca.pem", "w");
+	struct err e = { 0 };
+	int result;
+
+	fputs(before, f);
+	for (size_t i = 0; i < N(pem); i++)
+		fprintf(f, "%s%s", pem[i], i + 1 < N(pem) || last_line_end ? line_end : "");
+	fputs(after, f);
+	fclose(f);
+	result = trust_read(&t, "ca.pem", &e);
+	check((result == 0) == (e.code == E_NONE), "trust_read: %s", e.text);
+	for (size_t i = 0; i < t.n; i++) {
+		free(t.anchors[i].dn.data);
+		free(t.anchors[i].pkey.key.ec.q);
+	}
+	free(t.anchors);
+	return result == 0 ? (int)t.n : -1;
+}
+
+static void test_certificates(void)
+{
+	static const uint8_t home[] = { 127, 0, 0, 1 }, away[] = { 127, 0, 0, 2 };
+	uint8_t six[16] = { [15] = 1 }, der[CA_DER_MAX];
+	size_t n = 0;
+	uint32_t bits = 0;
+	unsigned digits_seen = 0;
+	struct trust t = { .n = 0 };
+	struct err e = { 0 };
+	char longest[600];
+
+	memset(longest, 'A', sizeof longest);
+	memcpy(longest + sizeof longest - 2, "\n", 2);
+	check(trusted("\n", true, "", "") == 1, "PEM");
+	check(trusted("\r\n", true, "", "") == 1, "PEM with CRLF");
+	check(trusted("\n", false, "", "") == 1, "PEM without a final line end");
+	check(trusted(" \n", true, "# a comment\nIssuer: x = y\n", "more\n") == 1, "PEM in a text");
+	check(trusted("\n", true, longest, "\n") == 1, "PEM behind a long line");
+	check(trusted("\n", true, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "") == 1,
+	      "PEM behind one that is none");
+	check(trusted("\n", true, "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "") == 1,
+	      "PEM behind a key");
+	check(trusted("\n", true, "-----BEGIN CERTIFICATE-----\nAAAA\n", "") == 1, "PEM that begins anew");
+	check(trust_read(&t, "missing.pem", &e) != 0 && e.code == E_ACCOUNT, "no PEM file");
+	e = (struct err){ 0 };
+	check(trust_read(&t, "config.json", &e) != 0 && strstr(e.text, "no certificate") != NULL, "no PEM");
+
+	for (size_t i = 1; i + 1 < N(pem); i++)
+		for (const char *p = pem[i]; *p != '\0' && *p != '='; p++) {
+			static const char alphabet[] =
+				"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+			bits = bits << 6 | (uint32_t)(strchr(alphabet, *p) - alphabet);
+			if (++digits_seen % 4 != 1)
+				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits_seen - 1) % 4)));
+		}
+	check(der_has_address(der, n, home, 4), "127.0.0.1");
+	check(!der_has_address(der, n, away, 4), "127.0.0.2");
+	check(der_has_address(der, n, six, 16), "::1");
+	six[0] = 1;
+	check(!der_has_address(der, n, six, 16), "100::1");
+	for (size_t cut = 0; cut < n; cut++) {
+		uint8_t *copy = copy_octets(der, cut);
+
+		der_has_address(copy, cut, home, 4); /* must not read past the end */
+		free(copy);
+	}
+	for (size_t i = 0; i < n; i++) {
+		uint8_t *copy = copy_octets(der, n);
+
+		for (unsigned bit = 0; bit < 8; bit++) {
+			copy[i] = (uint8_t)(der[i] ^ 1u << bit);
+			der_has_address(copy, n, home, 4);
+		}
+		copy[i] = 0x84;
+		der_has_address(copy, n, home, 4);
+		free(copy);
+	}
+}
+
+/* ---- sets ---- */
+
+static void test_sets(void)
+{
+	enum { MOST = 400 };
+	static bool wanted[MOST + 2];
+	struct range taken[BATCH_RANGES];
+	char text[SET_TEXT_OCTETS + 1];
+	struct set set = { 0 };
+
+	for (unsigned seed = 1; seed <= 200; seed++) {
+		unsigned count = 0;
+
+		srand(seed);
+		memset(wanted, 0, sizeof wanted);
+		for (unsigned i = 0; i < seed; i++) {
+			uint32_t low = 1 + (uint32_t)rand() % MOST, high = low + (uint32_t)rand() % 9;
+
+			high = high <= MOST ? high : MOST;
+			check(set_add(&set, low, high), "add");
+			for (uint32_t uid = low; uid <= high; uid++)
+				wanted[uid] = true;
+			if (seed % 2 == 0 && i % 7 == 0)
+				set_sort(&set);
+		}
+		set_sort(&set);
+		for (uint32_t uid = 1, next; uid <= MOST; uid++) {
+			count += wanted[uid];
+			check(set_has(&set, uid) == wanted[uid], "seed %u: %u in the set", seed, uid);
+			for (next = uid; next <= MOST && !wanted[next]; next++)
+				;
+			check(set_next(&set, uid) == (next <= MOST ? next : 0), "seed %u: next of %u", seed, uid);
+		}
+		check(set_count(&set) == count, "seed %u: count", seed);
+		for (unsigned n; (n = set_take(&set, seed % 13 + 1, taken)) > 0;) {
+			unsigned part = 0;
+
+			check(ranges_text(text, taken, n) < sizeof text, "length");
+			for (unsigned i = 0; i < n; i++)
+				for (uint32_t uid = taken[i].low; uid <= taken[i].high; uid++, part++) {
+					check(wanted[uid], "seed %u: %u taken twice, or never added", seed, uid);
+					wanted[uid] = false;
+				}
+			check(part <= seed % 13 + 1, "seed %u: too many taken", seed);
+			count -= part;
+		}
+		check(count == 0 && set.n == 0, "seed %u: %u left", seed, count);
+	}
+	set_free(&set);
+}
+
+/* ---- imap ---- */
+
+static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+{
+	(void)context;
+	tell("list %zu %.30s %c%s|", n, name, delimiter != '\0' ? delimiter : '0', selectable ? "" : " no");
+	return 0;
+}
+
+static int saw_status(void *context, const char *name, const struct imap_status *s)
+{
+	(void)context;
+	tell("status %s %u %u %u %u %llu %llu|", name, s->messages, s->uidnext, s->uidvalidity, s->unseen + 1,
+	     (unsigned long long)s->highestmodseq, (unsigned long long)s->octets);
+	return 0;
+}
+
+static int saw_uids(void *context, uint32_t low, uint32_t high)
+{
+	(void)context;
+	tell("%u:%u|", low, high);
+	return 0;
+}
+
+static int saw_literal(void *context, const struct imap_fetch *fetch)
+{
+	(void)context;
+	tell("%u %llu<", (unsigned)fetch->section, (unsigned long long)fetch->octets);
+	return 1;
+}
+
+static int saw_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
+{
+	(void)context;
+	(void)fetch;
+	tell("%.*s", (int)n, (const char *)octets);
+	return 0;
+}
+
+static int saw_fetch(void *context, const struct imap_fetch *fetch)
+{
+	(void)context;
+	tell("> fetch %u", fetch->uid);
+	if (fetch->has_flags)
+		tell(" flags %x", fetch->flags);
+	if (fetch->has_date)
+		tell(" date %lld", (long long)fetch->date_sec);
+	if (fetch->has_size)
+		tell(" size %llu", (unsigned long long)fetch->size);
+	tell("|");
+	return 0;
+}
+
+static void serve(struct imap *im, const char *text, size_t n, size_t pieces)
+{
+	static struct account account = { .host = "example.org", .port = 143, .ssl = SSL_OFF };
+
+	*im = (struct imap){ .status_flight = IMAP_FLIGHT_MAX };
+	im->s = (struct stream){ .fd = -1, .parent = -1, .account = &account, .timeout_sec = 1,
+				 .plain = allocate(STREAM_PLAIN_OCTETS) };
+	said = text;
+	said_octets = n;
+	piece = pieces;
+	told[0] = '\0';
+}
+
+/*
+ * What the callbacks see of responses, and how it ends: "|" after each; the code and numbers of the
+ * command A1; then the error's text, if it is another than that the server hung up.
+ */
+static void test_responses(void)
+{
+	static const struct { const char *text, *seen, *error; } rows[] = {
+		{ "* OK hi\r\nA1 OK done\r\n", "OK", NULL },
+		{ "A1 NO [THROTTLED] later\r\n", "NO THROTTLED", NULL },
+		{ "a1 bad [uidnext 5 x] y\n", "BAD UIDNEXT 5 0", NULL },
+		{ "A1 OK [APPENDUID 1 2]\r\n", "OK APPENDUID 1 2", NULL },
+		{ "A1 OK [BADCHARSET (\"a]b\" {1}\r\n] x)] t\r\n", "OK BADCHARSET", NULL },
+		{ "* [COPYUID 1 2 3]\r\n[X]\r\nA1 OK\r\n", "OK", NULL },
+		{ "A2 OK\r\n", "", "a line that begins with \"A2\"" },
+		{ "A0 OK\r\n", "", "a line that begins with \"A0\"" },
+		{ "A1x OK\r\n", "", "a line that begins with \"A1X\"" },
+		{ "A99999999999999999999 OK\r\n", "", "a line that begins with" },
+		{ "A1 OK\r\nA1 OK\r\n", "OK", "a line that begins with \"A1\"" },
+		{ "A1 FINE\r\n", "", "sent FINE where OK, NO or BAD" },
+		{ "\r\n", "", "a line that begins with \"\"" },
+		{ "HTTP/1.1 400 Bad\r\n", "", "a line that begins with \"HTTP/1.1\"" },
+		{ "* BYE Suggested Backoff Time: 9000 milliseconds\r\n", "", "ended the connection: Suggested" },
+		{ "* BYE\r\n", "", "no reason given" },
+
+		{ "* LIST (\\HasNoChildren) \"/\" INBOX\r\n", "list 5 INBOX /|", NULL },
+		{ "* list (\\Noselect) NIL \"a \\\"b\\\\\"\r\n", "list 5 a \"b\\ 0 no|", NULL },
+		{ "* LIST () \"\\\\\" {3}\r\na\r\n (\"x\" (1))\r\n", "list 3 a\r\n \\|", NULL },
+		{ "* LIST () \".\" NIL\r\n", "list 3 NIL .|", NULL },
+		{ "* LIST () \".\" \"\"\r\n", "list 0  .|", NULL },
+		{ "* LIST () \"/\" a\tb c\r\n", "list 3 a\tb /|", NULL },
+		{ "* LIST (\\NonExistent\r\n", "", "octet 0x0d where ')'" },
+		{ "* LSUB () \"/\" x\r\n* XLIST ({2}\r\n)) x)\r\nA1 OK\r\n", "OK", NULL },
+
+		{ "* STATUS {1}\r\nx (MESSAGES 2 UIDNEXT 3 UIDVALIDITY 4 UNSEEN 5 HIGHESTMODSEQ 6 SIZE 7) \r\n",
+		  "status x 2 3 4 6 6 7|", NULL },
+		{ "* STATUS x ()\r\n", "status x 0 0 0 0 0 0|", NULL },
+		{ "* STATUS x (MESSAGES 4294967296 UIDNEXT -1 SIZE 9.3736e+06 X (1 (2)) UNSEEN 0)\r\n",
+		  "status x 0 0 0 1 0 0|", NULL },
+		{ "* STATUS x (HIGHESTMODSEQ 9223372036854775807)\r\n", "status x 0 0 0 0 9223372036854775807 0|",
+		  NULL },
+		{ "* STATUS x (HIGHESTMODSEQ 99999999999999999999)\r\n", "status x 0 0 0 0 0 0|", NULL },
+
+		{ "* SEARCH 4294967296\r\n", "", "a number over 4294967295" },
+		{ "* SEARCH 99999999999999999999999999\r\n", "", "a number over 4294967295" },
+		{ "* SEARCH 0\r\n", "", "where a UID was" },
+		{ "* SEARCH x\r\n", "", "'x' where ' '" },
+		{ "* ESEARCH (TAG \"A7\") UID ALL 1:5,9,8:7\r\n", "1:5|9:9|7:8|", NULL },
+		{ "* ESEARCH (TAG \"A7\") UID COUNT 5 MODSEQ 9\r\n", "", NULL },
+		{ "* ESEARCH UID PARTIAL (1:500 4:20) ALL 3\r\n", "3:3|", NULL },
+		{ "* ESEARCH UID ALL 1:\r\n", "", "where a UID was" },
+		{ "* ESEARCH UID ALL 1:*\r\n", "", "where a UID was" },
+		{ "* CAPABILITY A \x7F B\r\n", "", NULL },
+
+		{ "* 3 FETCH (UID 7 FLAGS (\\Seen $forwarded \\* x) RFC822.SIZE 5)\r\n",
+		  "> fetch 7 flags 1001 size 5|", NULL },
+		{ "* 3 FETCH (BODY[] {5}\r\na)\r\n) UID 7)\r\n", "1 5<a)\r\n)> fetch 7|", NULL },
+		{ "* 3 FETCH (BODY[] ~{1+}\nx UID 7)\r\n", "1 1<x> fetch 7|", NULL },
+		{ "* 3 FETCH (BODY[] \"a\\\"b\" UID 7)\r\n", "1 3<a\"b> fetch 7|", NULL },
+		{ "* 3 FETCH (BODY[] {0}\r\n UID 7)\r\n", "1 0<> fetch 7|", NULL },
+		{ "* 3 FETCH (UID 7 BODY[] NIL)\r\n* 4 FETCH (BODY[])\r\n", "> fetch 7|> fetch 0|", NULL },
+		{ "* 3 FETCH (BODY[]<0> {1}\r\nx BODY[TEXT] {1}\r\ny body[] {1}\r\nz BODY[] {1}\r\n! UID 7)\r\n",
+		  "1 1<z> fetch 7|", NULL },
+		{ "* 3 FETCH (BODY[HEADER.FIELDS ({10}\r\nMessage-Id)] {2}\r\n\r\n UID 7)\r\n", "2 2<\r\n> fetch 7|",
+		  NULL },
+		{ "* 3 FETCH (BODY[HEADER.FIELDS (FROM TO CC DATE \"Subject\")] \"\")\r\n", "3 0<> fetch 0|", NULL },
+		{ "* 3 UIDFETCH (FLAGS ())\r\n", "> fetch 3 flags 0|", NULL },
+		{ "* 3 FETCH (INTERNALDATE \"17-Jul-1996 02:44:25 -0700\" UID 1)\r\n", "> fetch 1 date 837596665|",
+		  NULL },
+		{ "* 3 FETCH (INTERNALDATE NIL ENVELOPE (\"a\" {2}\r\n)( NIL (())) UID 1)\r\n", "> fetch 1|",
+		  NULL },
+		{ "* 3 FETCH (UID 4294967296)\r\n", "> fetch 0|", NULL },
+		{ "* 3 FETCH (BODY[] {4294967296}\r\n", "", "announces a literal of 4294967296 octets" },
+		{ "* 3 FETCH (BODY[] {99999999999999999999999}\r\n", "", "a literal without a length" },
+		{ "* 3 FETCH (BODY[] {-1}\r\n", "", "a literal without a length" },
+		{ "* 3 FETCH (BODY[] {1x}\r\n", "", "a literal without a length" },
+		{ "* 3 FETCH (BODY[HEADER\r\n", "", "a line's end where ']'" },
+		{ "* 3 FETCH (FLAGS (\\Seen\r\n", "", "a line's end where the flags'" },
+		{ "* 3 FETCH (X (\r\n", "", "a line's end where a closing" },
+		{ "* 3 FETCH (UID 1\r\n", "", "octet 0x0d where ')'" },
+		{ "* 3 FETCH UID 1\r\n", "", "'U' where '('" },
+		{ "* X ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((\r\n", "", "more than 64 deep" },
+		{ "+ go on\r\nA1 OK\r\n", "+|OK", NULL }, { "+\r\n", "+|", NULL },
+	};
+
+	for (size_t i = 0; i < N(rows); i++)
+		for (size_t pieces = 1; pieces <= 1000; pieces = pieces < 4 ? pieces + 1 : pieces * 250) {
+			static const char *const conditions[] = { "", "OK", "NO", "BAD" };
+			struct imap_result *result;
+			struct imap im;
+			int got;
+
+			serve(&im, rows[i].text, strlen(rows[i].text), pieces);
+			im.tag = 1;
+			im.on_list = saw_list;
+			im.on_status = saw_status;
+			im.on_uids = saw_uids;
+			im.on_literal = saw_literal;
+			im.on_octets = saw_octets;
+			im.on_fetch = saw_fetch;
+			while ((got = imap_response(&im)) >= 0)
+				if (got == 1)
+					tell("+|");
+			result = &im.results[1];
+			tell("%s", conditions[result->condition]);
+			if (result->condition != IMAP_PENDING && result->code[0] != '\0')
+				tell(result->numbers[0] != 0 ? " %s %llu %llu" : " %s", result->code,
+				     (unsigned long long)result->numbers[0],
+				     (unsigned long long)result->numbers[1]);
+			check(strcmp(told, rows[i].seen) == 0, "response %zu (%zu): %s", i, pieces, told);
+			check(strstr(im.s.err.text, rows[i].error != NULL ? rows[i].error : "closed by the server")
+			      != NULL, "response %zu (%zu): %s", i, pieces, im.s.err.text);
+			stream_close(&im.s);
+		}
+}
+
+/* Before somebody waits for a kind of response, it is passed over. */
+static void test_unasked(void)
+{
+	static const char text[] = "* 1 FETCH (BODY[] {3}\r\n)\r\n UID 1)\r\n* LIST () NIL x\r\n* SEARCH 1\r\n"
+		"* ESEARCH UID ALL 1\r\n* STATUS x ()\r\n* 5 UIDFETCH (FLAGS ())\r\n* 9 EXISTS\r\n* 2 EXPUNGE\r\n"
+		"A1 OK [HIGHESTMODSEQ 5]\r\n";
+	struct imap im;
+
+	serve(&im, text, sizeof text - 1, 1);
+	im.tag = 1;
+	check(imap_wait(&im, 1) != NULL && im.exists == 8 && im.expunged == 1 && im.highestmodseq == 5,
+	      "unasked: %s", im.s.err.text);
+	stream_close(&im.s);
+}
+
+/* What nobody asked for comes to an end. */
+static void test_noise(void)
+{
+	static const char *const endless[] = { "x", "* OK x\r\n", "* SEARCH\r\n", "* 1 EXISTS\r\n", "* X (" "a ",
+		"* 1 FETCH (UID 1)\r\n", "* 1 FETCH (BODY[TEXT] {4}\r\n1234)\r\n", "* OK [X ", "* LIST (\\x " };
+	size_t room = IMAP_NOISE_MAX + 1000, n;
+
+	for (size_t i = 0; i < N(endless); i++) {
+		char *text = allocate(room);
+		struct imap im;
+
+		for (n = 0; n + strlen(endless[i]) < room; n += strlen(endless[i]))
+			memcpy(text + n, endless[i], strlen(endless[i]));
+		serve(&im, text, n, SIZE_MAX);
+		im.on_literal = saw_literal;
+		im.on_octets = saw_octets;
+		im.on_fetch = saw_fetch;
+		while (imap_response(&im) >= 0)
+			told[0] = '\0';
+		check(im.s.err.code == E_PROTO, "endless \"%s\": %s", endless[i], im.s.err.text);
+		stream_close(&im.s);
+		free(text);
+	}
+}
+
+static void test_date(void)
+{
+	static const struct { const char *text; bool is; int64_t sec; } rows[] = {
+		{ "17-Jul-1996 02:44:25 -0700", true, 837596665 }, { " 1-Jan-1970 00:00:00 +0000", true, 0 },
+		{ "1-jan-1970 00:00:00 +0000", true, 0 }, { "31-DEC-1969 23:59:59 +0000", true, -1 },
+		{ "29-Feb-2000 12:00:00 +0130", true, 951820200 }, { "01-Jan-0000 00:00:00 +0000", true, -62167219200 },
+		{ "31-Dec-9999 23:59:60 +0000", true, 253402300800 }, { "1-Mar-1900 00:00:00 +0000", true, -2203891200 },
+		{ "1-Jan-1970 00:00:00 -0001", true, 60 }, { "1-Jan-1970 00:00:00 +0000 x", true, 0 },
+		{ "", false, 0 }, { "0-Jan-1970 00:00:00 +0000", false, 0 }, { "32-Jan-1970 00:00:00 +0000", false, 0 },
+		{ "1-Jam-1970 00:00:00 +0000", false, 0 }, { "1-Jan-70 00:00:00 +0000", false, 0 },
+		{ "1-Jan-1970 24:00:00 +0000", false, 0 }, { "1-Jan-1970 00:60:00 +0000", false, 0 },
+		{ "1-Jan-1970 00:00:61 +0000", false, 0 }, { "1-Jan-1970 00:00:00 0000", false, 0 },
+		{ "1-Jan-1970 00:00:00 +000", false, 0 }, { "1-Jan-1970 00:00:00", false, 0 },
+		{ "1234-Jan-1970 00:00:00 +0000", false, 0 }, { "-1-Jan-1970 00:00:00 +0000", false, 0 },
+		{ "1-Jan-19700 00:00:00 +0000", false, 0 }, { "1 Jan 1970 00:00:00 +0000", false, 0 },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		int64_t sec = 0;
+
+		check(parse_date(rows[i].text, &sec) == rows[i].is && (!rows[i].is || sec == rows[i].sec),
+		      "date \"%s\": %lld", rows[i].text, (long long)sec);
+	}
+}
+
+static void test_wait_asked(void)
+{
+	static const struct { const char *code, *text; unsigned sec; } rows[] = {
+		{ "", "no", 0 }, { "THROTTLED", "", 5 }, { "OVERQUOTA", "", 60 }, { "NONEXISTENT", "", 0 },
+		{ "", "Request is throttled. Suggested Backoff Time: 9000 milliseconds", 11 },
+		{ "", "Backoff Time: 299961", 334 }, { "", "Backoff Time: 99999999999999999999", 900 },
+		{ "", "Backoff Time: x", 1 }, { "", "Too many simultaneous connections. (Failure)", 5 },
+		{ "", "Server Unavailable. 15", 5 },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		struct imap_result result = { .condition = IMAP_NO };
+
+		snprintf(result.code, sizeof result.code, "%s", rows[i].code);
+		snprintf(result.text, sizeof result.text, "%s", rows[i].text);
+		check(imap_wait_asked(&result) == rows[i].sec, "wait %zu: %u", i, imap_wait_asked(&result));
+	}
+}
+
+static void test_quote(void)
+{
+	static const struct { const char *text, *quoted; } rows[] = {
+		{ "", "\"\"" }, { "a b", "\"a b\"" }, { "\"\\", "\"\\\"\\\\\"" }, { "\xC3\xA9", "{2+}\r\n\xC3\xA9" },
+		{ "a\nb", "{3+}\r\na\nb" }, { "\"\"\"\"\"\"\"\"\"\"\"\"\"\"", "\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\"" },
+	};
+	struct imap im = { .capabilities = CAP_LITERAL_PLUS };
+	char out[20];
+
+	for (size_t i = 0; i < N(rows); i++)
+		check(strcmp(imap_quote(&im, out, sizeof out, rows[i].text), rows[i].quoted) == 0, "quoted: %s", out);
+	im.capabilities = 0;
+	check(strcmp(imap_quote(&im, out, sizeof out, "\xC3\xA9"), "\"\xC3\xA9\"") == 0, "quoted: %s", out);
+}
+
+static void test_login(void)
+{
+	static const struct { unsigned capabilities; const char *user, *password, *said, *told; int code; } rows[] = {
+		{ CAP_AUTH_PLAIN | CAP_SASL_IR, "u", "p", "A1 OK [CAPABILITY X] in\r\n",
+		  "A1 AUTHENTICATE PLAIN AHUAcA==\r\n", E_NONE },
+		{ CAP_AUTH_PLAIN | CAP_SASL_IR, "u", "pw", "A1 NO [AUTHENTICATIONFAILED] no\r\n",
+		  "A1 AUTHENTICATE PLAIN AHUAcHc=\r\n", E_ACCOUNT },
+		{ CAP_AUTH_PLAIN, "us", "pw", "+\r\nA1 NO [UNAVAILABLE] x\r\n",
+		  "A1 AUTHENTICATE PLAIN\r\nAHVzAHB3\r\n", E_WAIT },
+		{ CAP_AUTH_PLAIN, "us", "pw", "A1 BAD x\r\n", "A1 AUTHENTICATE PLAIN\r\n", E_ACCOUNT },
+		{ CAP_LOGINDISABLED, "u", "p", "", "", E_ACCOUNT },
+		{ 0, "u", "p\"", "A1 OK\r\n* CAPABILITY IDLE\r\nA2 OK\r\n", "A1 LOGIN \"u\" \"p\\\"\"\r\nA2 CAPABILITY\r\n",
+		  E_NONE },
+		{ 0, "u", "\xC3\xA9", "+ \r\n+\r\nA1 OK [CAPABILITY X]\r\n", "A1 LOGIN {1}\r\nu {2}\r\n\xC3\xA9\r\n", E_NONE },
+		{ 0, "u", "\xC3\xA9", "A1 NO no literals\r\n", "A1 LOGIN {1}\r\n", E_ACCOUNT },
+		{ 0, "u", "\xC3\xA9", "+ \r\nA1 BAD\r\n", "A1 LOGIN {1}\r\nu {2}\r\n", E_ACCOUNT },
+		{ 0, "u", "p", "* BYE\r\n", "A1 LOGIN \"u\" \"p\"\r\n", E_NET },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		struct imap im;
+		int result;
+
+		serve(&im, rows[i].said, strlen(rows[i].said), 1);
+		im.capabilities = rows[i].capabilities;
+		result = imap_login(&im, rows[i].user, rows[i].password);
+		check((result == 0) == (rows[i].code == E_NONE) && (int)im.s.err.code == rows[i].code,
+		      "login %zu: %d %s", i, (int)im.s.err.code, im.s.err.text);
+		check(strcmp(told, rows[i].told) == 0, "login %zu: %s", i, told);
+		stream_close(&im.s);
+	}
+}
+
+/* ---- names ---- */
+
+static void test_names(void)
+{
+	static const struct { const char *name; char delimiter; const char *file, *text, *original; } rows[] = {
+		{ "INBOX", '/', "INBOX", "INBOX", "INBOX" }, { "inbox", '/', "INBOX", "INBOX", "inbox" },
+		{ "Inbox/a", '/', "INBOX.a", "INBOX/a", "Inbox.a" }, { "a/inbox", '/', "a.inbox", "a/inbox", "a.inbox" },
+		{ "a.b.c", '.', "a.b.c", "a/b/c", "a.b.c" }, { "a.b", '/', "a%2Eb", "a.b", "a.b" },
+		{ "a.b", '\0', "a.b", "a.b", "a.b" }, { ".a.", '\0', "%2Ea%2E", ".a.", ".a." },
+		{ " a ", '/', "%20a%20", " a ", " a " }, { "a b", '/', "a b", "a b", "a b" },
+		{ "..", '/', "%2E%2E", "..", ".." }, { "../..", '/', "%2E%2E.%2E%2E", "../..", "....." },
+		{ "a\\b", '\\', "a.b", "a/b", "a.b" }, { "a\\b", '/', "a%5Cb", "a\\b", "ab" },
+		{ "a/b", '.', "a%2Fb", "a/b", "ab" }, { "a%b", '/', "a%25b", "a%b", "ab" },
+		{ ":*?\"<>|", '/', "%3A%2A%3F%22%3C%3E%7C", ":*?\"<>|", "" },
+		{ "&AOk-t&AOk-", '/', "\xC3\xA9t\xC3\xA9", "\xC3\xA9t\xC3\xA9", "AOk-tAOk-" },
+		{ "&-", '/', "&", "&", "-" }, { "&2D3cqQ-", '/', "\xF0\x9F\x92\xA9", "\xF0\x9F\x92\xA9", "2D3cqQ-" },
+		{ "&AC8-", '/', "&AC8-", "&AC8-", "AC8-" }, { "&AC8ALg-", '/', "&AC8ALg-", "&AC8ALg-", "AC8ALg-" },
+		{ "&AAo-", '/', "%0A", "\n", "AAo-" }, { "&AIU-", '/', "%C2%85", "\xC2\x85", "AIU-" },
+		{ "&AOk", '/', "&AOk", "&AOk", "AOk" },
+		{ "&AOk-&-", '/', "\xC3\xA9&", "\xC3\xA9&", "AOk--" }, { "&AOl-", '/', "&AOl-", "&AOl-", "AOl-" },
+		{ "&2D0-", '/', "&2D0-", "&2D0-", "2D0-" }, { "&3Kk-", '/', "&3Kk-", "&3Kk-", "3Kk-" },
+		{ "&A-", '/', "&A-", "&A-", "A-" }, { "\xC3\xA9", '/', "\xC3\xA9", "\xC3\xA9", "" },
+		{ "\xFFx", '/', "%FFx", "\xFFx", "x" }, { "a\x7F", '/', "a%7F", "a\x7F", "a" },
+	};
+	static char name[MBOX_NAME_MAX + 1], file[MBOX_NAME_MAX + 8], other[MBOX_FILE_MAX + 8];
+	char text[NAME_OCTETS], decoded[NAME_OCTETS];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		name_file(file, rows[i].name, rows[i].delimiter);
+		check(strncmp(file, rows[i].file, strlen(rows[i].file)) == 0 &&
+		      strcmp(file + strlen(rows[i].file), ".mbox") == 0, "file of %s: %s", rows[i].name, file);
+		name_text(text, rows[i].name, rows[i].delimiter);
+		check(strcmp(text, rows[i].text) == 0, "text of %s: %s", rows[i].name, text);
+		name_file_original(file, rows[i].name, rows[i].delimiter);
+		check(strncmp(file, rows[i].original, strlen(rows[i].original)) == 0 &&
+		      strcmp(file + strlen(rows[i].original), ".mbox") == 0, "original of %s: %s", rows[i].name,
+		      file);
+	}
+	/* Long ones are cut, at a character, and stay apart. */
+	for (size_t n = 1; n <= MBOX_NAME_MAX; n++) {
+		static const char *const forms[] = { "x", "&AOk-", "%", "\xE4\xB8\xAD" };
+
+		for (size_t form = 0; form < N(forms); form++) {
+			size_t octets = strlen(forms[form]), length;
+
+			for (size_t i = 0; i < n; i++)
+				name[i] = forms[form][i % octets];
+			name[n] = '\0';
+			name_file(file, name, '/');
+			length = strlen(file);
+			check(length <= MBOX_FILE_MAX + 5, "%zu octets make %zu", n, length);
+			for (size_t i = 0, part; i < length; i += part)
+				if (!check((part = utf8_octets((const uint8_t *)file + i, length - i)) > 0,
+					   "%zu octets: cut within a character", n))
+					break;
+			if (form == 0 && n > MBOX_FILE_MAX) {
+				check(length == MBOX_FILE_MAX + 5 && file[131] == '~', "cut: %s", file);
+				name[n - 1] = 'y';
+				name_file(other, name, '/');
+				check(strcmp(other, file) != 0, "two long names meet");
+			}
+		}
+	}
+	check(mutf7_decode(decoded, 7, "&AOkA6QDp-", 10) == 0, "no room for what is decoded");
+	check(mutf7_decode(decoded, 11, "&AOkA6QDp-", 10) == 6, "room for what is decoded");
+}
+
+static void test_patterns(void)
+{
+	static const struct { const char *pattern, *name; bool matches; } rows[] = {
+		{ "Trash", "Trash", true }, { "Trash", "INBOX/Trash/x", true }, { "trash", "Trash", false },
+		{ "inbox", "INBOX", true }, { "INBOX", "Inbox/a", true }, { "INBOX", "a/inbox", true },
+		{ "INBOX/a", "inbox/a", true }, { "a/b", "a/b", true }, { "a/b", "a/b/c", false }, { "a/*", "a/b/c", true },
+		{ "\xC3\xA9*", "&AOk-t&AOk-", true }, { "?t?", "&AOk-t&AOk-", true }, { "&AOk", "&AOk", true },
+		{ "*", "x", true }, { "", "x", false }, { "b*", "a/bc", true },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		struct json entry = { .type = JSON_STRING, .text = rows[i].pattern };
+		struct json list = { .type = JSON_ARRAY, .child = &entry, .count = 1 };
+
+		check(name_matches(&list, rows[i].name, '/') == rows[i].matches, "%s matches %s", rows[i].pattern,
+		      rows[i].name);
+	}
+	check(!name_matches(NULL, "x", '/'), "no patterns");
+}
+
+/* Is a listing complete? 1, 0; -1: an error. */
+static void test_listing(void)
+{
+	static const struct { const char *said; int complete; const char *told, *error; } rows[] = {
+		{ "* 5 EXISTS\r\n* SEARCH 1 3 2:4 7\r\nA1 OK\r\n", 1, "", "" },
+		{ "* SEARCH\r\nA1 OK\r\n", 1, "", "" }, { "* 2 EXISTS\r\n* SEARCH 1\r\nA1 OK\r\n", 0, "", "" },
+		{ "* 1 EXISTS\r\n* SEARCH 1\r\n* SEARCH 1 2\r\n* 2 EXISTS\r\nA1 OK\r\n", 1, "", "" },
+		{ "A1 NO x\r\n", -1, "", "listing the mails: the server says NO x" },
+		{ "* 3 EXISTS\r\n* SEARCH 9\r\nA1 OK [MESSAGELIMIT 1 9]\r\n* SEARCH 3 5\r\nA2 OK\r\n", 1,
+		  "A2 UID SEARCH UID 1:8\r\n", "" },
+		{ "* 1000000 EXISTS\r\n* ESEARCH UID ALL 1:1000000\r\nA1 OK\r\n", 1, "", "" },
+		{ "* ESEARCH UID ALL 1:1000001\r\nA1 OK\r\n", -1, "", "more than 1000000 mails" },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		struct err e = { 0 };
+		struct imap im;
+		struct sync y = { .im = &im, .e = &e, .searching = true };
+
+		serve(&im, rows[i].said, strlen(rows[i].said), 1000);
+		im.tag = 1;
+		im.context = &y;
+		im.on_uids = on_uids;
+		check(sync_listed(&y, 1) == rows[i].complete, "listing %zu: %s", i, e.text);
+		check(strcmp(told, rows[i].told) == 0, "listing %zu: %s", i, told);
+		check(strstr(e.text, rows[i].error) != NULL, "listing %zu: %s", i, e.text);
+		set_free(&y.listing);
+		stream_close(&im.s);
+	}
+}
+
+static void test_news(void)
+{
+	static const struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 9, .messages = 3, .unseen = 1 };
+	static const struct imap_status status = { .known = true, .messages = 3, .uidnext = 9, .uidvalidity = 7,
+						   .unseen = 1 };
+
+	for (int i = 0; i < 14; i++) {
+		struct mbox_info info = { .claim = claim, .fits = true, .others = 2 };
+		struct imap_status s = status;
+		bool news = i > 3;
+
+		switch (i) {
+		case 1: s.highestmodseq = info.claim.highestmodseq = 5; s.unseen = 2; break;
+		case 2: s.octets = 99; break;
+		case 3: info.claim.when_sec = 99; break;
+		case 4: s.known = false; break;
+		case 5: s.uidvalidity = info.claim.uidvalidity = 0; break;
+		case 6: s.uidnext = info.claim.uidnext = 0; break;
+		case 7: s.uidnext++; break;
+		case 8: s.messages--; break;
+		case 9: s.unseen = info.claim.unseen = UINT32_MAX; break;
+		case 10: s.unseen = 0; break;
+		case 11: s.highestmodseq = 1; break;
+		case 12: info.fits = false; break;
+		case 13: s.uidvalidity++; break;
+		}
+		check(mailbox_has_news(&s, &info, false) == news, "news %d", i);
+		check(mailbox_has_news(&s, &info, true), "news %d with copies left out", i);
+	}
+}
+
+int main(void)
+{
+	test_log();
+	test_config();
+	test_match();
+	test_certificates();
+	test_sets();
+	test_responses();
+	test_unasked();
+	test_noise();
+	test_date();
+	test_wait_asked();
+	test_quote();
+	test_login();
+	test_names();
+	test_patterns();
+	test_listing();
+	test_news();
+	return checked("t_imap");
+}

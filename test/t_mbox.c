@@ -1,0 +1,949 @@
+/*
+ * t_mbox - unit tests of mbox.c
+ *
+ * Prints what failed and one summary line; exits 0 if nothing did. Works in the current folder.
+ */
+#include "../mbox.c"
+#include "unit.h"
+
+#define N(table) (sizeof (table) / sizeof *(table))
+
+static const char path[] = "box.mbox", index_file[] = "box.mbox.index";
+
+/* ---- helpers ---- */
+
+static struct mbox *opened(unsigned how)
+{
+	struct err e = { 0 };
+	struct mbox *m;
+
+	if (!check(mbox_open(&m, path, "box", how, &e) == 0, "open: %s", e.text))
+		exit(1);
+	return m;
+}
+
+static struct mbox *fresh(unsigned how)
+{
+	unlink(path);
+	unlink(index_file);
+	return opened(how);
+}
+
+static void closed(struct mbox *m)
+{
+	struct err e = { 0 };
+
+	check(mbox_close(m, NULL, &e) == 0, "close: %s", e.text);
+}
+
+/* Close, and see that it opens again as it was. */
+static struct mbox *reopened(struct mbox *m, unsigned how)
+{
+	struct mbox_info before, after;
+
+	mbox_tally(m, &before);
+	closed(m);
+	m = opened(how);
+	mbox_tally(m, &after);
+	check(*mbox_mended(m) == '\0', "mended: %s", mbox_mended(m));
+	check(before.octets == after.octets && before.stored == after.stored && before.gone == after.gone &&
+	      (before.others == after.others || how & MBOX_DUPLICATES), "reopened: %u %u %u, then %u %u %u",
+	      before.stored, before.gone, before.others, after.stored, after.gone, after.others);
+	return m;
+}
+
+/* Store a mail in pieces. Returns what mbox_end() does. */
+static int store(struct mbox *m, uint32_t uid, const char *text, size_t n, size_t piece)
+{
+	struct err e = { 0 };
+	int result;
+
+	check(mbox_begin(m, 0, &e) == 0, "begin: %s", e.text);
+	for (size_t i = 0; i < n; i += piece)
+		check(mbox_write(m, text + i, n - i < piece ? n - i : piece, &e) == 0, "write: %s", e.text);
+	result = mbox_end(m, uid, 0, 0, &e);
+	check(result >= 0, "end: %s", e.text);
+	return result;
+}
+
+static int keep(struct mbox *m, uint32_t uid, const char *text)
+{
+	return store(m, uid, text, strlen(text), strlen(text) + 1);
+}
+
+static char *contents(size_t *n)
+{
+	FILE *f = fopen(path, "r");
+	struct stat st;
+	char *text;
+
+	if (f == NULL || fstat(fileno(f), &st) != 0 || (text = malloc((size_t)st.st_size + 1)) == NULL)
+		exit(1);
+	*n = fread(text, 1, (size_t)st.st_size, f);
+	text[*n] = '\0';
+	fclose(f);
+	return text;
+}
+
+static void write_file(const char *name, const void *octets, size_t n)
+{
+	FILE *f = fopen(name, "w");
+
+	if (f == NULL || fwrite(octets, 1, n, f) != n || fclose(f) != 0)
+		exit(1);
+}
+
+/* Is this, with %s for our two lines in front of each mail, the whole mbox? */
+#define OURS(digits) "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: " digits "\n"
+
+static void holds(const char *wanted, const char *what)
+{
+	size_t n;
+	char *text = contents(&n);
+
+	check(n == strlen(wanted) && memcmp(text, wanted, n) == 0, "%s: the file is\n%s", what, text);
+	free(text);
+}
+
+static int bound(struct mbox *m, uint32_t uid, const char *id)
+{
+	struct err e = { 0 };
+	struct mbox_id of;
+	int result;
+
+	id_of(&of, id, strlen(id));
+	result = mbox_bind(m, uid, &of, &e);
+	check(result >= 0, "bind: %s", e.text);
+	return result;
+}
+
+static void marked(struct mbox *m, uint32_t wanted)
+{
+	struct err e = { 0 };
+	uint32_t live, gone;
+
+	check(mbox_mark_gone(m, &live, &gone, &e) == 0, "marks: %s", e.text);
+	check(gone == wanted, "%u marked, not %u", gone, wanted);
+}
+
+static bool lives(void *context, uint32_t uid)
+{
+	return strchr(context, (int)('0' + uid)) != NULL;
+}
+
+/* The server lists these UIDs only, each a digit. */
+static void listed(struct mbox *m, const char *uids)
+{
+	mbox_drop_uids(m, lives, (char *)(uintptr_t)uids);
+}
+
+/* ---- parts ---- */
+
+static void test_from_line(void)
+{
+	static const struct { int64_t sec; const char *date; } rows[] = {
+		{ 0, "Thu Jan  1 00:00:00 1970" }, { -1, "Wed Dec 31 23:59:59 1969" },
+		{ 951782400, "Tue Feb 29 00:00:00 2000" }, { -2203891201, "Wed Feb 28 23:59:59 1900" },
+		{ -62167219200, "Sat Jan  1 00:00:00 0000" }, { -62162035200, "Wed Mar  1 00:00:00 0000" },
+		{ -62135596800, "Mon Jan  1 00:00:00 0001" }, { 253402300799, "Fri Dec 31 23:59:59 9999" },
+		{ 253402300800, "Thu Jan  1 00:00:00 1970" }, { -62167219201, "Thu Jan  1 00:00:00 1970" },
+		{ INT64_MAX, "Thu Jan  1 00:00:00 1970" }, { INT64_MIN, "Thu Jan  1 00:00:00 1970" },
+		{ 2147483648, "Tue Jan 19 03:14:08 2038" }, { 4294967296, "Sun Feb  7 06:28:16 2106" },
+	};
+	char line[FROM_OCTETS + 1], other[80];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		from_line(line, rows[i].sec);
+		check(strlen(line) == FROM_OCTETS && strncmp(line, "From MAILER-DAEMON ", 19) == 0 &&
+		      strncmp(line + 19, rows[i].date, 24) == 0 && line[43] == '\n', "%lld: %s",
+		      (long long)rows[i].sec, line);
+	}
+	for (int64_t sec = -62135596800; sec < INT64_C(253402300799); sec += 86400 * 97 + 12345) {
+		time_t t = (time_t)sec;
+		struct tm tm;
+
+		if (t != sec || gmtime_r(&t, &tm) == NULL || tm.tm_year < -900)
+			continue; /* strftime() writes no year with less than four digits alike everywhere */
+		strftime(other, sizeof other, "From MAILER-DAEMON %a %b %e %H:%M:%S %Y\n", &tm);
+		from_line(line, sec);
+		if (!check(strcmp(line, other) == 0, "%lld: %s not %s", (long long)sec, line, other))
+			break;
+	}
+}
+
+static void test_sum(void)
+{
+	uint8_t octets[48];
+	uint64_t whole[sizeof octets + 1];
+
+	for (size_t i = 0; i < sizeof octets; i++)
+		octets[i] = (uint8_t)(i * 37 + 11);
+	for (size_t n = 0; n <= sizeof octets; n++) {
+		whole[n] = sum_of(octets, n);
+		for (size_t i = 0; i < n; i++)
+			check(whole[i] != whole[n], "%zu and %zu octets have one checksum", i, n);
+		for (size_t i = 0; i <= n; i++)
+			for (size_t k = i; k <= n; k++) {
+				struct sum s = { 0 };
+
+				sum_feed(&s, octets, i);
+				sum_feed(&s, octets + i, k - i);
+				sum_feed(&s, octets + k, n - k);
+				check(sum_end(&s) == whole[n], "%zu octets cut at %zu and %zu", n, i, k);
+			}
+		for (size_t bit = 0; bit < 8 * n; bit++) {
+			octets[bit / 8] ^= (uint8_t)(1u << bit % 8);
+			check(sum_of(octets, n) != whole[n], "bit %zu of %zu octets does not count", bit, n);
+			octets[bit / 8] ^= (uint8_t)(1u << bit % 8);
+		}
+	}
+	check(sum_of(octets, 48) == UINT64_C(0x34a0618dd28239c0), "the checksum is another: %llx",
+	      (unsigned long long)sum_of(octets, 48));
+	memset(octets, 0, sizeof octets);
+	check(sum_of(octets, 8) != sum_of(octets, 16) && sum_of(octets, 0) != sum_of(octets, 1), "zeros");
+}
+
+static void test_utf8(void)
+{
+	static const struct { const char *text; size_t n, octets; } rows[] = {
+		{ "\x00", 1, 1 }, { "\x80", 1, 0 }, { "\xC0\x80", 2, 0 }, { "\xC1\xBF", 2, 0 }, { "\xC2", 1, 0 },
+		{ "\xE0\x9F\xBF", 3, 0 }, { "\xED\xA0\x80", 3, 0 }, { "\xED\x9F\xBF", 3, 3 }, { "\xEF\xBF", 2, 0 },
+		{ "\xF0\x8F\xBF\xBF", 4, 0 }, { "\xF4\x90\x80\x80", 4, 0 }, { "\xF5\x80\x80\x80", 4, 0 },
+		{ "\xF4\x8F\xBF\xBF", 4, 4 }, { "\xF0\x90\x80", 3, 0 }, { "\xE1\x80\xC0", 3, 0 }, { "\xFF", 1, 0 },
+	};
+
+	for (size_t i = 0; i < N(rows); i++)
+		check(utf8_octets((const uint8_t *)rows[i].text, rows[i].n) == rows[i].octets, "UTF-8 %zu", i);
+	for (uint32_t c = 0; c < 0x110000; c++) {
+		uint8_t p[4];
+		size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+
+		for (size_t k = n; k-- > 1;)
+			p[k] = (uint8_t)(0x80 | (c >> 6 * (n - 1 - k) & 0x3F));
+		p[0] = (uint8_t)(n == 1 ? c : (0xF00u >> n & 0xFF) | c >> 6 * (n - 1));
+		check(utf8_octets(p, n) == (c >= 0xD800 && c <= 0xDFFF ? 0 : n), "U+%04X", c);
+	}
+}
+
+static void test_escape(void)
+{
+	static const struct { const char *part; bool dots; const char *escaped; } rows[] = {
+		{ "a", false, "a" }, { "a.b", false, "a%2Eb" }, { "a.b", true, "a.b" }, { ".a.", true, "%2Ea%2E" },
+		{ " a ", true, "%20a%20" }, { "a b", true, "a b" }, { ".", true, "%2E" }, { "..", true, "%2E%2E" },
+		{ "...", true, "%2E.%2E" }, { "/\\:*?\"<>|%", true, "%2F%5C%3A%2A%3F%22%3C%3E%7C%25" },
+		{ "\x01\x1F\x7F", true, "%01%1F%7F" }, { "\xC2\x80\xC2\x9F\xC2\xA0", true, "%C2%80%C2%9F\xC2\xA0" },
+		{ "\xC3\xA9\xC3", true, "\xC3\xA9%C3" }, { "\xED\xA0\x80", true, "%ED%A0%80" }, { "", true, "" },
+	};
+	char out[60];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		size_t n = mbox_escape(out, sizeof out, rows[i].part, strlen(rows[i].part), rows[i].dots);
+
+		check(n == strlen(rows[i].escaped) && strcmp(out, rows[i].escaped) == 0, "escape %zu: %s", i, out);
+		for (size_t size = 1; size < 12; size++)
+			check(mbox_escape(out, size, rows[i].part, strlen(rows[i].part), rows[i].dots) < size,
+			      "escape %zu in %zu octets", i, size);
+	}
+	check(mbox_escape(out, sizeof out, "a\0b", 3, true) == 5 && strcmp(out, "a%00b") == 0, "NUL: %s", out);
+}
+
+/* ---- identity ---- */
+
+static void test_identity(void)
+{
+	static char longest[5000];
+	struct { const char *header, *id; unsigned fields; } rows[] = {
+		{ "Message-ID: <a@x>\r\n\r\n", "<a@x>", 1 }, { "message-id:<a@x>\n\n", "<a@x>", 1 },
+		{ "MESSAGE-ID \t: <a@x>\r\n\r\n", "<a@x>", 1 }, { "Message-ID:\r\n <a@x>\r\n\r\n", "<a@x>", 1 },
+		{ "Message-ID: <a\r\n\t@x>\r\n\r\n", "<a @x>", 1 }, { "Message-ID:  <a \t\r\n  b@x> \r\n\r\n", "<a b@x>", 1 },
+		{ "Subject: x\r\nMessage-ID: <a@x>\r\nTo: y\r\n\r\n", "<a@x>", 1 },
+		{ "Message-ID: <a@x>\r\nMessage-ID: <b@x>\r\n\r\n", "<a@x>", 2 },
+		{ "Message-ID: <a@x>\r\nMessage-ID: <b@x>\r\nMessage-ID: <c@x>\r\n\r\n", "<a@x>", 2 },
+		{ "Message-ID: a\rb\r\n\r\n", "a b", 1 }, { "Message-ID: <a@x>", "<a@x>", 1 },
+		{ "Message-ID: <a@x>\r\n", "<a@x>", 1 }, { "Message-ID: <>x\r\n\r\n", "<>x", 1 },
+		{ "Message-ID:\r\n\r\n", NULL, 1 }, { "Message-ID: \t\r\n \r\n\r\n", NULL, 1 },
+		{ "Message-ID: <>\r\n\r\n", NULL, 1 }, { "Message-ID: < >\r\n\r\n", "< >", 1 },
+		{ "Message-ID: \r\nMessage-ID: <b@x>\r\n\r\n", NULL, 2 }, { "", NULL, 0 }, { "\r\n", NULL, 0 }, { "\n", NULL, 0 },
+		{ "Subject: x\r\n\r\nMessage-ID: <a@x>\r\n\r\n", NULL, 0 }, { "X-Message-ID: <a@x>\r\n\r\n", NULL, 0 },
+		{ "Message-IDs: <a@x>\r\n\r\n", NULL, 0 }, { "Message-ID\r\n <a@x>\r\n\r\n", NULL, 0 },
+		{ " Message-ID: <a@x>\r\n\r\n", NULL, 0 }, { "Subject: x\r\n Message-ID: <a@x>\r\n\r\n", NULL, 0 },
+		{ "In-Reply-To: <b@x>\r\nReferences: <b@x>\r\n <c@x>\r\nMessage-ID: <a@x>\r\n\r\n", "<a@x>", 1 },
+		{ "Message-ID:                <a@x>\r\n\r\n", "<a@x>", 1 }, { longest, longest + 12, 1 },
+	};
+
+	memcpy(longest, "Message-ID: ", 12);
+	memset(longest + 12, 'x', sizeof longest - 13);
+	for (size_t i = 0; i < N(rows); i++) {
+		size_t n = strlen(rows[i].header);
+		struct mbox_id id, wanted;
+
+		for (size_t cut = 0; cut <= n && cut < 300; cut++) {
+			struct mbox_header h;
+			bool over;
+
+			mbox_header_init(&h, NULL);
+			over = mbox_header_feed(&h, rows[i].header, cut);
+			over = mbox_header_feed(&h, rows[i].header + cut, n - cut);
+			check(over == (n > 0 && (strstr(rows[i].header, "\n\n") != NULL || rows[i].header[0] == '\n' ||
+				       rows[i].header[0] == '\r' || strstr(rows[i].header, "\n\r\n") != NULL)),
+			      "header %zu cut at %zu: over %d", i, cut, over);
+			check(mbox_header_end(&h, &id) == (rows[i].id != NULL), "header %zu cut at %zu", i, cut);
+			check(h.fields == rows[i].fields, "header %zu has %u fields", i, h.fields);
+			if (rows[i].id == NULL)
+				continue;
+			id_of(&wanted, rows[i].id, strlen(rows[i].id));
+			check(memcmp(&id, &wanted, sizeof id) == 0, "header %zu cut at %zu: another id", i, cut);
+		}
+	}
+}
+
+/* The server's answer, the SHA-1 in hex of it trimmed, and a mail's header that has these fields. */
+static void test_made(void)
+{
+	static const struct { const char *answer, *key, *header; } rows[] = {
+		{ "\r\n",
+		  "da39a3ee5e6b4b0d3255bfef95601890afd80709",
+		  "X: y\n\n" },
+		{ "Subject: b\r\n\r\n",
+		  "bb7763d6c443cb0086032af396a5cc85fad0ac4a",
+		  "Subject: b\n\nbody\n" },
+		{ "From: a@x\r\nTo: b@x\r\n\tc@x\r\nSubject:  =?x?=  \r\n\r\n",
+		  "9f2662c6936a530639d159b41dfb24a70b1f4a09",
+		  "X: y\r\nFrom: a@x\nTo: b@x\n\tc@x\nReceived: a\n b\nSubject:  =?x?=  \n\nSubject: c\n" },
+		{ "DATE: x\r\nCc: y\r\n\r\n",
+		  "28b706a964fd61b56a67e01958ca63275b4cb6db",
+		  "DATE: x\nFromage: no\nCc: y" },
+		{ "From : a@x\r\n\r\n",
+		  "4124659b614f2e04f84643b852beebb4cff4d184",
+		  "From : a@x\r\n\r\n" },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		const char *answer = rows[i].answer;
+
+		for (size_t cut = 0; cut <= strlen(answer); cut++) {
+			struct mbox_made made;
+			uint8_t key[20];
+			char hex[41];
+
+			mbox_made_init(&made);
+			mbox_made_feed(&made, answer, cut);
+			mbox_made_feed(&made, answer + cut, strlen(answer) - cut);
+			mbox_made_end(&made, key);
+			for (int k = 0; k < 20; k++)
+				snprintf(hex + 2 * k, 3, "%02x", key[k]);
+			check(strcmp(hex, rows[i].key) == 0, "made %zu cut at %zu: %s", i, cut, hex);
+		}
+		for (size_t cut = 0; cut <= strlen(rows[i].header); cut++) {
+			struct mbox_header h;
+			struct mbox_made made;
+			struct mbox_id id;
+			uint8_t key[20];
+			char hex[41];
+
+			mbox_header_init(&h, &made);
+			mbox_header_feed(&h, rows[i].header, cut);
+			mbox_header_feed(&h, rows[i].header + cut, strlen(rows[i].header) - cut);
+			mbox_header_end(&h, &id);
+			mbox_made_end(&made, key);
+			for (int k = 0; k < 20; k++)
+				snprintf(hex + 2 * k, 3, "%02x", key[k]);
+			check(strcmp(hex, rows[i].key) == 0, "header of made %zu cut at %zu: %s", i, cut, hex);
+		}
+	}
+}
+
+static void test_is_made(void)
+{
+	static const char key[] = "<0123456789abcdef0123456789abcdef01234567";
+	static const struct { const char *rest; bool made; } rows[] = {
+		{ ".x@imap_backup.py.local>", false }, { "8@imap_backup.py.local>", false },
+		{ "@imap_backup.py.local", false }, { "@imap_backup.py.local> ", false }, { "", false },
+	};
+	char text[MBOX_MADE_MAX + 40];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		int n = snprintf(text, sizeof text, "%s%s", key, rows[i].rest);
+
+		check(is_made(text, (size_t)n) == rows[i].made, "made: %s", text);
+	}
+	text[1] = 'A';
+	check(!is_made(text, 63), "made: %s", text);
+}
+
+/* ---- storing ---- */
+
+static void test_stored(void)
+{
+	static const struct { const char *mail, *stored; } rows[] = {
+		{ "Message-ID: <a@x>\r\n\r\nhi\r\n", "Message-ID: <a@x>\n\nhi\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\nhi", "Message-ID: <a@x>\n\nhi\n\n" },
+		{ "Message-ID: <a@x>\n\nhi\n\n\n", "Message-ID: <a@x>\n\nhi\n\n\n\n" },
+		{ "Message-ID: <a@x>\r\n", "Message-ID: <a@x>\n\n" }, { "Message-ID: <a@x>", "Message-ID: <a@x>\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\nFrom a\r\n>From b\r\n>>>From c\r\n From d\r\nFrom\r\nFro\r\n>\r\n>>\r\n",
+		  "Message-ID: <a@x>\n\n>From a\n>>From b\n>>>>From c\n From d\nFrom\nFro\n>\n>>\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n> From a\r\n>>Fro m\r\nxFrom \r\n>From:\r\nFFrom \r\n",
+		  "Message-ID: <a@x>\n\n> From a\n>>Fro m\nxFrom \n>From:\nFFrom \n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n\rFrom \r\n\r\r\nFrom \r", "Message-ID: <a@x>\n\n\rFrom \n\r\n>From \r\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\nFrom ", "Message-ID: <a@x>\n\n>From \n\n" },
+		{ "Message-ID: <a@x>\r\n\r\nFrom", "Message-ID: <a@x>\n\nFrom\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n>>From", "Message-ID: <a@x>\n\n>>From\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n>\r", "Message-ID: <a@x>\n\n>\r\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n\r", "Message-ID: <a@x>\n\n\r\n\n" },
+		{ "From x\r\nMessage-ID: <a@x>\r\n\r\n", ">From x\nMessage-ID: <a@x>\n\n\n" },
+		{ "", "Message-ID: <da39a3ee5e6b4b0d3255bfef95601890afd80709@imap_backup.py.local>\n\n" },
+		{ "Subject: b\r\n\r\n", "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\n\n" },
+		{ "X: b\r\nSubject:  b\r\n \r\nMessage-ID: \r\n\r\nFrom \r\n",
+		  "Message-ID: <c2efae4138ccdd2c53ae815923e14617a3c4d4bd@imap_backup.py.local>\nX: b\nSubject:  b\n \nMessage-ID: \n\n>From \n\n" },
+	};
+
+	for (size_t i = 0; i < N(rows); i++) {
+		size_t n = strlen(rows[i].mail), length = 0, count = 0;
+		struct mbox *m = fresh(MBOX_DUPLICATES);
+		char *text, *p, *wanted = malloc(strlen(rows[i].stored) + 100);
+		struct err e = { 0 };
+
+		if (wanted == NULL)
+			exit(1);
+		/* Every way to cut it into three, then pieces of one size. */
+		for (size_t a = 0; a <= n; a++)
+			for (size_t b = a; b <= n; b++) {
+				mbox_begin(m, 0, &e);
+				mbox_write(m, rows[i].mail, a, &e);
+				mbox_write(m, rows[i].mail + a, b - a, &e);
+				mbox_write(m, rows[i].mail + b, n - b, &e);
+				check(mbox_end(m, (uint32_t)++count, 0, 0, &e) == 1, "end: %s", e.text);
+			}
+		for (size_t piece = 1; piece < 8; piece++)
+			check(store(m, (uint32_t)++count, rows[i].mail, n, piece) == 1, "pieces of %zu", piece);
+		m = reopened(m, 0);
+		check(m->now.stored == count, "mail %zu: %u stored", i, m->now.stored);
+		closed(m);
+		text = p = contents(&length);
+		for (size_t k = 1; k <= count; k++) {
+			const char *at = strstr(rows[i].stored, "@imap");
+			size_t octets;
+
+			if (at != NULL && k > 1) /* the k-th with this key */
+				snprintf(wanted, strlen(rows[i].stored) + 100, OURS("0000") "%.*s.%zu%s",
+					 (int)(at - rows[i].stored), rows[i].stored, k, at);
+			else
+				snprintf(wanted, strlen(rows[i].stored) + 100, OURS("0000") "%s", rows[i].stored);
+			octets = strlen(wanted);
+			if (!check((size_t)(text + length - p) >= octets && memcmp(p, wanted, octets) == 0,
+				   "mail %zu, stored the %zu. time:\n%.*s", i, k, (int)octets, p))
+				break;
+			p += octets;
+		}
+		check(p == text + length, "mail %zu: %zu octets too many", i, (size_t)(text + length - p));
+		free(wanted);
+		free(text);
+		/* The same is found without the index. */
+		unlink(index_file);
+		m = opened(0);
+		check(m->now.stored == count, "mail %zu: %u scanned", i, m->now.stored);
+		m = reopened(m, 0);
+		closed(m);
+	}
+}
+
+/* A line end, a From line, the end of the header at the border of the buffer. */
+static void test_borders(void)
+{
+	static const char tail[] = "\r\nFrom x\r\n>From y\r\n\r\n.", stored[] = "\n>From x\n>>From y\n\n.\n\n";
+	static const char id[] = "Message-ID: <a@x>\r\n";
+	size_t room = BUFFER_OCTETS + 200, n;
+	char *mail = malloc(room);
+	struct mbox *m;
+
+	if (mail == NULL)
+		exit(1);
+	for (int in_body = 0; in_body < 2; in_body++)
+		for (size_t shift = 0; shift < 44; shift++) {
+			size_t pad = BUFFER_OCTETS - BODY_AT - 30 - shift, at = 0, octets;
+			char *text;
+
+			m = fresh(0);
+			at = (size_t)sprintf(mail, "%s%s", id, in_body ? "\r\n" : "");
+			memset(mail + at, 'x', pad);
+			strcpy(mail + at + pad, tail);
+			n = at + pad + sizeof tail - 1;
+			check(store(m, 1, mail, n, shift % 3 == 0 ? n : 4096) == 1, "at the border");
+			m = reopened(m, 0);
+			closed(m);
+			unlink(index_file);
+			closed(reopened(opened(0), 0));
+			text = contents(&octets);
+			check(octets > sizeof stored && strcmp(text + octets - sizeof stored + 1, stored) == 0,
+			      "border - %zu: %.40s", shift, text + octets - 30);
+			free(text);
+		}
+	free(mail);
+}
+
+/* A header of megabytes without Message-ID: one is put in front of what is in the file already. */
+static void test_long_header(void)
+{
+	size_t n = 3 * BUFFER_OCTETS + 777, at = 0, octets;
+	char *mail = malloc(n + 100), *text;
+	struct mbox *m = fresh(0);
+
+	if (mail == NULL)
+		exit(1);
+	while (at < n)
+		at += (size_t)sprintf(mail + at, "X-%zu: %zu\n", at, at);
+	at += (size_t)sprintf(mail + at, "Subject: b\n\nFrom b\n");
+	check(store(m, 1, mail, at, 5000) == 1 && store(m, 2, mail, at, 5000) == 1, "a long header");
+	check(bound(m, 3, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>") == 1, "the first's id");
+	check(bound(m, 4, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>") == 1, "the second's id");
+	check(bound(m, 5, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 0, "no third");
+	closed(reopened(m, 0));
+	text = contents(&octets);
+	check(strstr(text, "bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nX-0: 0\n") != NULL &&
+	      strstr(text, "bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>\nX-0: 0\n") != NULL &&
+	      octets == 2 * (BODY_AT + at + 76 + 2) + 2, "a long header: %zu octets", octets);
+	free(text);
+	free(mail);
+}
+
+/* A date that is told late, a mail that is given up, a copy, one that is there under its UID. */
+static void test_end(void)
+{
+	struct mbox *m = fresh(0);
+	struct err e = { 0 };
+
+	mbox_begin(m, 0, &e);
+	mbox_write(m, "Message-ID: <a@x>\r\n\r\n", 21, &e);
+	check(mbox_end(m, 1, 86400, 0x7, &e) == 1, "a late date");
+	check(keep(m, 2, "Message-ID: <a@x>\r\n\r\ncopy\r\n") == 0, "a copy");
+	check(keep(m, 2, "Message-ID: <b@x>\r\n\r\nuid\r\n") == 0, "a known UID");
+	mbox_begin(m, 0, &e);
+	mbox_write(m, "Message-ID: <c@x>\r\n\r\n", 21, &e);
+	mbox_abort(m);
+	m = reopened(m, 0);
+	check(m->now.stored == 1 && m->now.others == 1, "%u stored, %u others", m->now.stored, m->now.others);
+	closed(m);
+	holds("From MAILER-DAEMON Fri Jan  2 00:00:00 1970\nX-Mozilla-Status: 0007\nMessage-ID: <a@x>\n\n\n", "end");
+}
+
+/* ---- states ---- */
+
+static void test_states(void)
+{
+	static const struct { const char *before; unsigned flags; const char *after; } rows[] = {
+		{ "0000", MBOX_SEEN, "0001" }, { "0009", 0, "0000" }, { "1007", MBOX_FORWARDED, "1000" },
+		{ "0100", MBOX_FLAGGED, "0104" }, { "eFf0", MBOX_SEEN, "eff1" }, { "EFF1", MBOX_SEEN, "EFF1" },
+		{ "ffff", 0, "eff0" },
+	};
+	char text[300];
+	struct mbox *m;
+	struct err e = { 0 };
+
+	for (size_t i = 0; i < N(rows); i++) {
+		int n = snprintf(text, sizeof text, "From x\nX-Mozilla-Status: %s\nMessage-ID: <a@x>\n\na\n\n"
+				 "From nobody\nMessage-ID: <b@x>\n\nX-Mozilla-Status: 0000\n\n", rows[i].before);
+
+		write_file(path, text, (size_t)n);
+		unlink(index_file);
+		m = opened(0);
+		check(bound(m, 1, "<a@x>") == 1 && bound(m, 2, "<b@x>") == 1, "bound");
+		check(mbox_set_flags(m, 1, rows[i].flags, &e) == 0, "flags %zu: %s", i, e.text);
+		check(mbox_set_flags(m, 2, MBOX_SEEN, &e) == 0, "a mail without digits: %s", e.text);
+		check(mbox_set_flags(m, 3, MBOX_SEEN, &e) == 0, "an unknown UID");
+		m = reopened(m, 0);
+		closed(m);
+		memcpy(strstr(text, "Status: ") + 8, rows[i].after, 4);
+		holds(text, "states");
+	}
+	/* No mail where the index says: nothing is written, and the index is given up. */
+	m = fresh(0);
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\na\r\n");
+	closed(m);
+	snprintf(text, sizeof text, "%s", OURS("0000") "Message-ID: <a@x>\n\na\n\n");
+	memcpy(text + 50, "zilla", 5);
+	memset(text + DIGITS_AT, '!', 4);
+	write_file(path, text, strlen(text));
+	m = opened(0);
+	check(mbox_set_flags(m, 1, MBOX_SEEN, &e) == -1 && e.code == E_FORMAT, "no digits there");
+	e = (struct err){ 0 };
+	check(mbox_commit(m, NULL, &e) == -1, "commit after that");
+	mbox_close(m, NULL, &e);
+	check(access(index_file, F_OK) != 0, "the index is given up");
+	holds(text, "nothing is written");
+}
+
+/* ---- which mail is which ---- */
+
+static void test_bind(void)
+{
+	static const char a[] = "Message-ID: <a@x>\r\n\r\n", b[] = "Message-ID: <b@x>\r\n\r\n";
+	struct mbox *m = fresh(0);
+	struct err e = { 0 };
+
+	check(keep(m, 1, a) == 1 && keep(m, 2, b) == 1, "two mails");
+	check(bound(m, 3, "<a@x>") == 1 && m->now.others == 1, "another name");
+	check(bound(m, 3, "<b@x>") == 1 && m->now.others == 1, "a UID that is known");
+	check(bound(m, 4, "<c@x>") == 0, "an unknown mail");
+	listed(m, "23"); /* 1 is gone: 3 takes its place */
+	marked(m, 0);
+	m = reopened(m, 0);
+	check(mbox_next_uid(m, 1) == 2 && mbox_next_uid(m, 3) == 3 && m->now.others == 0 && m->now.gone == 0,
+	      "lives under its other name");
+	check(mbox_set_flags(m, 3, MBOX_SEEN, &e) == 0, "flags by the new name");
+	listed(m, "");
+	marked(m, 2);
+	marked(m, 0);
+	m = reopened(m, 0);
+	check(m->now.gone == 2 && mbox_came_back(m) == 0, "both gone");
+	closed(m);
+	holds(OURS("0009") "Message-ID: <a@x>\n\n\n" OURS("0008") "Message-ID: <b@x>\n\n\n", "gone");
+	m = opened(0);
+	check(bound(m, 9, "<b@x>") == 1 && mbox_came_back(m) == 1 && m->now.gone == 1, "came back");
+	marked(m, 0);
+	mbox_forget_uids(m);
+	check(mbox_next_uid(m, 1) == 0 && bound(m, 1, "<b@x>") == 1 && bound(m, 5, "<b@x>") == 1, "rekeyed");
+	m = reopened(m, 0);
+	check(mbox_next_uid(m, 2) == 5 && m->now.others == 1 && m->now.gone == 1, "rekeyed: kept");
+	closed(m);
+	holds(OURS("0009") "Message-ID: <a@x>\n\n\n" OURS("0000") "Message-ID: <b@x>\n\n\n", "came back");
+	/* Copies are wanted now: 5 is to be fetched. */
+	m = opened(MBOX_DUPLICATES);
+	check(m->now.others == 0 && mbox_next_uid(m, 2) == 0 && bound(m, 5, "<b@x>") == 0, "a copy is wanted");
+	check(keep(m, 5, b) == 1 && bound(m, 6, "<b@x>") == 0 && keep(m, 6, b) == 1, "copies");
+	listed(m, "56");
+	marked(m, 0); /* gone is only what has no UID left with its ID */
+	m = reopened(m, MBOX_DUPLICATES);
+	check(m->now.stored == 4 && m->now.gone == 1 && mbox_next_uid(m, 1) == 5, "copies: one is unbound");
+	check(bound(m, 7, "<b@x>") == 1 && mbox_next_uid(m, 7) == 7, "copies: it is bound again");
+	closed(m);
+	/* They are not wanted any more. */
+	m = opened(0);
+	check(bound(m, 8, "<b@x>") == 1 && m->now.others == 1, "copies: only a name");
+	listed(m, "8");
+	marked(m, 0);
+	listed(m, "");
+	marked(m, 3);
+	closed(reopened(m, 0));
+	/* All copies without a UID of their own are marked alike. */
+	m = fresh(MBOX_DUPLICATES);
+	check(keep(m, 1, a) == 1 && keep(m, 2, a) == 1 && keep(m, 3, a) == 1, "three copies");
+	mbox_forget_uids(m);
+	check(bound(m, 1, "<a@x>") == 1 && mbox_set_flags(m, 1, MBOX_FLAGGED, &e) == 0, "one is bound");
+	closed(reopened(m, 0));
+	holds(OURS("0004") "Message-ID: <a@x>\n\n\n" OURS("0004") "Message-ID: <a@x>\n\n\n" OURS("0004")
+	      "Message-ID: <a@x>\n\n\n", "alike");
+}
+
+static void test_bind_made(void)
+{
+	static const char b[] = "Subject: b\r\n\r\n";
+	struct mbox *m = fresh(0);
+	struct mbox_made made;
+	struct err e = { 0 };
+	uint8_t key[20];
+
+	mbox_made_init(&made);
+	mbox_made_feed(&made, b, strlen(b));
+	mbox_made_end(&made, key);
+	check(mbox_bind_made(m, 1, key, &e) == 0, "nothing is known");
+	check(keep(m, 1, b) == 1 && keep(m, 2, b) == 1 && keep(m, 3, b) == 1, "three alike");
+	check(mbox_bind_made(m, 4, key, &e) == 0 && mbox_bind_made(m, 2, key, &e) == 1, "a fourth is not");
+	mbox_forget_uids(m);
+	for (uint32_t uid = 11; uid < 14; uid++)
+		check(mbox_bind_made(m, uid, key, &e) == 1, "rekeyed: the %u.", uid - 10);
+	check(mbox_bind_made(m, 14, key, &e) == 0, "rekeyed: no fourth");
+	m = reopened(m, 0);
+	check(mbox_next_uid(m, 1) == 11 && m->now.stored == 3 && m->now.others == 0, "rekeyed: kept");
+	listed(m, "");
+	marked(m, 3);
+	check(mbox_bind_made(m, 1, key, &e) == 1 && mbox_came_back(m) == 1, "the first is back");
+	check(bound(m, 2, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 1, "the third is back, by its own name");
+	check(mbox_bind_made(m, 3, key, &e) == 1 && m->now.gone == 0, "the second is back");
+	closed(reopened(m, 0));
+}
+
+/* Mails of the original with an ID that it overlooked are known by either. */
+static void test_original(void)
+{
+	static const char text[] = "From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0001\n"
+		"Message-ID: <0123456789abcdef0123456789abcdef01234567@imap_backup.py.local>\nMessage-ID:<a@x>\n\na\n\n"
+		"From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0009\nMessage-ID: <b@x>\n\nb";
+	struct mbox *m;
+
+	write_file(path, text, sizeof text - 1);
+	unlink(index_file);
+	m = opened(0);
+	check(strstr(mbox_mended(m), "rebuilt, 2 mails") != NULL, "mended: %s", mbox_mended(m));
+	check(bound(m, 1, "<a@x>") == 1 && bound(m, 2, "<b@x>") == 1 && m->now.gone == 0, "known");
+	m = reopened(m, 0);
+	closed(m);
+}
+
+/* ---- the index ---- */
+
+static void put_state(int copy, const struct state *s)
+{
+	uint8_t p[STATE_OCTETS];
+	FILE *f = fopen(index_file, "r+");
+
+	state_pack(s, p);
+	if (f == NULL || fseek(f, STATE_AT + copy * STATE_STEP, SEEK_SET) != 0 ||
+	    fwrite(p, 1, sizeof p, f) != sizeof p || fclose(f) != 0)
+		exit(1);
+}
+
+/* Two mails; the index's header as 'newer' and 'older' copies say, each a number of mails. */
+static void test_turns(void)
+{
+	static const struct { int newer, older; bool newer_writes, older_writes, swap; uint32_t kept;
+		const char *mended; } rows[] = {
+		{ 2, 1, false, true, false, 2, "" }, { 2, 1, false, true, true, 2, "" },
+		{ 2, 2, false, false, false, 2, "" }, { 1, 2, false, true, false, 2, "taken over" },
+		{ -1, 2, false, false, false, 2, "" }, { -1, 2, false, true, false, 2, "cut off: 0 of its mails kept" },
+		{ -1, 1, false, true, true, 2, "cut off: 1 of its mails kept" }, { -1, 1, false, false, true, 2, "taken over" },
+		{ 1, 2, true, false, false, 2, "cut off: 1 of its mails kept" }, { 0, 0, true, false, false, 2, "cut off: 2 of" },
+		{ 9, 1, false, true, false, 2, "rebuilt, 2" }, /* the newer one does not fit: no cutting by the older */
+		{ 9, 1, true, true, false, 2, "cut off: 1 of" }, { -1, -1, true, true, false, 2, "rebuilt, 2" },
+		{ 9, 9, true, true, false, 2, "rebuilt, 2" }, { 9, 2, true, false, false, 2, "" },
+	};
+	const off_t mail = (off_t)strlen(OURS("0000") "Message-ID: <a@x>\n\n\n");
+
+	for (size_t i = 0; i < N(rows); i++) {
+		struct mbox *m = fresh(0);
+		struct state s, states[2];
+
+		keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+		keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
+		s = m->now;
+		closed(m);
+		for (int k = 0; k < 2; k++) {
+			int mails = k == 0 ? rows[i].newer : rows[i].older;
+
+			states[k] = s;
+			states[k].turn = 100 - (uint32_t)k;
+			states[k].writing = k == 0 ? rows[i].newer_writes : rows[i].older_writes;
+			states[k].records = states[k].stored = (uint32_t)(mails < 0 ? 0 : mails);
+			states[k].octets = mails * mail;
+			if (mails < 0)
+				states[k].turn = 0; /* as a damaged one */
+		}
+		put_state(rows[i].swap, &states[0]);
+		put_state(!rows[i].swap, &states[1]);
+		m = opened(0);
+		check(m->now.stored == rows[i].kept, "turn %zu: %u mails", i, m->now.stored);
+		check(*rows[i].mended != '\0' ? strstr(mbox_mended(m), rows[i].mended) != NULL :
+		      *mbox_mended(m) == '\0', "turn %zu: \"%s\"", i, mbox_mended(m));
+		closed(reopened(m, 0));
+		holds(OURS("0000") "Message-ID: <a@x>\n\n\n" OURS("0000") "Message-ID: <b@x>\n\n\n", "turns");
+	}
+}
+
+static void test_index(void)
+{
+	struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 9, .messages = 3, .unseen = 2,
+				    .highestmodseq = UINT64_C(1) << 62, .when_sec = -5 };
+	struct record r = { .uid = UINT32_MAX, .state = MBOX_FLAGS, .offset = INT64_MAX - 5, .octets = 5,
+			    .digits = DIGITS_MAX, .sum = UINT64_MAX }, again;
+	uint8_t p[RECORD_OCTETS];
+	struct mbox *m = fresh(0), *second;
+	struct mbox_info info;
+	struct err e = { 0 };
+	size_t n;
+	char *text;
+
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+	check(mbox_open(&second, path, "box", MBOX_LOOK, &e) == -1 || second != NULL, "a look");
+	mbox_close(second, NULL, &e);
+	check(mbox_commit(m, &claim, &e) == 0, "commit: %s", e.text);
+	mbox_peek(path, "box", &info);
+	check(info.exists && !info.fits && info.stored == 1, "peek while it is written");
+	closed(m);
+	mbox_peek(path, "box", &info);
+	check(info.fits && memcmp(&info.claim, &claim, sizeof claim) == 0 && info.stored == 1, "peek");
+	mbox_peek(path, "xob", &info);
+	check(info.exists && !info.fits && info.stored == 0, "peek by another name");
+	check(mbox_open(&m, path, "other", 0, &e) == -1 && e.code == E_FORMAT &&
+	      strstr(e.text, "of the mailbox \"box\", not of \"other\"") != NULL, "another's: %s", e.text);
+
+	/* Any octet changed or cut off: rebuilt, or as it was; never wrong. */
+	text = contents(&n);
+	for (int from = 0; from < RECORDS_AT + RECORD_OCTETS; from++) {
+		FILE *f = fopen(index_file, "r+");
+		int c;
+
+		if (f == NULL || fseek(f, from, SEEK_SET) != 0 || (c = getc(f)) < 0 ||
+		    fseek(f, from, SEEK_SET) != 0 || putc(c ^ 0x10, f) < 0 || fclose(f) != 0)
+			exit(1);
+		e = (struct err){ 0 };
+		if (mbox_open(&m, path, "box", 0, &e) == 0) {
+			check(m->now.stored == 1, "octet %d changed: %u mails", from, m->now.stored);
+			closed(m);
+		} else {
+			check(e.code == E_FORMAT && from >= NAME_AT && from < NAME_AT + 3, "octet %d: %s", from, e.text);
+			unlink(index_file);
+			closed(opened(0));
+		}
+		holds(text, "a damaged index");
+	}
+	free(text);
+
+	record_pack(&r, p);
+	check(record_unpack(&again, p) && memcmp(&r, &again, sizeof r) == 0, "a record");
+	r.octets = 6;
+	record_pack(&r, p);
+	check(!record_unpack(&again, p), "a record that ends nowhere");
+}
+
+/* ---- limits ---- */
+
+static void test_limits(void)
+{
+	char name[MBOX_NAME_MAX + 2], *long_path = malloc(PATH_OCTETS + 1);
+	struct mbox *m = fresh(0);
+	struct mbox_id id = { { 1 } };
+	struct err e = { 0 };
+	uint32_t records;
+
+	if (long_path == NULL)
+		exit(1);
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+	records = m->now.records;
+	m->now.records = MBOX_MAILS_MAX;
+	check(records_room(m, &e) == -1 && e.code == E_FORMAT, "a mail too many");
+	m->now.records = records;
+	e = (struct err){ 0 };
+	check(mbox_bind(m, UINT32_MAX, &id, &e) == 0 && bound(m, UINT32_MAX, "<a@x>") == 1 &&
+	      mbox_next_uid(m, 2) == UINT32_MAX, "the last UID");
+	closed(m);
+	memset(name, 'x', sizeof name);
+	name[MBOX_NAME_MAX + 1] = '\0';
+	check(mbox_open(&m, path, name, 0, &e) == -1 && e.code == E_FORMAT, "a long name");
+	memset(long_path, 'x', PATH_OCTETS);
+	long_path[PATH_OCTETS] = '\0';
+	e = (struct err){ 0 };
+	check(mbox_open(&m, long_path, "box", 0, &e) == -1 && e.code == E_FORMAT, "a long path");
+	free(long_path);
+	unlink(index_file);
+	name[MBOX_NAME_MAX] = '\0';
+	e = (struct err){ 0 };
+	check(mbox_open(&m, path, name, 0, &e) == 0 && mbox_close(m, NULL, &e) == 0 &&
+	      mbox_open(&m, path, name, 0, &e) == 0, "the longest name: %s", e.text);
+	check(*mbox_mended(m) == '\0', "the longest name: %s", mbox_mended(m));
+	closed(m);
+	write_file(path, "Fro", 3);
+	unlink(index_file);
+	e = (struct err){ 0 };
+	check(mbox_open(&m, path, "box", 0, &e) == -1 && e.code == E_FORMAT &&
+	      strstr(e.text, "no mbox file") != NULL, "no mbox: %s", e.text);
+	unlink(path);
+	e = (struct err){ 0 };
+	check(mbox_open(&m, ".", "box", 0, &e) == -1, "a folder");
+	e = (struct err){ 0 };
+	check(mbox_open(&m, path, "box", MBOX_LOOK, &e) == 0 && mbox_count(m) == 0 &&
+	      mbox_close(m, NULL, &e) == 0 && access(path, F_OK) != 0, "a look at nothing");
+}
+
+/* Behind 5 GB, of which most is a hole. */
+static void test_large(void)
+{
+	const off_t end = (off_t)5 << 30;
+	struct record hole = { .uid = 2, .id = { { 9 } } };
+	struct mbox *m = fresh(0);
+	struct mbox_info info;
+	struct err e = { 0 };
+	char digits[5] = "";
+
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+	check(mbox_commit(m, NULL, &e) == 0, "commit: %s", e.text);
+	hole.offset = m->flushed;
+	hole.octets = end - hole.offset;
+	if (pwrite(m->fd, "From x\n", 7, hole.offset) != 7 || ftruncate(m->fd, end) != 0 ||
+	    pwrite(m->fd, "\n\n", 2, end - 2) != 2) {
+		printf("no file of 5 GB here\n");
+		mbox_close(m, NULL, &e);
+		return;
+	}
+	m->flushed = end;
+	check(record_append(m, &hole, &e) == 0, "the hole: %s", e.text);
+	keep(m, 3, "Message-ID: <c@x>\r\n\r\nFrom c\r\n");
+	m = reopened(m, 0);
+	mbox_tally(m, &info);
+	check(info.octets == end + 95 && info.stored == 3, "%lld octets", (long long)info.octets);
+	check(mbox_set_flags(m, 3, MBOX_SEEN, &e) == 0, "flags: %s", e.text);
+	check(pread(m->fd, digits, 4, end + DIGITS_AT) == 4 && strcmp(digits, "0001") == 0, "digits: %s", digits);
+	keep(m, 4, "Subject: b\r\n\r\n");
+	m = reopened(m, 0);
+	listed(m, "1");
+	marked(m, 3);
+	closed(reopened(m, 0));
+	unlink(path);
+}
+
+/* ---- a mail that may be torn ---- */
+
+static void test_suspect(void)
+{
+	static const struct { const char *tail; uint64_t octets; } rows[] = {
+		{ OURS("0000") "Message-ID: <z@x>\n\nz\n\n", 24 }, { OURS("0000") "Message-ID: <z@x>\n\n>From z", 29 },
+		{ OURS("0000") "Message-ID: <z@x>\n\n>>From z\n>Fro\n", 36 },
+		{ OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\nb\n\n", 17 },
+		{ "From x\nMessage-ID: <z@x>\n\nz\n\n", 24 },
+	};
+	struct mbox *m;
+	struct err e = { 0 };
+	uint64_t octets;
+
+	for (size_t i = 0; i < N(rows); i++) {
+		FILE *f;
+
+		m = fresh(0);
+		keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+		closed(m);
+		f = fopen(path, "a");
+		if (f == NULL || fputs(rows[i].tail, f) < 0 || fclose(f) != 0)
+			exit(1);
+		m = opened(0);
+		check(strstr(mbox_mended(m), "1 mails were behind") != NULL, "suspect %zu: %s", i, mbox_mended(m));
+		check(mbox_suspect(m, &octets) == 0, "suspect %zu: its UID is not known", i);
+		m->entries[1].uid = 0;
+		check(mbox_next_uid(m, 2) == 0, "suspect %zu", i);
+		if (strstr(rows[i].tail, "z@x") != NULL)
+			check(bound(m, 2, "<z@x>") == 1, "suspect %zu is bound", i);
+		else
+			check(bound(m, 2, strstr(rows[i].tail, ".2@") ? "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>" :
+				    "<bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>") == 1, "suspect %zu is bound", i);
+		check(mbox_suspect(m, &octets) == 2, "suspect %zu", i);
+		check(octets == rows[i].octets, "suspect %zu: %llu octets", i, (unsigned long long)octets);
+		check(mbox_judge(m, i % 2 == 0, &e) == 0, "judge: %s", e.text);
+		check(m->now.gone == (i % 2 == 0) && mbox_next_uid(m, 2) == (i % 2 == 0 ? 0 : 2), "judged");
+		m = reopened(m, 0);
+		check(mbox_suspect(m, &octets) == 0, "suspect %zu: no more", i);
+		check(i % 2 != 0 || bound(m, 2, "<z@x>") == 0, "suspect %zu: known under no ID", i);
+		closed(m);
+	}
+}
+
+int main(void)
+{
+	test_from_line();
+	test_sum();
+	test_utf8();
+	test_escape();
+	test_identity();
+	test_made();
+	test_is_made();
+	test_stored();
+	test_borders();
+	test_long_header();
+	test_end();
+	test_states();
+	test_bind();
+	test_bind_made();
+	test_original();
+	test_turns();
+	test_index();
+	test_limits();
+	test_large();
+	test_suspect();
+	return checked("t_mbox");
+}
