@@ -2007,12 +2007,13 @@ static bool set_add(struct set *set, uint32_t low, uint32_t high)
 		last->high = high > last->high ? high : last->high;
 		return true;
 	}
+	if (set->n == SET_RANGES_MAX)
+		return false;
 	if (set->n == set->room) {
 		size_t room = set->room + set->room / 4 + 64;
 		struct range *ranges;
 
-		if (set->n == SET_RANGES_MAX ||
-		    (ranges = realloc(set->ranges, room * sizeof *ranges)) == NULL)
+		if ((ranges = realloc(set->ranges, room * sizeof *ranges)) == NULL)
 			return false;
 		set->ranges = ranges;
 		set->room = room;

@@ -310,6 +310,8 @@ static void test_sets(void)
 {
 	enum { MOST = 400 };
 	static bool wanted[MOST + 2];
+	static const struct { uint32_t low, high; } ends[] = { { UINT32_MAX, UINT32_MAX }, { 1, 1 },
+		{ UINT32_MAX - 1, UINT32_MAX }, { 2, UINT32_MAX - 2 } };
 	struct range taken[BATCH_RANGES];
 	char text[SET_TEXT_OCTETS + 1];
 	struct set set = { 0 };
@@ -352,6 +354,20 @@ static void test_sets(void)
 		}
 		check(count == 0 && set.n == 0, "seed %u: %u left", seed, count);
 	}
+	for (size_t i = 0; i < N(ends); i++)
+		check(set_add(&set, ends[i].low, ends[i].high), "the ends");
+	set_sort(&set);
+	check(set.n == 1 && set_count(&set) == UINT32_MAX, "everything is one range");
+	check(set_next(&set, UINT32_MAX) == UINT32_MAX && set_take(&set, UINT_MAX, taken) == 1, "the last");
+	check(strcmp((ranges_text(text, taken, 1), text), "1:4294967295") == 0, "as text: %s", text);
+	for (uint32_t i = 0; i < 1000; i++)
+		set_add(&set, 4000000000u + 2 * i, 4000000000u + 2 * i);
+	check(ranges_text(text, taken, set_take(&set, UINT_MAX, taken)) <= SET_TEXT_OCTETS, "a full line");
+	set_free(&set);
+	for (uint32_t i = 0; i < SET_RANGES_MAX; i++)
+		if (!set_add(&set, 2 * i + 1, 2 * i + 1))
+			check(false, "range %u", i);
+	check(!set_add(&set, 2 * SET_RANGES_MAX + 1, 2 * SET_RANGES_MAX + 1), "a range too many");
 	set_free(&set);
 }
 
