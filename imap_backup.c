@@ -2755,11 +2755,11 @@ static int imap_esearch(struct imap *im)
 			return -1;
 		if (imap_is(im, ' '))
 			continue;
-		if (c == ')' || c == ']') /* imap_skip() ends in front of these */
-			return imap_expect(im, '\n');
-		if (c == '(' || imap_atom(im, word) == 0) {
+		if (c == '(' || c == '"' || c == '{') {
 			if (imap_skip(im) != 0)
 				return -1;
+		} else if (imap_atom(im, word) == 0) {
+			return imap_expect(im, ' ');
 		} else if (strcmp(word, "ALL") == 0 && imap_is(im, ' ') && imap_uid_set(im) != 0) {
 			return -1;
 		}

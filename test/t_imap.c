@@ -488,6 +488,9 @@ static void test_responses(void)
 		{ "* ESEARCH UID PARTIAL (1:500 4:20) ALL 3\r\n", "3:3|", NULL },
 		{ "* ESEARCH UID ALL 1:\r\n", "", "where a UID was" },
 		{ "* ESEARCH UID ALL 1:*\r\n", "", "where a UID was" },
+		{ "* ESEARCH )\r\n", "", "')' where ' '" },
+		{ "* ESEARCH ALL 3]\r\n", "3:3|", "']' where ' '" },
+		{ "* ESEARCH \x7F\r\n", "", "octet 0x7f where ' '" },
 		{ "* CAPABILITY A \x7F B\r\n", "", NULL },
 
 		{ "* 3 FETCH (UID 7 FLAGS (\\Seen $forwarded \\* x) RFC822.SIZE 5)\r\n",
