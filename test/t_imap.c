@@ -479,6 +479,7 @@ static void test_responses(void)
 		  NULL },
 		{ "* STATUS x (HIGHESTMODSEQ 99999999999999999999)\r\n", "status x 0 0 0 0 0 0|", NULL },
 
+		{ "* SEARCH\r\n* SEARCH 1 2 4294967295 (MODSEQ 5)\r\n", "1:1|2:2|4294967295:4294967295|", NULL },
 		{ "* SEARCH 4294967296\r\n", "", "a number over 4294967295" },
 		{ "* SEARCH 99999999999999999999999999\r\n", "", "a number over 4294967295" },
 		{ "* SEARCH 0\r\n", "", "where a UID was" },
