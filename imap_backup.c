@@ -2695,6 +2695,8 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 				return -1;
 			continue;
 		}
+		if (imap_peek(im) == '[' && imap_skip(im) != 0) /* "BINARY[1]" and the like */
+			return -1;
 		imap_is(im, ' ');
 		if (strcmp(word, "UID") == 0) {
 			fetch.uid = imap_number32(im);

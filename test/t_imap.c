@@ -511,6 +511,7 @@ static void test_responses(void)
 		  NULL },
 		{ "* 3 FETCH (INTERNALDATE NIL ENVELOPE (\"a\" {2}\r\n)( NIL (())) UID 1)\r\n", "> fetch 1|",
 		  NULL },
+		{ "* 3 FETCH (BINARY[1] {1}\r\nx UID 1)\r\n", "> fetch 1|", NULL },
 		{ "* 3 FETCH (UID 4294967296)\r\n", "> fetch 0|", NULL },
 		{ "* 3 FETCH (BODY[] {4294967296}\r\n", "", "announces a literal of 4294967296 octets" },
 		{ "* 3 FETCH (BODY[] {99999999999999999999999}\r\n", "", "a literal without a length" },
