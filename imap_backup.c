@@ -3125,7 +3125,7 @@ static int imap_compress(struct imap *im)
 static int imap_login(struct imap *im, const char *user, const char *password)
 {
 	const size_t users = strlen(user), passwords = strlen(password), n = users + passwords + 2;
-	char plain[1400], coded[2000], quoted_user[700], quoted_password[700];
+	char plain[1400], coded[2000], quoted_user[1010], quoted_password[1010];
 	const struct imap_result *result;
 	unsigned tag;
 

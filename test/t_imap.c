@@ -674,6 +674,7 @@ static void test_login(void)
 		{ 0, "u", "\xC3\xA9", "+ \r\nA1 BAD\r\n", "A1 LOGIN {1}\r\nu {2}\r\n", E_ACCOUNT },
 		{ 0, "u", "p", "* BYE\r\n", "A1 LOGIN \"u\" \"p\"\r\n", E_NET },
 	};
+	static char user[502];
 
 	for (size_t i = 0; i < N(rows); i++) {
 		struct imap im;
@@ -685,6 +686,16 @@ static void test_login(void)
 		check((result == 0) == (rows[i].code == E_NONE) && (int)im.s.err.code == rows[i].code,
 		      "login %zu: %d %s", i, (int)im.s.err.code, im.s.err.text);
 		check(strcmp(told, rows[i].told) == 0, "login %zu: %s", i, told);
+		stream_close(&im.s);
+	}
+	memset(user, '"', 500);
+	for (int more = 0; more < 2; more++) {
+		struct imap im;
+
+		user[500] = more ? '"' : '\0';
+		serve(&im, "A1 OK [CAPABILITY X]\r\n", 22, 9);
+		check((imap_login(&im, user, "p") == 0) == !more, "a name of %d octets", 500 + more);
+		check(strlen(told) == (more ? 0 : 1017), "%zu octets told", strlen(told));
 		stream_close(&im.s);
 	}
 }
