@@ -799,6 +799,7 @@ static void test_listing(void)
 		  "A2 UID SEARCH UID 1:8\r\n", "" },
 		{ "* 1000000 EXISTS\r\n* ESEARCH UID ALL 1:1000000\r\nA1 OK\r\n", 1, "", "" },
 		{ "* ESEARCH UID ALL 1:1000001\r\nA1 OK\r\n", -1, "", "more than 1000000 mails" },
+		{ "* ESEARCH UID ALL 1:1000000,1000002\r\nA1 OK\r\n", -1, "", "more than 1000000 mails" },
 	};
 
 	for (size_t i = 0; i < N(rows); i++) {
