@@ -3383,7 +3383,7 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 {
 	static const char alphabet[] =
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
-	size_t length = 0;
+	size_t length = 0, shifted = 0; /* up to where a shift went */
 
 	for (size_t i = 0; i < n; i++) {
 		uint32_t bits = 0, pending = 0, high = 0;
@@ -3400,6 +3400,8 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 			i++;
 			continue;
 		}
+		if (i > 0 && i == shifted)
+			return 0;
 		for (i++; i < n && text[i] != '-'; i++) {
 			const char *digit = memchr(alphabet, text[i], 64);
 			uint32_t c;
@@ -3442,6 +3444,7 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 		}
 		if (i == n || !any || high != 0 || pending >= 6 || (bits & ((1u << pending) - 1)) != 0)
 			return 0;
+		shifted = i + 1;
 	}
 	return length;
 }

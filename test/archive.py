@@ -149,7 +149,7 @@ def decode_mutf7(part):
             raise ValueError
         return text.encode()
     try:
-        if re.search(rb'[^\x20-\x7e]|&[A-Za-z0-9+,]*([^A-Za-z0-9+,-]|$)', part):
+        if re.search(rb'[^\x20-\x7e]|&[A-Za-z0-9+,]*([^A-Za-z0-9+,-]|$)|&[A-Za-z0-9+,]+-&(?!-)', part):
             raise ValueError
         return re.sub(rb'&([A-Za-z0-9+,]*)-', run, part)
     except ValueError:

@@ -719,6 +719,7 @@ static void test_names(void)
 		{ "&AC8-", '/', "&AC8-", "&AC8-", "AC8-" }, { "&AC8ALg-", '/', "&AC8ALg-", "&AC8ALg-", "AC8ALg-" },
 		{ "&AAo-", '/', "%0A", "\n", "AAo-" }, { "&AIU-", '/', "%C2%85", "\xC2\x85", "AIU-" },
 		{ "&AOk", '/', "&AOk", "&AOk", "AOk" },
+		{ "&AOk-&AOk-", '/', "&AOk-&AOk-", "&AOk-&AOk-", "AOk-AOk-" },
 		{ "&AOk-&-", '/', "\xC3\xA9&", "\xC3\xA9&", "AOk--" }, { "&AOl-", '/', "&AOl-", "&AOl-", "AOl-" },
 		{ "&2D0-", '/', "&2D0-", "&2D0-", "2D0-" }, { "&3Kk-", '/', "&3Kk-", "&3Kk-", "3Kk-" },
 		{ "&A-", '/', "&A-", "&A-", "A-" }, { "\xC3\xA9", '/', "\xC3\xA9", "\xC3\xA9", "" },
