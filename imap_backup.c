@@ -3494,10 +3494,10 @@ static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimi
 	char part[NAME_OCTETS], escaped[NAME_OCTETS * 3] = "";
 	size_t length = 0, n;
 
-	while (name_part(&name, delimiter, part, sizeof part, &n)) {
-		if (length > 0)
-			escaped[length++] = '.';
-		if (length == 0 && strcasecmp(part, "INBOX") == 0)
+	for (bool first = true; name_part(&name, delimiter, part, sizeof part, &n); first = false) {
+		if (!first) /* after an empty part it would hide the file */
+			length += (size_t)sprintf(escaped + length, length > 0 ? "." : "%%2E");
+		if (first && strcasecmp(part, "INBOX") == 0)
 			memcpy(part, "INBOX", 5);
 		if (n > 0)
 			length += mbox_escape(escaped + length, sizeof escaped - length, part, n,

@@ -127,7 +127,7 @@ def file_name(wire, delimiter='/'):
                 or c == '.' and (edge or delimiter) or c == ' ' and edge
             name += ''.join('%%%02X' % o for o in c.encode('utf-8', 'surrogateescape')) if bad else c
         out.append(name)
-    name = '.'.join(out).encode()
+    name = re.sub(r'^\.', '%2E', '.'.join(out)).encode()
     if len(name) > 140:
         tail = b'~' + hashlib.sha256(name).hexdigest()[:8].encode()
         cut = 131

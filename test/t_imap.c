@@ -724,6 +724,8 @@ static void test_names(void)
 		{ "&2D0-", '/', "&2D0-", "&2D0-", "2D0-" }, { "&3Kk-", '/', "&3Kk-", "&3Kk-", "3Kk-" },
 		{ "&A-", '/', "&A-", "&A-", "A-" }, { "\xC3\xA9", '/', "\xC3\xA9", "\xC3\xA9", "" },
 		{ "\xFFx", '/', "%FFx", "\xFFx", "x" }, { "a\x7F", '/', "a%7F", "a\x7F", "a" },
+		{ "/a", '/', "%2Ea", "/a", ".a" }, { "/inbox", '/', "%2Einbox", "/inbox", ".inbox" },
+		{ "//a", '/', "%2E.a", "//a", "..a" }, { "a/", '/', "a.", "a/", "a." }, { "a//b", '/', "a..b", "a//b", "a..b" },
 	};
 	static char name[MBOX_NAME_MAX + 1], file[MBOX_NAME_MAX + 8], other[MBOX_FILE_MAX + 8];
 	char text[NAME_OCTETS], decoded[NAME_OCTETS];

@@ -374,7 +374,7 @@ def test_mailboxes_that_cannot_be(t):
         'lineend': case('a\r\nA9 LOGOUT', says='line ends.*x0d'),
         'lineend-bare': case('a\r\nA9 LOGOUT', says='line ends', capabilities=BARE),
         'inboxes': case('inBox', says='share the archive INBOX.mbox'),
-        'folded': case('/a', 'a', says='share the archive a.mbox'),
+        'folded': case('&', '&-', says='share the archive &.mbox'),
         'vanished': case('lost', says='lost: opening the mailbox: the server says NO .NONEXISTENT. no such mailbox',
                          cmd_EXAMINE=lambda self, tag, args: self.no(tag, '[NONEXISTENT] no such mailbox')
                          if 'lost' in args else Session.cmd_EXAMINE(self, tag, args)),
