@@ -4556,11 +4556,11 @@ static int desk_list(struct desk *d, struct err *e)
 	if (!with_status && im->s.err.code == E_NONE)
 		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""));
 	for (unsigned i = 0, done = 0; !with_status && im->s.err.code == E_NONE; ) {
-		struct mailbox *box = &d->boxes[i];
+		struct mailbox *box = i < d->n_boxes ? &d->boxes[i] : NULL;
 
-		if (i < d->n_boxes && (!box->selectable || box->ignored)) {
+		if (box != NULL && (!box->selectable || box->ignored)) {
 			i++;
-		} else if (i < d->n_boxes && pending < im->status_flight && imap_may_send(im, pending)) {
+		} else if (box != NULL && pending < im->status_flight && imap_may_send(im, pending)) {
 			tag = imap_send(im, NULL, "STATUS %s %s",
 					imap_quote(im, quoted, sizeof quoted, box->name), items);
 			tags[(done + pending++) % IMAP_FLIGHT_MAX] = tag;
