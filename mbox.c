@@ -427,7 +427,8 @@ struct mbox {
 	struct mbox_header header;
 	bool header_over, known_already, sum_again;
 	bool cr;                 /* the last octet was a CR, held back: a LF may follow */
-	int prefix;              /* -1: within a line; else so much of "From " stands at its start */
+	int prefix;              /* -1: within a line; else so much of "From " stands at its start ... */
+	bool quotes;             /* ... behind any number of '>' */
 	off_t committed_octets;  /* of the mbox, at the last sync or when it was opened */
 	time_t committed_sec;
 	uint8_t buffer[BUFFER_OCTETS];
@@ -1945,6 +1946,7 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 		return -1;
 	}
 	m->prefix = 0;
+	m->quotes = false;
 	return 0;
 }
 
@@ -2027,6 +2029,7 @@ static int put_quoted(struct mbox *m, const uint8_t *p, size_t n, struct err *e)
 			m->prefix = *p != '\n' ? -1 : m->prefix;
 		}
 		if (m->prefix == 0 && *p == '>') { /* the one more can as well come behind these */
+			m->quotes = true;
 			if (put(m, p++, 1, e) != 0)
 				return -1;
 			continue;
@@ -2054,6 +2057,7 @@ static int put_quoted(struct mbox *m, const uint8_t *p, size_t n, struct err *e)
 		if (lf != NULL) { /* what was put last is still in the buffer */
 			m->buffer[m->buffered - 1] = '\n';
 			m->prefix = 0;
+			m->quotes = false;
 		}
 		p = lf != NULL ? lf + 1 : end;
 	}
@@ -2088,7 +2092,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	if ((m->cr && put(m, "\r", 1, e) != 0) ||
 	    (m->prefix > 0 && put(m, "From ", (size_t)m->prefix, e) != 0))
 		goto fail;
-	if (put(m, "\n\n", m->prefix == 0 && !m->cr ? 1 : 2, e) != 0)
+	if (put(m, "\n\n", m->prefix == 0 && !m->quotes && !m->cr ? 1 : 2, e) != 0)
 		goto fail;
 	if (when_sec != m->when_sec) {
 		from_line(from, when_sec);

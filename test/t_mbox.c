@@ -387,6 +387,7 @@ static void test_stored(void)
 		{ "Message-ID: <a@x>\r\n\r\n\rFrom \r\n\r\r\nFrom \r", "Message-ID: <a@x>\n\n\rFrom \n\r\n>From \r\n\n" },
 		{ "Message-ID: <a@x>\r\n\r\nFrom ", "Message-ID: <a@x>\n\n>From \n\n" },
 		{ "Message-ID: <a@x>\r\n\r\nFrom", "Message-ID: <a@x>\n\nFrom\n\n" },
+		{ "Message-ID: <a@x>\r\n\r\n>", "Message-ID: <a@x>\n\n>\n\n" },
 		{ "Message-ID: <a@x>\r\n\r\n>>From", "Message-ID: <a@x>\n\n>>From\n\n" },
 		{ "Message-ID: <a@x>\r\n\r\n>\r", "Message-ID: <a@x>\n\n>\r\n\n" },
 		{ "Message-ID: <a@x>\r\n\r\n\r", "Message-ID: <a@x>\n\n\r\n\n" },
