@@ -703,7 +703,7 @@ static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 			      .digits = (uint32_t)get_number(p + 48, 4) };
 	memcpy(r->id.octets, p + 24, 16);
 	return get_number(p + 56, 8) == sum_of(p, 56) && r->offset >= 0 && r->octets >= 0 &&
-	       r->octets <= INT64_MAX - r->offset;
+	       r->octets <= INT64_MAX - r->offset && r->digits <= DIGITS_MAX;
 }
 
 /* Record i as it is on disk or held back; its UID and state may be newer in entries[i]. */

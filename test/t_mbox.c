@@ -793,6 +793,10 @@ static void test_index(void)
 	r.octets = 6;
 	record_pack(&r, p);
 	check(!record_unpack(&again, p), "a record that ends nowhere");
+	r.octets = 5;
+	r.digits = DIGITS_MAX + 1;
+	record_pack(&r, p);
+	check(!record_unpack(&again, p), "a record whose digits are nowhere");
 }
 
 /* ---- limits ---- */
