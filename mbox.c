@@ -847,6 +847,18 @@ static void order_insert(struct mbox *m, uint32_t i, uint32_t uid)
 	m->entries[i].uid = uid;
 }
 
+static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
+{
+	if (uid == 0)
+		m->entries[i].uid = 0;
+	else
+		order_insert(m, i, uid);
+	if (m->entries[i].bits & ENTRY_OTHER)
+		m->now.others += uid != 0 ? 1 : UINT32_MAX;
+	m->entries[i].bits |= ENTRY_DIRTY;
+	m->records_dirty = true;
+}
+
 static void order_sift(struct mbox *m, uint32_t root, uint32_t n)
 {
 	for (uint32_t child; (child = 2 * root + 1) < n; root = child) {
@@ -895,7 +907,7 @@ static void order_make(struct mbox *m)
 		if (m->entries[m->order[i]].uid != m->entries[m->order[m->known - 1]].uid)
 			m->order[m->known++] = m->order[i];
 		else
-			m->entries[m->order[i]].uid = 0;
+			set_uid(m, m->order[i], 0);
 }
 
 static void table_insert(struct mbox *m, uint32_t i)
@@ -1733,18 +1745,6 @@ int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e)
 
 /* ======== UIDs and identities ======== */
 
-static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
-{
-	if (uid == 0)
-		m->entries[i].uid = 0;
-	else
-		order_insert(m, i, uid);
-	if (m->entries[i].bits & ENTRY_OTHER)
-		m->now.others += uid != 0 ? 1 : UINT32_MAX;
-	m->entries[i].bits |= ENTRY_DIRTY;
-	m->records_dirty = true;
-}
-
 static bool no_uid_lives(void *context, uint32_t uid)
 {
 	(void)context;
@@ -2290,7 +2290,7 @@ int mbox_judge(struct mbox *m, bool torn, struct err *e)
 		at = order_find(m, m->entries[i].uid);
 		m->known--;
 		memmove(m->order + at, m->order + at + 1, (m->known - at) * sizeof *m->order);
-		m->entries[i].uid = 0;
+		set_uid(m, i, 0);
 	}
 	m->entries[i].bits |= ENTRY_TORN;
 	return set_state(m, i, state_of(&m->entries[i]) | MBOX_GONE, e);

@@ -799,6 +799,26 @@ static void test_index(void)
 	check(!record_unpack(&again, p), "a record whose digits are nowhere");
 }
 
+/* Two records that claim one UID; the index was made by somebody else, or the power went. */
+static void test_twice(void)
+{
+	struct mbox *m = fresh(0);
+
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+	keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
+	bound(m, 3, "<a@x>");
+	m->entries[2].uid = 1;
+	m->entries[2].bits |= ENTRY_DIRTY;
+	m->records_dirty = true;
+	closed(m);
+	m = opened(0);
+	check(m->known == 2 && m->now.others == (m->entries[2].uid != 0) && mbox_next_uid(m, 1) == 1 &&
+	      mbox_next_uid(m, 2) == 2, "twice: %u UIDs, %u others", m->known, m->now.others);
+	listed(m, "12");
+	marked(m, 0);
+	closed(reopened(m, 0));
+}
+
 /* ---- limits ---- */
 
 static void test_limits(void)
@@ -947,6 +967,7 @@ int main(void)
 	test_original();
 	test_turns();
 	test_index();
+	test_twice();
 	test_limits();
 	test_large();
 	test_suspect();
