@@ -212,12 +212,17 @@ static void made_id(struct mbox_id *id, const uint8_t key[20], unsigned k)
 	id_of(id, text, made_text(text, key, k));
 }
 
-/* Is this text <40 hex digits@imap_backup.py.local>, the original's? */
+/* Is this text what made_text() makes, or the original made? */
 static bool is_made(const char *text, size_t n)
 {
-	return n == 41 + sizeof made_domain - 1 && text[0] == '<' &&
-	       memcmp(text + 41, made_domain, sizeof made_domain - 1) == 0 &&
-	       strspn(text + 1, "0123456789abcdef") == 40;
+	const size_t domain = sizeof made_domain - 1, end = n - domain; /* of key and number */
+
+	if (n < 41 + domain || n >= MBOX_MADE_MAX || text[0] != '<' ||
+	    memcmp(text + end, made_domain, domain) != 0 ||
+	    strspn(text + 1, "0123456789abcdef") != 40)
+		return false;
+	return end == 41 ||
+	       (end > 42 && text[41] == '.' && strspn(text + 42, "0123456789") == end - 42);
 }
 
 void mbox_header_init(struct mbox_header *h, struct mbox_made *made)

@@ -357,6 +357,8 @@ static void test_is_made(void)
 {
 	static const char key[] = "<0123456789abcdef0123456789abcdef01234567";
 	static const struct { const char *rest; bool made; } rows[] = {
+		{ "@imap_backup.py.local>", true }, { ".2@imap_backup.py.local>", true },
+		{ ".4294967295@imap_backup.py.local>", true }, { ".@imap_backup.py.local>", false },
 		{ ".x@imap_backup.py.local>", false }, { "8@imap_backup.py.local>", false },
 		{ "@imap_backup.py.local", false }, { "@imap_backup.py.local> ", false }, { "", false },
 	};
@@ -912,6 +914,7 @@ static void test_suspect(void)
 		{ OURS("0000") "Message-ID: <z@x>\n\nz\n\n", 24 }, { OURS("0000") "Message-ID: <z@x>\n\n>From z", 29 },
 		{ OURS("0000") "Message-ID: <z@x>\n\n>>From z\n>Fro\n", 36 },
 		{ OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\nb\n\n", 17 },
+		{ OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>\nSubject: b\n\nb\n\n", 17 },
 		{ "From x\nMessage-ID: <z@x>\n\nz\n\n", 24 },
 	};
 	struct mbox *m;
