@@ -266,13 +266,16 @@ static void header_field_end(struct mbox_header *h)
 static void header_name_end(struct mbox_header *h)
 {
 	static const char wanted[][8] = { "from", "to", "cc", "date", "subject" };
+	const char *name = h->name;
 	size_t n = h->name_octets;
 
-	while (n > 0 && is_space((uint8_t)h->name[n - 1]))
+	if (h->made != NULL && n > 5 && memcmp(name, ">From ", 6) == 0) /* "From :", quoted */
+		name++, n--;
+	while (n > 0 && is_space((uint8_t)name[n - 1]))
 		n--;
 	h->at = MBOX_AT_OTHER;
 	if (h->made == NULL) {
-		if (n == 10 && strncasecmp(h->name, "message-id", n) == 0) {
+		if (n == 10 && strncasecmp(name, "message-id", n) == 0) {
 			h->at = MBOX_AT_ID;
 			h->space = false;
 			h->text_octets = h->id_octets = 0;
@@ -281,9 +284,9 @@ static void header_name_end(struct mbox_header *h)
 		return;
 	}
 	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-		if (n == strlen(wanted[i]) && strncasecmp(h->name, wanted[i], n) == 0) {
+		if (n == strlen(wanted[i]) && strncasecmp(name, wanted[i], n) == 0) {
 			h->at = MBOX_AT_MADE;
-			mbox_made_feed(h->made, h->name, h->name_octets);
+			mbox_made_feed(h->made, name, h->name_octets - (size_t)(name - h->name));
 			mbox_made_feed(h->made, ":", 1);
 		}
 }

@@ -316,6 +316,9 @@ static void test_made(void)
 		{ "From : a@x\r\n\r\n",
 		  "4124659b614f2e04f84643b852beebb4cff4d184",
 		  "From : a@x\r\n\r\n" },
+		{ "From : a@x\r\n\r\n",
+		  "4124659b614f2e04f84643b852beebb4cff4d184",
+		  ">From : a@x\n\n" },
 	};
 
 	for (size_t i = 0; i < N(rows); i++) {
