@@ -48,7 +48,7 @@ bench torture: imap_backup
 	test/setup.sh $(if $(filter bench,$@),$@,test)
 	test/$@.py $(ARGS)
 fuzz:
-	test/setup.sh test
+	test/setup.sh fuzz
 	test/fuzz.sh $(ARGS)
 static:
 	test/static.sh $(TARGET)

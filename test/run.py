@@ -2,8 +2,8 @@
 """Runs the tests: run.py [-v] [-j N] [PATTERN ...]
 
 Every function test_* of a file test_*.py is a test and gets a T; every t_*.c is one too: it is
-compiled with json.c and mbox.c, unless it includes them, and must exit with 0. A line a test, then
-"N passed, N failed".
+compiled with json.c and mbox.c, unless it includes them, and must exit with 0; every fuzz_*.c is
+run for some seconds by fuzz.sh. A line a test, then "N passed, N failed".
 """
 import argparse
 import contextlib
@@ -153,6 +153,8 @@ def run_one(task):
     output = io.StringIO()
     if module == 'C':
         return run_c(name)
+    if module == 'fuzz':
+        return run_fuzz(name)
     t = T(name)
     began = time.monotonic()
     try:
@@ -189,6 +191,14 @@ def run_c(path):
         return name, reason, done.stdout.decode(errors='replace'), time.monotonic() - began
 
 
+def run_fuzz(path):
+    name, began = os.path.basename(path)[:-2], time.monotonic()
+    done = subprocess.run([os.path.join(HERE, 'fuzz.sh'), '-s', '4', name[5:]], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=LIMIT_SEC)
+    reason = None if done.returncode == 0 else 'exit status %d' % done.returncode
+    return name, reason, done.stdout.decode(errors='replace'), time.monotonic() - began
+
+
 def worker(tasks, results):
     for task in iter(tasks.get, None):
         results.put(run_one(task))
@@ -205,6 +215,7 @@ def main():
     parser.add_argument('pattern', nargs='*', help='run only tests whose name contains one of these')
     options = parser.parse_args()
     tests = [('C', path) for path in sorted(glob.glob(os.path.join(HERE, 't_*.c')))]
+    tests += [('fuzz', path) for path in sorted(glob.glob(os.path.join(HERE, 'fuzz_*.c')))]
     for path in sorted(glob.glob(os.path.join(HERE, 'test_*.py'))):
         module = importlib.import_module(os.path.basename(path)[:-3])
         tests += [(module.__name__, name) for name in vars(module) if name.startswith('test_')]

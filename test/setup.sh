@@ -1,10 +1,11 @@
 #!/bin/sh
-# setup.sh [build|demo|test|bench] - install what is missing on Debian or Ubuntu; silent if nothing is
+# setup.sh [build|demo|test|bench|fuzz] - install what is missing on Debian or Ubuntu; silent if nothing is
 #
 #   build   what the program is built from
 #   demo    and what `make demo` needs: a Dovecot of its own, python3, openssl
 #   test    and what the tests need (the same today)
 #   bench   and what `make bench` compares with: isync
+#   fuzz    and clang with libFuzzer
 #
 # Nothing is installed that is there in another form: what counts is that it works.
 set -eu
@@ -28,6 +29,12 @@ header_of() # PACKAGE HEADER: as need, but the input is the header's
 	header "$2" >/dev/null 2>&1 || missing="$missing $1"
 }
 
+fuzzer() # can clang link one?
+{
+	echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
+		clang -fsanitize=fuzzer,address -x c - -o /dev/null
+}
+
 missing=
 need gcc command -v "${cc%% *}"
 need make command -v make
@@ -40,7 +47,7 @@ else
 fi
 case ${1:-build} in
 build) ;;
-demo|test|bench)
+demo|test|bench|fuzz)
 	need dovecot-imapd command -v dovecot
 	[ -z "$(command -v dovecot)" ] || need dovecot-imapd test -x /usr/lib/dovecot/imap -o \
 		-x /usr/libexec/dovecot/imap -o -x /usr/local/libexec/dovecot/imap
@@ -49,10 +56,15 @@ demo|test|bench)
 	[ "$1" != bench ] || need isync command -v mbsync
 	;;
 *)
-	echo "usage: $0 [build|demo|test|bench]" >&2
+	echo "usage: $0 [build|demo|test|bench|fuzz]" >&2
 	exit 2
 	;;
 esac
+if [ "${1:-}" = fuzz ] && command -v clang >/dev/null; then
+	fuzzer >/dev/null 2>&1 || missing="$missing libclang-rt-$(clang -dumpversion | cut -d. -f1)-dev"
+elif [ "${1:-}" = fuzz ]; then
+	missing="$missing clang" # and its library in a second round, when its version is known
+fi
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
@@ -69,7 +81,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 echo "installing$missing" >&2
 # A Dovecot that comes along must not begin to serve this machine, now or after the next boot.
-# shellcheck disable=SC2016
+# shellcheck disable=SC2016,SC2086
 $root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
 	policy=/usr/sbin/policy-rc.d ours= log=$(mktemp)
 	trap "rm -f \"$log\"; [ -z \"\$ours\" ] || rm -f $policy" EXIT
@@ -86,3 +98,4 @@ $root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
 		systemctl disable --now dovecot.service dovecot.socket >/dev/null 2>&1 || true ;;
 	esac
 ' setup $missing
+case $missing in *' clang') exec "$0" fuzz ;; esac

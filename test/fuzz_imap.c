@@ -1,0 +1,308 @@
+/*
+ * fuzz_imap - a libFuzzer target for what a server says, read through the stream
+ *
+ * The first octet chooses what is done, the second in how large pieces the rest arrives: responses
+ * alone, with every callback; greeting, login and list; or a whole mailbox into an archive, which
+ * may hold mails already. Whatever was said: nothing hangs, the memory stays small, what is handed
+ * on keeps the contract of struct imap, and an archive is whole afterwards and has lost nothing.
+ */
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static ssize_t served(int fd, void *to, size_t n, int flags);
+static ssize_t swallowed(int fd, const void *from, size_t n, int flags);
+static ssize_t unheard(int fd, const void *from, size_t n);
+
+#define recv served
+#define send swallowed
+#define write unheard
+#define main program_main
+#include "../imap_backup.c"
+#undef main
+#undef recv
+#undef send
+#undef write
+#define FUZZ
+#include "unit.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int fsync(int fd);
+
+static const uint8_t *said, *said_end;
+static size_t piece;
+
+/* The server's octets, and then it hangs up. */
+static ssize_t served(int fd, void *to, size_t n, int flags)
+{
+	(void)fd;
+	(void)flags;
+	n = n < piece ? n : piece;
+	n = n < (size_t)(said_end - said) ? n : (size_t)(said_end - said);
+	memcpy(to, said, n);
+	said += n;
+	return (ssize_t)n;
+}
+
+static ssize_t swallowed(int fd, const void *from, size_t n, int flags)
+{
+	(void)fd;
+	(void)from;
+	(void)flags;
+	return (ssize_t)n;
+}
+
+static ssize_t unheard(int fd, const void *from, size_t n)
+{
+	return fd == STDERR_FILENO ? (ssize_t)n : write(fd, from, n);
+}
+
+int fsync(int fd)
+{
+	(void)fd;
+	return 0;
+}
+
+/* ---- responses alone ---- */
+
+static struct {
+	bool wanted;             /* on_literal() said so, and the response has not ended */
+	uint64_t announced, got;
+	struct set uids;
+} seen;
+
+static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+{
+	(void)context;
+	(void)delimiter;
+	(void)selectable;
+	must(strlen(name) <= n && strlen(name) <= MBOX_NAME_MAX + 1);
+	return 0;
+}
+
+static int saw_status(void *context, const char *name, const struct imap_status *status)
+{
+	(void)context;
+	must(strlen(name) <= MBOX_NAME_MAX + 1 && status->known);
+	return 0;
+}
+
+static int saw_uids(void *context, uint32_t low, uint32_t high)
+{
+	(void)context;
+	must(low > 0 && low <= high);
+	return set_add(&seen.uids, low, high) ? 0 : -1;
+}
+
+static int saw_literal(void *context, const struct imap_fetch *fetch)
+{
+	(void)context;
+	must(fetch->section != SECTION_NONE && !seen.wanted);
+	seen.wanted = fetch->octets % 3 != 1;
+	seen.announced = fetch->octets;
+	seen.got = 0;
+	return seen.wanted;
+}
+
+static int saw_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
+{
+	(void)context;
+	must(seen.wanted && n > 0 && octets != NULL && fetch->octets == seen.announced);
+	seen.got += n;
+	must(seen.got <= seen.announced);
+	return 0;
+}
+
+static int saw_fetch(void *context, const struct imap_fetch *fetch)
+{
+	(void)context;
+	must(!seen.wanted || seen.got == seen.announced);
+	must((fetch->flags & ~(unsigned)MBOX_FLAGS) == 0);
+	seen.wanted = false;
+	return 0;
+}
+
+static void responses(struct imap *im)
+{
+	int got;
+
+	im->tag = 3 + said[0];
+	im->on_list = saw_list;
+	im->on_status = saw_status;
+	im->on_uids = saw_uids;
+	im->on_literal = saw_literal;
+	im->on_octets = saw_octets;
+	im->on_fetch = saw_fetch;
+	seen.wanted = false;
+	while ((got = imap_response(im)) >= 0)
+		must(im->s.err.code == E_NONE);
+	must(im->s.err.code == E_NET || im->s.err.code == E_PROTO || im->s.err.code == E_WAIT);
+	must(im->s.err.text[0] != '\0' && im->s.err.wait_sec <= WAIT_SEC);
+	for (unsigned i = 0; i < IMAP_FLIGHT_MAX; i++)
+		must(strlen(im->results[i].text) < sizeof im->results[i].text);
+	set_sort(&seen.uids);
+	for (size_t i = 1; i < seen.uids.n; i++)
+		must(seen.uids.ranges[i].low - 1 > seen.uids.ranges[i - 1].high);
+	set_free(&seen.uids);
+}
+
+/* ---- greeting, login, list ---- */
+
+static void session(struct imap *im, const struct account *account)
+{
+	struct trust trust = { .n = 0 };
+	struct options options = { .mode = RUN_LIST };
+	struct config config = { .accounts = NULL };
+	struct run run = { .config = &config, .options = &options };
+	struct task task = { .account = account };
+	struct desk d = { .run = &run, .task = &task };
+	struct err e = { 0 };
+
+	d.fd = open("/dev/null", O_WRONLY);
+	if (imap_greet(im, &trust) == 0 && imap_login(im, "u\"ser", "p\\assw\xF6rd") == 0) {
+		d.im = *im;
+		must((desk_list(&d, &e) == 0) == (e.code == E_NONE));
+		*im = d.im;
+	}
+	close(d.fd);
+}
+
+/* ---- a mailbox into an archive ---- */
+
+static char path[200];
+
+static void no_progress(void *context)
+{
+	(void)context;
+}
+
+static void file_write(const char *name, const void *octets, size_t n)
+{
+	FILE *f = fopen(name, "w");
+
+	must(f != NULL && fwrite(octets, 1, n, f) == n && fclose(f) == 0);
+}
+
+static char *file_read(const char *name, size_t *n)
+{
+	FILE *f = fopen(name, "r");
+	struct stat st;
+	char *text;
+
+	must(f != NULL && fstat(fileno(f), &st) == 0);
+	*n = (size_t)st.st_size;
+	text = allocate(*n + 1);
+	must(fread(text, 1, *n, f) == *n);
+	fclose(f);
+	return text;
+}
+
+/* Three mails with UIDs 3 to 5 and one without, in UIDVALIDITY 7. */
+static void archive_make(char **mbox, size_t *n, char **index, size_t *m)
+{
+	static const char *const mails[] = {
+		"Message-ID: <a@x>\r\n\r\nFrom here\r\n", "Subject: b\r\n\r\n\r\n", "Message-ID: <c@x>\r\n\r\nc",
+		"Message-ID: <d@x>\r\n\r\nd\r\n"
+	};
+	struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 7, .messages = 4, .highestmodseq = 9 };
+	char name[220];
+	struct err e = { 0 };
+	struct mbox *box;
+
+	must(mbox_open(&box, path, "INBOX", 0, &e) == 0);
+	for (uint32_t i = 0; i < 4; i++)
+		must(mbox_begin(box, i, &e) == 0 && mbox_write(box, mails[i], strlen(mails[i]), &e) == 0 &&
+		     mbox_end(box, 3 + i, i, i, &e) == 1);
+	must(mbox_close(box, &claim, &e) == 0);
+	snprintf(name, sizeof name, "%s.index", path);
+	*mbox = file_read(path, n);
+	*index = file_read(name, m);
+}
+
+static void mailbox(struct imap *im, unsigned how)
+{
+	static char *mbox, *index;
+	static size_t mbox_octets, index_octets;
+	struct config config = { .header_batch = 1 + (how >> 6) * 40, .email_batch = 2,
+				 .keep_duplicates = how & 4 };
+	struct mailbox box = { .name = (char[]){ "INBOX" }, .delimiter = '/', .selectable = true };
+	struct attempt attempt = { .careful = how & 8 };
+	struct counts counts = { 0 };
+	struct mbox_info info;
+	struct err e = { 0 };
+	struct mbox *m;
+	char name[220], *text;
+	size_t n, mails = 0;
+	int result;
+
+	snprintf(name, sizeof name, "%s.index", path);
+	unlink(path);
+	unlink(name);
+	if (mbox == NULL) {
+		archive_make(&mbox, &mbox_octets, &index, &index_octets);
+		unlink(path);
+		unlink(name);
+	}
+	if (how & 16) {
+		file_write(path, mbox, mbox_octets);
+		file_write(name, index, index_octets);
+	}
+	if (how & 32)
+		box.status = (struct imap_status){ .known = true, .messages = 5, .uidnext = 9,
+						   .uidvalidity = 7, .unseen = 1, .highestmodseq = 11 };
+	result = sync_mailbox(&config, im, &box, path, false, &attempt, &counts, no_progress, NULL, &e);
+	must((result == 0) == (e.code == E_NONE));
+	must(e.code != E_SYSTEM && e.code != E_LOCKED);
+	e = (struct err){ 0 };
+	must(mbox_open(&m, path, "INBOX", 0, &e) == 0);
+	must(*mbox_mended(m) == '\0');
+	mbox_tally(m, &info);
+	must(mbox_close(m, NULL, &e) == 0);
+	text = file_read(path, &n);
+	for (const char *p = text, *lf; p < text + n; p = lf + 1) {
+		lf = memchr(p, '\n', (size_t)(text + n - p));
+		must(lf != NULL);
+		if (lf - p < 5 || memcmp(p, "From ", 5) != 0)
+			continue;
+		must(p == text || (p[-1] == '\n' && p[-2] == '\n'));
+		must(text + n - p > 66 && memcmp(p + 44, "X-Mozilla-Status: ", 18) == 0);
+		mails++;
+	}
+	must(mails == info.stored && info.stored >= (how & 16 ? 4 : 0));
+	must(n == 0 || memcmp(text + n - 2, "\n\n", 2) == 0);
+	for (size_t i = 0; how & 16 && i < mbox_octets; i++)
+		must(text[i] == mbox[i] || strchr("0123456789abcdef", mbox[i]) != NULL);
+	free(text);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static struct account account = { .host = "example.org", .port = 143, .ssl = SSL_OFF };
+	struct imap im = { .status_flight = IMAP_FLIGHT_MAX, .capabilities = 0 };
+
+	if (*path == '\0') {
+		must(snprintf(path, sizeof path, "%s/INBOX.mbox", getenv("TMPDIR")) < (int)sizeof path);
+		log_to.level = LOG_TRACE;
+	}
+	if (size < 4)
+		return 0;
+	im.s = (struct stream){ .fd = -1, .parent = -1, .account = &account, .timeout_sec = 1,
+				.plain = allocate(STREAM_PLAIN_OCTETS) };
+	piece = data[1] == 0 ? SIZE_MAX : data[1];
+	im.capabilities = data[2] * 4u;
+	im.trace = data[0] & 128;
+	said = data + 3;
+	said_end = data + size;
+	switch (data[0] & 3) {
+	case 0:
+		session(&im, &account);
+		break;
+	case 1:
+		responses(&im);
+		break;
+	default:
+		mailbox(&im, data[0]);
+	}
+	stream_close(&im.s);
+	return 0;
+}
