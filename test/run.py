@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the tests: run.py [-v] [-j N] [PATTERN ...]
+"""Runs the tests: run.py [-v] [-j N] [--sanitize|--valgrind] [PATTERN ...]
 
 Every function test_* of a file test_*.py is a test and gets a T; every t_*.c is one too: it is
 compiled with json.c and mbox.c, unless it includes them, and must exit with 0; every fuzz_*.c is
@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,31 @@ def run_one(task):
     return name, reason, output.getvalue(), time.monotonic() - began
 
 
+SANITIZED = ['-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_FILE_OFFSET_BITS=64', '-g', '-O1',
+             '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
+REPORTS = os.path.join(TOP, 'build', 'report')
+
+
+def instrument(valgrind):
+    """Build the program with ASan and UBSan, or wrap it in valgrind: what they find goes to REPORTS.*"""
+    program = os.path.join(TOP, 'build', 'valgrind' if valgrind else 'sanitized')
+    os.makedirs(os.path.dirname(program), exist_ok=True)
+    for old in glob.glob(REPORTS + '.*'):
+        os.unlink(old)
+    if valgrind:
+        with open(program, 'w') as f:
+            f.write('#!/bin/sh\nexec valgrind -q --trace-children=no --log-file=%s.%%p %s "$@"\n'
+                    % (shlex.quote(REPORTS), shlex.quote(PROGRAM)))
+        os.chmod(program, 0o755)
+    else:
+        subprocess.run([os.environ.get('CC', 'cc'), *SANITIZED, '-o', program,
+                        *(os.path.join(TOP, s) for s in ('imap_backup.c', 'json.c', 'mbox.c')),
+                        '-lbearssl', '-lcurl'], check=True)
+        os.environ['ASAN_OPTIONS'] = 'detect_leaks=0:log_path=' + REPORTS   # memory is left to exit()
+        os.environ['UBSAN_OPTIONS'] = 'print_stacktrace=1:log_path=' + REPORTS
+    return program
+
+
 def run_c(path):
     """Compile and run a unit test under ASan and UBSan."""
     name, began = os.path.basename(path)[:-2], time.monotonic()
@@ -179,10 +205,8 @@ def run_c(path):
         with open(path) as f:
             unit = f.read()
         sources = [os.path.join(TOP, s) for s in ('json.c', 'mbox.c') if '"../%s"' % s not in unit]
-        command = [os.environ.get('CC', 'cc'), '-std=c11', '-D_POSIX_C_SOURCE=200809L',
-                   '-D_FILE_OFFSET_BITS=64', '-g', '-O1', '-fsanitize=address,undefined',
-                   '-fno-sanitize-recover=undefined', '-I', TOP, '-o', binary, path, *sources,
-                   '-lbearssl', '-lcurl']
+        command = [os.environ.get('CC', 'cc'), *SANITIZED, '-o', binary, path, *sources, '-lbearssl',
+                   '-lcurl']
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode == 0:
             done = subprocess.run([binary], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -209,17 +233,25 @@ def worker(tasks, results):
 
 
 def main():
+    global PROGRAM
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('-v', action='store_true', help='show what tests print')
     parser.add_argument('-j', type=int, default=min(2, os.cpu_count() or 1), help='tests at a time')
     parser.add_argument('pattern', nargs='*', help='run only tests whose name contains one of these')
+    parser.add_argument('--sanitize', action='store_true', help='the program under ASan and UBSan')
+    parser.add_argument('--valgrind', action='store_true', help='the program under valgrind')
     options = parser.parse_args()
+    instrumented = options.sanitize or options.valgrind
+    if instrumented:
+        PROGRAM = instrument(options.valgrind)
     tests = [('C', path) for path in sorted(glob.glob(os.path.join(HERE, 't_*.c')))]
     tests += [('fuzz', path) for path in sorted(glob.glob(os.path.join(HERE, 'fuzz_*.c')))]
     for path in sorted(glob.glob(os.path.join(HERE, 'test_*.py'))):
         module = importlib.import_module(os.path.basename(path)[:-3])
         tests += [(module.__name__, name) for name in vars(module) if name.startswith('test_')]
     tests = [t for t in tests if not options.pattern or any(p in t[1] for p in options.pattern)]
+    if instrumented:   # units are sanitized always; the memory measured would be the sanitizer's
+        tests = [t for t in tests if t[0] not in ('C', 'fuzz') and 'memory' not in t[1]]
     if not os.access(PROGRAM, os.X_OK):
         sys.exit('%s is missing: run make' % PROGRAM)
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
@@ -242,6 +274,11 @@ def main():
     for process in crew:
         process.join()
     print('%d passed, %d failed' % (len(tests) - failed, failed))
+    for report in glob.glob(REPORTS + '.*') if instrumented else ():
+        with open(report, errors='replace') as f:
+            text = f.read()
+        failed += text != ''   # valgrind leaves an empty one
+        print(text and 'FAIL %s\n%s' % (report, text), end='')
     sys.exit(failed > 0)
 
 
