@@ -719,8 +719,10 @@ static bool match(const char *pattern, const char *text)
 			pattern++;
 			text++;
 		} else if (star != NULL) {
+			size_t passed = utf8_octets((const uint8_t *)back, strlen(back));
+
 			pattern = star;
-			text = ++back;
+			text = back += passed > 0 ? passed : 1;
 		} else {
 			return false;
 		}

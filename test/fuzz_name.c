@@ -135,21 +135,26 @@ static void check_decode(const char *name, size_t n)
 	must(mutf7_encode(encoded, decoded, octets) == n && memcmp(encoded, name, n) == 0);
 }
 
-/* The same as match(), slowly. */
-static bool matches(const char *pattern, const char *text)
+static size_t character(const char *text)
 {
 	size_t n = *text != '\0' ? utf8_octets((const uint8_t *)text, strlen(text)) : 0;
 
+	return n > 0 ? n : 1;
+}
+
+/* The same as match(), slowly. */
+static bool matches(const char *pattern, const char *text)
+{
 	if (*pattern == '\0')
 		return *text == '\0';
 	if (pattern[0] == '*' && pattern[1] == '*')
 		return matches(pattern + 1, text);
 	if (*pattern == '*')
-		return matches(pattern + 1, text) || (*text != '\0' && matches(pattern, text + 1));
+		return matches(pattern + 1, text) || (*text != '\0' && matches(pattern, text + character(text)));
 	if (*text == '\0')
 		return false;
 	if (*pattern == '?')
-		return matches(pattern + 1, text + (n > 0 ? n : 1));
+		return matches(pattern + 1, text + character(text));
 	return *pattern == *text && matches(pattern + 1, text + 1);
 }
 
@@ -172,6 +177,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	memcpy(name, data + 1, n);
 	name[n] = '\0';
 	snprintf(pattern, sizeof pattern, "%.*s", (int)(end - rest < 8 ? end - rest : 8), rest);
+	for (size_t i = 0, octets; pattern[i] != '\0'; i += octets) /* JSON's strings are UTF-8 */
+		if ((octets = utf8_octets((const uint8_t *)pattern + i, strlen(pattern + i))) == 0)
+			pattern[i] = '\0', octets = 0;
 
 	check_file(name, delimiter);
 	check_decode(name, n);

@@ -197,7 +197,7 @@ static void test_match(void)
 		{ "", "", true }, { "", "a", false }, { "a", "", false }, { "a", "a", true }, { "a", "A", false },
 		{ "*", "", true }, { "*", "abc", true }, { "a*", "abc", true }, { "*c", "abc", true },
 		{ "*b", "abc", false }, { "a*c*", "abcabc", true }, { "a*b", "aXbYb", true }, { "**", "", true },
-		{ "?", "", false }, { "?", "\xC3\xA9", true }, { "??", "\xC3\xA9", false }, { "?", "\xFF", true },
+		{ "?", "", false }, { "?", "\xC3\xA9", true }, { "??", "\xC3\xA9", false }, { "*??", "\xE4\xB8\xAD", false }, { "?", "\xFF", true },
 		{ "a?c", "abc", true }, { "a?", "a", false }, { "*?", "a", true }, { "a*a*a*a*b", "aaaaaaaaaaaa", false },
 		{ "[a]", "[a]", true }, { "*", "a/b", true },
 	};
