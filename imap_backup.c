@@ -3606,7 +3606,7 @@ struct sync {
 	void *context;
 
 	struct set listing;       /* what the server lists */
-	struct set ask, ask_made, want, again, failed;
+	struct set ask, ask_made, want, late, again, failed;
 	struct batch flight[IMAP_FLIGHT_MAX];
 	unsigned first, pending;  /* of the ring 'flight' */
 	bool searching;           /* the UIDs that come are the listing */
@@ -3614,6 +3614,7 @@ struct sync {
 	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
 	uint32_t told;            /* flags of mails */
 	bool window;              /* the server shows only the newest mails */
+	bool in_order;            /* mails came late for want of a Message-ID: one command at a time now */
 
 	struct mbox_header header; /* of a mail that is asked for by its header */
 	struct mbox_made made;
@@ -3703,6 +3704,32 @@ static void sync_passed(struct sync *y, uint32_t uid, bool mail)
 		y->attempt->careful = false;
 }
 
+/*
+ * Are mails with lower UIDs still to come? Commands that run at a time may mix their answers (Dovecot),
+ * but Message-IDs that we make are numbered by UID.
+ */
+static bool sync_out_of_turn(struct sync *y, uint32_t uid)
+{
+	uint32_t late;
+
+	set_sort(&y->late);
+	late = set_next(&y->late, 1);
+	if (late != 0 && late < uid)
+		return true;
+	if (y->in_order && y->pending == 1)
+		return false; /* the server's own order, then: rather that than to ask for ever */
+	for (unsigned i = 0; i < y->pending; i++) {
+		const struct batch *b = &y->flight[(y->first + i) % IMAP_FLIGHT_MAX];
+
+		for (unsigned k = 0; k < b->n && b->kind == BATCH_MAILS; k++)
+			for (uint32_t other = b->ranges[k].low; other <= b->ranges[k].high && other < uid; other++)
+				if ((y->searching || y->listing_now || set_has(&y->listing, other)) &&
+				    mbox_next_uid(y->m, other) != other)
+					return true;
+	}
+	return false;
+}
+
 /* A mail has come as a whole: store it. */
 static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 {
@@ -3715,6 +3742,13 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	if (fetch->uid == 0 || !sync_wants(y, fetch->uid)) {
 		mbox_abort(y->m);
 		return imap_noise(y->im, fetch->octets);
+	}
+	if ((stored = mbox_lacks_id(y->m, y->e)) < 0)
+		return -1;
+	if (stored > 0 && sync_out_of_turn(y, fetch->uid)) {
+		mbox_abort(y->m);
+		y->in_order = true;
+		return set_add(&y->late, fetch->uid, fetch->uid) ? 0 : sync_out_of_room(y);
 	}
 	stored = mbox_end(y->m, fetch->uid, dated->has_date ? dated->date_sec : 0, flagged->flags, y->e);
 	if (stored < 0)
@@ -3908,6 +3942,7 @@ static int sync_batch_done(struct sync *y)
 	if (result->condition == IMAP_BAD)
 		y->im->one_at_a_time = true;
 	set_sort(&y->ask_made);
+	set_sort(&y->late);
 	for (unsigned i = 0; i < b->n; i++)
 		for (uint32_t uid = b->ranges[i].low;; uid++) {
 			struct set *to = &y->want;
@@ -3915,8 +3950,8 @@ static int sync_batch_done(struct sync *y)
 			if (b->kind == BATCH_MAILS)
 				to = b->single ? &y->failed : &y->again;
 			if (set_has(&y->listing, uid) && mbox_next_uid(y->m, uid) != uid &&
-			    !set_has(&y->ask_made, uid) && !sync_asked(y, uid) &&
-			    !set_add(to, uid, uid))
+			    !set_has(&y->ask_made, uid) && !set_has(&y->late, uid) &&
+			    !sync_asked(y, uid) && !set_add(to, uid, uid))
 				return sync_out_of_room(y);
 			if (uid == b->ranges[i].high)
 				break;
@@ -3945,14 +3980,14 @@ static bool sync_holds_back(const struct sync *y)
 static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
 {
 	const struct config *c = y->config;
-	bool mails = !only_ask && y->want.n > 0 && !sync_holds_back(y);
-	bool asks = y->ask.n > 0 || y->ask_made.n > 0;
+	struct set *wanted = y->late.n > 0 ? &y->late : &y->want, *from;
+	bool mails = !only_ask && wanted->n > 0 && !(y->in_order ? y->pending > 0 : sync_holds_back(y));
+	bool asks = y->ask.n > 0 || (y->ask_made.n > 0 && y->pending == 0); /* these in order, too */
 	unsigned most = c->header_batch;
-	struct set *from;
 
-	if (mails && (!asks || set_count(&y->want) >= 2 * (uint64_t)c->email_batch)) {
+	if (mails && (!asks || wanted == &y->late || set_count(wanted) >= 2 * (uint64_t)c->email_batch)) {
 		b->kind = BATCH_MAILS;
-		from = &y->want;
+		from = wanted;
 		most = c->email_batch;
 	} else if (asks) {
 		b->kind = y->ask.n > 0 ? BATCH_ASK : BATCH_ASK_MADE;
@@ -4141,7 +4176,8 @@ static int sync_send_first_batches(struct sync *y, const struct imap_status *sta
 		if (sync_send_batch(y, b) != 0)
 			return -1;
 		low += most;
-	} while (more && low < status->uidnext && imap_may_send(y->im, y->pending + 3)); /* EXAMINE ... */
+	} while (more && low < status->uidnext && imap_may_send(y->im, y->pending + 3) && /* EXAMINE ... */
+		 !sync_holds_back(y));
 	return 0;
 }
 
@@ -4311,6 +4347,7 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 	set_free(&y->ask);
 	set_free(&y->ask_made);
 	set_free(&y->want);
+	set_free(&y->late);
 	set_free(&y->again);
 	set_free(&y->failed);
 	free(y);

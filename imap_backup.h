@@ -294,6 +294,12 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e);
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);
 
 /*
+ * The mail's last octet was written: has it no Message-ID of its own? Then the made one bears the next
+ * number after those of the mails with the same key that are stored. Returns 1, 0, or -1 as below.
+ */
+int mbox_lacks_id(struct mbox *m, struct err *e);
+
+/*
  * The mail is whole: give it its UID, INTERNALDATE and flags, and note it in the index.
  * Returns 1 if it is stored, 0 if its Message-ID turned out to be known (nothing is kept then but
  * the UID), -1 with E_SYSTEM or E_FORMAT (nothing is kept). May commit.

@@ -2083,6 +2083,15 @@ int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e)
 	return mbox_header_feed(&m->header, octets, n) ? header_over(m, e) : 0;
 }
 
+int mbox_lacks_id(struct mbox *m, struct err *e)
+{
+	if (!m->header_over && header_over(m, e) != 0) {
+		mbox_abort(m);
+		return -1;
+	}
+	return m->header.kind[0] == MBOX_ID_MADE;
+}
+
 int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e)
 {
 	struct record r = { .uid = uid, .state = flags & MBOX_FLAGS, .offset = m->start,

@@ -3,7 +3,8 @@
 #
 # With clang and libFuzzer, under ASan and UBSan, from test/corpus/TARGET; what is found on the way is
 # kept in build/fuzz/TARGET, what breaks a target in build/fuzz/. Without them the corpus is merely
-# replayed, by gcc and its sanitizers. TARGET is json, mbox, name or imap.
+# replayed, by gcc and its sanitizers. TARGET is json, mbox, name, imap
+# or inflate.
 set -eu
 cd "$(dirname "$0")/.."
 seconds=60
@@ -11,7 +12,7 @@ if [ "${1:-}" = -s ]; then
 	seconds=$2
 	shift 2
 fi
-[ $# -gt 0 ] || set -- json mbox name imap
+[ $# -gt 0 ] || set -- json mbox name imap inflate
 mkdir -p build/fuzz
 [ ! -w /dev/shm ] || TMPDIR=/dev/shm
 TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/fuzz-XXXXXX") # where the targets keep their archives

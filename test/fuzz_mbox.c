@@ -106,7 +106,7 @@ static bool odd_lives(void *context, uint32_t uid)
 static void play(struct mbox *m, const uint8_t *p, size_t n)
 {
 	struct err e = { 0 };
-	uint32_t live, gone;
+	uint32_t live, gone, moved[2];
 	uint64_t octets;
 	struct record r;
 
@@ -125,7 +125,7 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 			mbox_set_flags(m, uid, p[0] / 9 & 7u, &e);
 			break;
 		case 3:
-			mbox_mark_gone(m, &live, &gone, &e);
+			mbox_mark_gone(m, &live, &gone, moved, &e);
 			break;
 		case 4:
 			mbox_drop_uids(m, odd_lives, NULL);

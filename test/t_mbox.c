@@ -120,9 +120,9 @@ static int bound(struct mbox *m, uint32_t uid, const char *id)
 static void marked(struct mbox *m, uint32_t wanted)
 {
 	struct err e = { 0 };
-	uint32_t live, gone;
+	uint32_t live, gone, moved[2];
 
-	check(mbox_mark_gone(m, &live, &gone, &e) == 0, "marks: %s", e.text);
+	check(mbox_mark_gone(m, &live, &gone, moved, &e) == 0, "marks: %s", e.text);
 	check(gone == wanted, "%u marked, not %u", gone, wanted);
 }
 
@@ -717,8 +717,10 @@ static void test_turns(void)
 	for (size_t i = 0; i < N(rows); i++) {
 		struct mbox *m = fresh(0);
 		struct state s, states[2];
+		uint64_t mix;
 
 		keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+		mix = m->now.mix;
 		keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
 		s = m->now;
 		closed(m);
@@ -730,6 +732,7 @@ static void test_turns(void)
 			states[k].writing = k == 0 ? rows[i].newer_writes : rows[i].older_writes;
 			states[k].records = states[k].stored = (uint32_t)(mails < 0 ? 0 : mails);
 			states[k].octets = mails * mail;
+			states[k].mix = mails == 1 ? mix : s.mix;
 			if (mails < 0)
 				states[k].turn = 0; /* as a damaged one */
 		}
@@ -914,7 +917,7 @@ static void test_large(void)
 static void test_suspect(void)
 {
 	static const struct { const char *tail; uint64_t octets; } rows[] = {
-		{ OURS("0000") "Message-ID: <z@x>\n\nz\n\n", 24 }, { OURS("0000") "Message-ID: <z@x>\n\n>From z", 29 },
+		{ OURS("0000") "Message-ID: <z@x>\n\nz\n\n", 24 }, { OURS("0000") "Message-ID: <z@x>\n\n>From z\n", 29 },
 		{ OURS("0000") "Message-ID: <z@x>\n\n>>From z\n>Fro\n", 36 },
 		{ OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\nb\n\n", 17 },
 		{ OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>\nSubject: b\n\nb\n\n", 17 },

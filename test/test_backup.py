@@ -151,6 +151,26 @@ def test_duplicates_once_and_all(t):
         assert sum(s & 8 > 0 for s in states(t)) == gone, (uid, states(t))
 
 
+def test_made_ids_are_numbered_by_uid(t):
+    """Also where the server mixes the answers to commands that run at a time, as Dovecot does."""
+    head = b'From: a@x\r\nSubject: draft\r\n\r\n'
+    mails = [sample.Mail(head + b'%d ' % i + b'x' * (200_000 if i % 5 == 0 else 20) + b'\r\n', '', sample.T0 + i)
+             for i in range(120)]
+    sample.fill_maildir(t.dovecot().maildir(t.user), mails[:60] + few(40) + mails[60:])
+    t.dovecot().own(t.dovecot().home(t.user))
+    held = t.held()
+    t.config(email_batch_size=3, header_batch_size=7)
+    t.backup()
+    t.same(held)
+    t.dovecot().new_uidvalidity(t.user)
+    t.backup()
+    t.same(t.held())
+    delete(t.imap(), '17')
+    t.backup()
+    gone = [s.date for s in archive.read(t.mbox()) if s.state & archive.GONE]
+    assert gone == [archive.from_date(m.when) for m in held['INBOX'] if m.uid == 17], gone
+
+
 def test_uidvalidity_and_lost_index_download_nothing(t):
     fill(t, {'INBOX': [m for _, m in sample.awkward()] + few(20), 'Box': few(5, 'b')})
     t.config()
