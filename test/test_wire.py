@@ -525,7 +525,7 @@ def bye(text='going down', how='close'):
     return lambda session, tag, args='': session.bye(text, how)
 
 
-def leaves_out(uid, also=()):
+def leaves_out(uid):
     """This mail is never in the answer, which is OK."""
     def fetch_mail(self, number, m, items):
         if m.uid != uid or 'BODY.PEEK[]' not in items:
@@ -586,6 +586,8 @@ def test_failures(t):
         'bad': poison(asks_for(5, bad('no'))),
         'gmail': poison(asks_for(5, partial_no)),
         'missing': poison(leaves_out(5)),
+        'missing-searched': poison(dict(leaves_out(5), cmd_UID_FETCH=lambda self, tag, args: (
+            self.line('* SEARCH 77 2 90 2'), Session.cmd_UID_FETCH(self, tag, args)))),
         'nil': poison(body_of(5, b'BODY[] NIL')),
         'nothing': poison(body_of(5, b'BODY[] ')),
         'empty': poison(body_of(5, b'BODY[] ""')),
