@@ -51,7 +51,7 @@ def killed_everywhere(r, was, box, after):
 
 def test_flags_of_a_mail_that_is_back(t):
     """Told before its UID was known, or with it."""
-    for session in (torture.Searching, torture.Plain):
+    for session in (imapd.Session, torture.Plain):
         r = rig(t, session)
         was = mailbox('a', 'b', flags='')
         box = backed_up(r, was)
@@ -63,7 +63,7 @@ def test_flags_of_a_mail_that_is_back(t):
 
 def test_flags_of_the_copy_that_stays(t):
     """Of two copies the one goes whose flags the archive had: from now on the other's count."""
-    for session in (torture.Searching, torture.Plain):
+    for session in (imapd.Session, torture.Plain):
         r = rig(t, session)
         box = backed_up(r, imapd.Mailbox([b'Message-ID: <copied@x>\r\n\r\n'] * 2))
         box.flag(2, '\\Flagged')
@@ -286,7 +286,7 @@ def same(r, boxes):
 def test_forged_mails_break_nothing(t):
     mails = forged(random.Random(1))
     for segment in (0, 1021, 16_384):
-        r = rig(t, type('Segments', (torture.Searching,), {'segment': segment}))
+        r = rig(t, type('Segments', (imapd.Session,), {'segment': segment}))
         for order in (mails, mails[::-1]):
             box = imapd.Mailbox(order, uidvalidity=len(order) + (order is mails))
             torture.plant(r.disk, {})
@@ -305,7 +305,7 @@ def test_from_lines_wherever_octets_are_parted(t):
     """By the server's segments, and by the program's buffer of 64 KB."""
     line = b'From >From \r\n>>From x\r\n\r\nFrom\r\n\r'
     for segment in (1, 2, 3, 7, 13):
-        r = rig(t, type('Segments', (torture.Searching,), {'segment': segment}))
+        r = rig(t, type('Segments', (imapd.Session,), {'segment': segment}))
         boxes = {'INBOX': imapd.Mailbox([b'Message-ID: <%d@x>\r\n\r\n' % n + b'.' * n + line * 5
                                          for n in range(segment)])}
         if segment == 13:
@@ -446,11 +446,11 @@ def part(t, campaign, some):
 
 
 def test_some_kills(t):
-    part(t, torture.kills, .05)
+    part(t, torture.kills, .03)
 
 
 def test_some_power_cuts(t):
-    part(t, torture.cuts, .05)
+    part(t, torture.cuts, .035)
 
 
 def test_some_torn_mails(t):

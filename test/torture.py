@@ -93,21 +93,7 @@ def then_renumbered(rng, box):
     return box
 
 
-class Searching(imapd.Session):
-    """A server that can SEARCH by size."""
-    def cmd_UID_SEARCH(self, tag, args):
-        words = args.split()
-        if 'LARGER' not in words and 'SMALLER' not in words:
-            return super().cmd_UID_SEARCH(tag, args)
-        more = int(words[words.index('LARGER') + 1]) if 'LARGER' in words else -1
-        less = int(words[words.index('SMALLER') + 1]) if 'SMALLER' in words else 1 << 62
-        inside = imapd.member(words[words.index('UID') + 1], self.box.uidnext)
-        self.search_line(tag, [m.uid for m in self.box.mails
-                               if inside(m.uid) and more < len(m.data) < less], 'RETURN' in words)
-        self.ok(tag)
-
-
-class Plain(Searching):
+class Plain(imapd.Session):
     capabilities = imapd.BARE
 
 
@@ -251,7 +237,7 @@ def parse_log(path):
 class Rig:
     """One account at a scripted server; everything it changes lies below self.disk."""
 
-    def __init__(self, session=Searching, **config):
+    def __init__(self, session=imapd.Session, **config):
         memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None   # syncs cost nothing there
         self.folder = tempfile.mkdtemp(prefix='ib-torture-', dir=memory)
         self.disk = os.path.join(self.folder, 'disk')
@@ -612,7 +598,7 @@ def main():
     options = parser.parse_args()
     print('seed %d' % options.seed, flush=True)
     failed = 0
-    for session in (Searching, Plain):
+    for session in (imapd.Session, Plain):
         for part in options.part or PARTS:
             rig, rng, began = Rig(session), random.Random(options.seed), time.monotonic()
             try:
