@@ -3605,14 +3605,23 @@ struct sync {
 	void (*progress)(void *context);
 	void *context;
 
-	struct set listing;       /* what the server lists */
-	struct set ask, ask_made, want, late, again, failed;
+	/* set when the pass begins: */
+	struct mbox_claim old;    /* what the archive says of the last complete pass */
+	struct mbox_claim claim;  /* what it may say after this one, as EXAMINE told it */
+	bool empty;               /* the archive is: nothing can be known already */
+	bool condstore;           /* changed flags are asked for by CHANGEDSINCE ... */
+	bool with_flags;          /* ... or all flags tell the listing too; else they come with the mails */
+	unsigned listing_tag, changes_tag; /* of the commands that ask for them; 0: not sent yet */
+
+	/* UIDs: of all mails on the server; to be asked about; that turned out to need a made ID; to be
+	 * fetched; again in order, for want of an ID; again singly, as they did not come; that never came */
+	struct set listing, ask, ask_made, want, late, again, failed;
 	struct batch flight[IMAP_FLIGHT_MAX];
 	unsigned first, pending;  /* of the ring 'flight' */
 	bool searching;           /* the UIDs that come are the listing */
 	bool listing_now;         /* the FETCH responses that come are it */
 	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
-	uint32_t told;            /* flags of mails */
+	uint32_t told;            /* flags of known mails since something else came */
 	bool window;              /* the server shows only the newest mails */
 	bool in_order;            /* mails came late for want of a Message-ID: one command at a time now */
 
@@ -4037,9 +4046,9 @@ static bool sync_lives(void *context, uint32_t uid)
 }
 
 /* The UIDs are still those of the EXAMINE; else the pass must begin anew. */
-static int sync_held(struct sync *y, const struct mbox_claim *claim)
+static int sync_held(struct sync *y)
 {
-	if (y->im->uidvalidity == claim->uidvalidity)
+	if (y->im->uidvalidity == y->claim.uidvalidity)
 		return 0;
 	return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
 }
@@ -4181,92 +4190,94 @@ static int sync_send_first_batches(struct sync *y, const struct imap_status *sta
 	return 0;
 }
 
-/* Select the mailbox and bring the archive up to it. *claim is what may be said of it afterwards. */
-static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_claim *claim)
+/*
+ * Open the mailbox and take in what it says of itself. The listing, the changed flags and the first
+ * batches go along in the same flight; to a server that cannot do that, or without STATUS, they go later.
+ */
+static int sync_examine(struct sync *y, const struct mailbox *box)
 {
 	struct imap *im = y->im;
-	const struct mbox_claim old = *mbox_claimed(y->m);
-	uint32_t last = mbox_last_uid(y->m);
-	bool condstore = (im->capabilities & CAP_CONDSTORE) != 0 && old.highestmodseq > 0 && last > 0;
-	bool with_flags = old.uidvalidity != 0 && last > 0 && !condstore;
-	bool ahead = !im->one_at_a_time && box->status.known, empty = mbox_count(y->m) == 0;
-	struct mbox_claim only = { .unseen = UINT32_MAX };
 	char quoted[2 * MBOX_NAME_MAX + 20];
-	unsigned examine, listing = 0, changes = 0;
 	const struct imap_result *result;
-	uint32_t live, gone, moved[2];
-	struct mbox_info info;
-	int complete;
+	unsigned tag;
 
-	/* EXAMINE, the listing and the changes in one flight; a server that cannot, one by one. */
 	im->selected = false;
 	im->exists = im->uidvalidity = im->uidnext = im->expunged = 0;
 	im->highestmodseq = 0;
 	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
-	examine = imap_send(im, NULL, "EXAMINE %s%s", imap_quote(im, quoted, sizeof quoted, box->name),
-			    im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
-	if (ahead) {
-		listing = sync_send_listing(y, with_flags && box->status.messages > 0);
-		if (condstore)
-			changes = sync_send_flags(y, last, old.highestmodseq);
+	tag = imap_send(im, NULL, "EXAMINE %s%s", imap_quote(im, quoted, sizeof quoted, box->name),
+			im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
+	if (!im->one_at_a_time && box->status.known) {
+		y->listing_tag = sync_send_listing(y, y->with_flags && box->status.messages > 0);
+		if (y->condstore)
+			y->changes_tag = sync_send_flags(y, mbox_last_uid(y->m), y->old.highestmodseq);
 		if (sync_send_first_batches(y, &box->status) != 0)
 			return -1;
 	}
-	if (examine == 0 || (result = imap_wait(im, examine)) == NULL)
+	if (tag == 0 || (result = imap_wait(im, tag)) == NULL)
 		return sync_line_failed(y);
 	if (result->condition != IMAP_OK) {
 		imap_refused(y->e, result, "opening the mailbox");
-		if ((listing > 0 && imap_wait(im, listing) == NULL) ||
-		    (changes > 0 && imap_wait(im, changes) == NULL) ||
+		if ((y->listing_tag > 0 && imap_wait(im, y->listing_tag) == NULL) ||
+		    (y->changes_tag > 0 && imap_wait(im, y->changes_tag) == NULL) ||
 		    (y->pending > 0 && imap_wait(im, y->flight[y->pending - 1].tag) == NULL))
 			y->e->code = E_NET;
 		return -1;
 	}
-	*claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity, .uidnext = im->uidnext,
-				      .messages = im->exists, .unseen = box->status.unseen,
-				      .highestmodseq = im->highestmodseq, .when_sec = time(NULL) };
-	y->rekeyed = im->uidvalidity == 0 || im->uidvalidity != old.uidvalidity;
+	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity, .uidnext = im->uidnext,
+					.messages = im->exists, .unseen = box->status.unseen,
+					.highestmodseq = im->highestmodseq, .when_sec = time(NULL) };
 	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 ||
 		    im->exists == 10000;
-	if (y->rekeyed)
+	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity) {
 		mbox_forget_uids(y->m);
-	mbox_tally(y->m, &info);
-	y->rekeyed = y->rekeyed && !empty;
-	only.uidvalidity = im->uidvalidity;
-	if (empty && !y->dry && mbox_commit(y->m, &only, y->e) != 0)
-		return -1;
+		y->rekeyed = !y->empty;
+	}
 	im->selected = true;
+	return 0;
+}
+
+/* Have the listing and the changed flags. 1: the listing is complete, 0: it proves nothing; -1: error. */
+static int sync_list(struct sync *y)
+{
+	struct imap *im = y->im;
+	bool ahead = y->listing_tag > 0;
+	int complete;
+
 	if (!ahead)
-		listing = sync_send_listing(y, with_flags && im->exists > 0);
-	complete = sync_listed(y, listing);
+		y->listing_tag = sync_send_listing(y, y->with_flags && im->exists > 0);
+	complete = sync_listed(y, y->listing_tag);
 	if (complete < 0 && y->e->code == E_REFUSED && (y->listing_now || im->capabilities & CAP_ESEARCH)) {
 		*y->e = (struct err){ 0 };
 		complete = 0;
 	}
-	if (!ahead && condstore && complete >= 0)
-		changes = sync_send_flags(y, 0, old.highestmodseq);
-	if (complete < 0 || (changes > 0 && sync_flags(y, changes, old.highestmodseq) != 0))
+	if (!ahead && y->condstore && complete >= 0)
+		y->changes_tag = sync_send_flags(y, 0, y->old.highestmodseq);
+	if (complete < 0 || (y->changes_tag > 0 && sync_flags(y, y->changes_tag, y->old.highestmodseq) != 0))
 		return sync_line_failed(y);
 	if (complete == 0) { /* mail came or went meanwhile, or what is offered does not work (iCloud) */
 		im->capabilities &= ~(unsigned)CAP_ESEARCH;
 		complete = sync_listed(y, sync_send_listing(y, false));
 	}
-	if (complete < 0)
-		return -1;
-	if (sync_held(y, claim) != 0)
+	if (complete < 0 || sync_held(y) != 0)
 		return -1;
 	if (complete == 0) {
 		log_error("the server has %lu mails but lists %llu: none is marked as gone",
 			  (unsigned long)im->exists, (unsigned long long)set_count(&y->listing));
 		y->counts->failures++;
 	}
+	return complete;
+}
 
-	if (!y->rekeyed && complete > 0)
-		mbox_drop_uids(y->m, sync_lives, y);
-	if (sync_find_unknown(y, empty ? &y->want : &y->ask) != 0)
+/* Fetch what is listed and not stored; in a dry run, find out what that is. */
+static int sync_fetch(struct sync *y)
+{
+	struct mbox_claim only = { .uidvalidity = y->claim.uidvalidity, .unseen = UINT32_MAX };
+
+	if (sync_find_unknown(y, y->empty ? &y->want : &y->ask) != 0)
 		return -1;
 	if (y->rekeyed) { /* the new UIDVALIDITY is committed together with all known UIDs */
-		if (old.uidvalidity != 0)
+		if (y->old.uidvalidity != 0)
 			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
 		y->rekeyed = false;
 		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
@@ -4274,25 +4285,57 @@ static int sync_pass(struct sync *y, const struct mailbox *box, struct mbox_clai
 	}
 	if (sync_pump(y, y->dry) != 0)
 		return -1;
-	if (y->dry) {
-		y->counts->stored += set_count(&y->want);
-	} else if (sync_try_suspect(y) != 0 || sync_still_listed(y) != 0) {
+	if (!y->dry)
+		return sync_try_suspect(y) != 0 || sync_still_listed(y) != 0 ? -1 : 0;
+	y->counts->stored += set_count(&y->want);
+	return 0;
+}
+
+/* The listing was complete and everything in it is stored or known: what else there is has gone. */
+static int sync_mark_gone(struct sync *y)
+{
+	uint32_t live, gone, moved[2];
+
+	if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0)
 		return -1;
-	}
-	if (sync_held(y, claim) != 0)
+	if (moved[1] != 0 &&
+	    sync_flags(y, imap_send(y->im, NULL, "UID FETCH %lu:%lu (FLAGS)", (unsigned long)moved[0],
+				    (unsigned long)moved[1]), 0) != 0)
+		return -1;
+	y->counts->gone += gone;
+	if (live >= 100 && gone > live / 2)
+		log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
+			 (unsigned long)live);
+	return 0;
+}
+
+/* Bring the open archive up to the mailbox. What may be said of it afterwards is in y->claim. */
+static int sync_pass(struct sync *y, const struct mailbox *box)
+{
+	struct mbox_claim only = { .unseen = UINT32_MAX };
+	struct mbox_info info;
+	int complete;
+
+	y->old = *mbox_claimed(y->m);
+	y->empty = mbox_count(y->m) == 0;
+	y->condstore = (y->im->capabilities & CAP_CONDSTORE) != 0 && y->old.highestmodseq > 0 &&
+		       mbox_last_uid(y->m) > 0;
+	y->with_flags = y->old.uidvalidity != 0 && mbox_last_uid(y->m) > 0 && !y->condstore;
+	if (sync_examine(y, box) != 0)
+		return -1;
+	mbox_tally(y->m, &info);
+	only.uidvalidity = y->claim.uidvalidity;
+	if (y->empty && !y->dry && mbox_commit(y->m, &only, y->e) != 0)
+		return -1;
+	if ((complete = sync_list(y)) < 0)
+		return -1;
+	if (!y->rekeyed && complete > 0)
+		mbox_drop_uids(y->m, sync_lives, y);
+	if (sync_fetch(y) != 0 || sync_held(y) != 0)
 		return -1;
 	/* Of a mail without a UID nobody knows whether it lies in the window. */
-	if (complete > 0 && !(y->window && info.unbound > 0)) {
-		if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0 ||
-		    (moved[1] != 0 && sync_flags(y, imap_send(im, NULL, "UID FETCH %lu:%lu (FLAGS)",
-							      (unsigned long)moved[0],
-							      (unsigned long)moved[1]), 0) != 0))
-			return -1;
-		y->counts->gone += gone;
-		if (live >= 100 && gone > live / 2)
-			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
-				 (unsigned long)live);
-	}
+	if (complete > 0 && !(y->window && info.unbound > 0) && sync_mark_gone(y) != 0)
+		return -1;
 	y->counts->back += mbox_came_back(y->m);
 	return 0;
 }
@@ -4308,7 +4351,6 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 {
 	struct sync *y = allocate(sizeof *y);
 	uint64_t failures = counts->failures;
-	struct mbox_claim claim;
 	struct mbox_info info;
 	struct err closing = { 0 };
 	unsigned how = (dry ? MBOX_LOOK : 0) | (config->keep_duplicates ? MBOX_DUPLICATES : 0);
@@ -4329,7 +4371,7 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 		im->on_literal = on_literal;
 		im->on_octets = on_octets;
 		im->on_fetch = on_fetch;
-		r = sync_pass(y, box, &claim);
+		r = sync_pass(y, box);
 		if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0)
 			sync_broken(y);
 		im->selected = false;
@@ -4337,7 +4379,7 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 		im->on_fetch = NULL;
 		mbox_tally(y->m, &info);
 		counts->others = info.others;
-		if (mbox_close(y->m, r == 0 && !dry && counts->failures == failures ? &claim : NULL,
+		if (mbox_close(y->m, r == 0 && !dry && counts->failures == failures ? &y->claim : NULL,
 			       r == 0 ? e : &closing) != 0)
 			r = -1;
 	}

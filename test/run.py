@@ -133,9 +133,9 @@ class T:
     def held(self, server=None):
         """What the server holds, {name on the wire: [archive.Mail]}."""
         imap = self.imap(server)
-        with contextlib.suppress(Exception):
-            return archive.fetch_all(imap)
-        return archive.fetch_all(self.imap(server))
+        held = archive.fetch_all(imap)
+        imap.logout()   # a session that lingers would write its idea of a mailbox back
+        return held
 
     def same(self, held, **more):
         complaints = archive.compare_account(self.archive(), held, **more)
