@@ -129,7 +129,7 @@ def run(t, accounts, limit=60, mails=0, **more):
     assert process.returncode >= 0, 'hangs; said:\n' + err
     assert 'a worker died' not in err, err
     parent = peaks.pop(process.pid, None)
-    if parent and peaks:
+    if parent and peaks and '/build/' not in PROGRAM:   # a sanitizer's memory is not ours
         assert max(peaks.values()) < parent + 8192 + 24 * mails // 1024, 'a worker took %d KiB, the parent %d' % (
             max(peaks.values()), parent)
     assert not re.search('[\x00-\x09\x0b-\x1f\x7f-\x9f]', err), 'control characters: %r' % err
