@@ -164,8 +164,10 @@ class Dovecot:
 
     def new_uidvalidity(self, user, mailbox='INBOX'):
         """As if the mailbox had been restored: other UIDs, another UIDVALIDITY, the same mails."""
-        time.sleep(max(0, 1.1 - time.time() % 1))   # it is made of the time in seconds
         path = self.maildir(user, mailbox)
+        with open(os.path.join(path, 'dovecot-uidlist')) as f:
+            old = int(re.search(r' V(\d+)', f.readline()).group(1))
+        time.sleep(max(0, old + 1.1 - time.time()))   # the new one is made of the time in seconds
         for name in glob.glob(os.path.join(path, 'dovecot[.-]*')):
             if not name.endswith('keywords'):
                 os.unlink(name)
