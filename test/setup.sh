@@ -1,11 +1,13 @@
 #!/bin/sh
-# setup.sh [build|demo|test|bench|fuzz] - install what is missing on Debian or Ubuntu; silent if nothing is
+# setup.sh [build|demo|test|bench|fuzz|install PACKAGE...] - install what is missing on Debian or
+# Ubuntu; silent if nothing is
 #
 #   build   what the program is built from
 #   demo    and what `make demo` needs: a Dovecot of its own, python3, openssl
-#   test    and what the tests need (the same today)
+#   test    and what the tests need: qemu, for what was built for other machines, and exFAT
 #   bench   and what `make bench` compares with: isync
 #   fuzz    and clang with libFuzzer
+#   install these packages, and nothing else
 #
 # Nothing is installed that is there in another form: what counts is that it works.
 set -eu
@@ -36,14 +38,16 @@ fuzzer() # can clang link one?
 }
 
 missing=
-need gcc command -v "${cc%% *}"
-need make command -v make
-if [ -z "$missing" ]; then
-	header_of libc6-dev stdio.h
-	header_of libbearssl-dev bearssl.h
-	header_of libcurl4-openssl-dev curl/curl.h
-else
-	missing="$missing libc6-dev libbearssl-dev libcurl4-openssl-dev"
+if [ "${1:-}" != install ]; then
+	need gcc command -v "${cc%% *}"
+	need make command -v make
+	if [ -z "$missing" ]; then
+		header_of libc6-dev stdio.h
+		header_of libbearssl-dev bearssl.h
+		header_of libcurl4-openssl-dev curl/curl.h
+	else
+		missing="$missing libc6-dev libbearssl-dev libcurl4-openssl-dev"
+	fi
 fi
 case ${1:-build} in
 build) ;;
@@ -54,9 +58,19 @@ demo|test|bench|fuzz)
 	need python3 python3 -c 'import ssl, sys; sys.exit(sys.version_info < (3, 9))'
 	need openssl command -v openssl
 	[ "$1" != bench ] || need isync command -v mbsync
+	if [ "$1" = test ]; then
+		command -v qemu-mips >/dev/null || need qemu-user-static command -v qemu-mips-static
+		need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+		[ ! -e /dev/fuse ] || need exfat-fuse command -v mount.exfat-fuse
+		[ ! -e /dev/fuse ] || need exfatprogs command -v mkfs.exfat
+	fi
+	;;
+install)
+	shift
+	missing=" $*"
 	;;
 *)
-	echo "usage: $0 [build|demo|test|bench|fuzz]" >&2
+	echo "usage: $0 [build|demo|test|bench|fuzz|install PACKAGE...]" >&2
 	exit 2
 	;;
 esac
