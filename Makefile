@@ -54,9 +54,9 @@ static:
 	test/static.sh $(TARGET)
 static-all:
 	test/static.sh --all
-test-static: static-all
+test-static: imap_backup
 	test/setup.sh test
-	test/run.py --static all $(ARGS)
+	STATIC=all test/run.py $(or $(ARGS),static)
 
 clean:
 	rm -rf imap_backup $(OBJ) build
