@@ -65,6 +65,7 @@ class T:
         self.path = os.path.join(self.folder, 'config.json')
         self.user = 'u%d%s' % (os.getpid(), name.replace('test_', '').replace('_', ''))
         self.email = self.user + '@example.org'
+        self.program = [PROGRAM]   # and what runs it
         self.cleanups = []
 
     @classmethod
@@ -105,7 +106,7 @@ class T:
         return whole
 
     def run(self, *args, config=True, env=None, timeout=120):
-        command = [PROGRAM, *args] + ([self.path] if config else [])
+        command = [*self.program, *args] + ([self.path] if config else [])
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.folder,
                               env=dict(os.environ, **(env or {})), timeout=timeout,
                               stdin=subprocess.DEVNULL)
