@@ -5329,8 +5329,12 @@ static void task_begin(struct run *run, struct task *task)
 		task_lock(task, run->config->destination, &e);
 	/* Without a bundle the clear may do, or STARTTLS may fail then with a clear word. */
 	if (e.code == E_NONE && account->pins == 0 && account->ssl == SSL_ON && trust != NULL &&
-	    trust->err.code != E_NONE)
-		e = trust->err;
+	    trust->err.code != E_NONE) {
+		if (run->options->mode == RUN_CHECK) /* goes on: the refusal shows the fingerprint */
+			log_warn("%s", trust->err.text);
+		else
+			e = trust->err;
+	}
 	if (e.code == E_NONE && account->password_command != NULL && task->password == NULL) {
 		pipe = popen(account->password_command, "r");
 		if (pipe == NULL || fgets(password, sizeof password, pipe) == NULL)
