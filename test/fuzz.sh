@@ -3,8 +3,7 @@
 #
 # With clang and libFuzzer, under ASan and UBSan, from test/corpus/TARGET; what is found on the way is
 # kept in build/fuzz/TARGET, what breaks a target in build/fuzz/. Without them the corpus is merely
-# replayed, by gcc and its sanitizers. TARGET is json, mbox, name, imap
-# or inflate.
+# replayed, by gcc and its sanitizers. TARGET is json, mbox, name, imap or inflate.
 set -eu
 cd "$(dirname "$0")/.."
 seconds=60
@@ -24,6 +23,9 @@ engine=fuzz
 echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
 	clang -fsanitize=fuzzer,address -x c - -o "$TMPDIR/probe" 2>/dev/null || engine=replay
 
+zlib= # what we inflate is compared with what zlib makes of it, where that is there
+! echo '#include <zlib.h>' | "${CC:-cc}" -E -o /dev/null - 2>/dev/null || zlib='-DZLIB -lz'
+
 for target; do
 	unit=test/fuzz_$target.c
 	binary=build/fuzz/$engine-$target
@@ -38,10 +40,10 @@ for target; do
 	if [ -z "$(find "$binary" -newer imap_backup.c -newer mbox.c -newer json.c -newer imap_backup.h \
 		-newer "$unit" -newer test/unit.h -newer test/fuzz.sh 2>/dev/null)" ]; then
 		if [ $engine = fuzz ]; then
-			clang $flags -fsanitize=fuzzer,address,undefined $sources -o "$binary" -lbearssl -lcurl
+			clang $flags -fsanitize=fuzzer,address,undefined $sources -o "$binary" -lbearssl -lcurl $zlib
 		else
 			"${CC:-cc}" $flags -fsanitize=address,undefined $sources test/replay.c -o "$binary" \
-				-lbearssl -lcurl
+				-lbearssl -lcurl $zlib
 		fi
 	fi
 	if [ $engine = replay ]; then

@@ -1,16 +1,15 @@
 /*
  * fuzz_inflate - a libFuzzer target for the chapter "inflate" of imap_backup.c
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined test/fuzz_inflate.c json.c mbox.c \
- *       -lbearssl -lcurl -o fuzz_inflate          # with -DZLIB and -lz: compares with zlib, too
- *   ./fuzz_inflate -max_len=4096 some_new_folder
- *
  * The first octet says in what pieces the stream behind it comes: they must not matter. What zlib
- * makes of the stream we must make of it as well, and refuse what it refuses.
+ * makes of the stream we must make of it as well, and refuse what it refuses, if -DZLIB says that
+ * it is there to be asked.
  */
-#define main imap_backup_main
+#define main program_main
 #include "../imap_backup.c"
 #undef main
+#define FUZZ
+#include "unit.h"
 #ifdef ZLIB
 #include <zlib.h>
 #endif
@@ -18,12 +17,6 @@
 enum { OUT_MAX = 1 << 20 }; /* a stream of little more may stand for a thousand times as much */
 
 static uint8_t one[OUT_MAX], other[OUT_MAX];
-
-static void must(bool ok)
-{
-	if (!ok)
-		abort();
-}
 
 /* Returns the octets that came out; *wrong as of inflate_run(). Each piece is memory of its own. */
 static size_t decode(const uint8_t *stream, size_t size, size_t piece, uint8_t *to, const char **wrong)
