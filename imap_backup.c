@@ -712,7 +712,7 @@ static bool match(const char *pattern, const char *text)
 		if (*pattern == '*') {
 			star = ++pattern;
 			back = text;
-		} else if (*pattern == '?' && *pattern != '\0') {
+		} else if (*pattern == '?') {
 			pattern++;
 			text += octets > 0 ? octets : 1;
 		} else if (*pattern == *text) {
