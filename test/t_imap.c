@@ -575,7 +575,7 @@ static void test_unasked(void)
 /* What nobody asked for comes to an end. */
 static void test_noise(void)
 {
-	static const char *const endless[] = { "x", "* OK x\r\n", "* SEARCH\r\n", "* 1 EXISTS\r\n", "* X (" "a ",
+	static const char *const endless[] = { "x", "* OK x\r\n", "* SEARCH\r\n", "* 1 EXISTS\r\n", "* X a ",
 		"* 1 FETCH (UID 1)\r\n", "* 1 FETCH (BODY[TEXT] {4}\r\n1234)\r\n", "* OK [X ", "* LIST (\\x " };
 	size_t room = IMAP_NOISE_MAX + 1000, n;
 
