@@ -252,7 +252,8 @@ def main():
         tests += [(module.__name__, name) for name in vars(module) if name.startswith('test_')]
     tests = [t for t in tests if not options.pattern or any(p in t[1] for p in options.pattern)]
     if instrumented:   # units are sanitized always; the memory measured would be the sanitizer's
-        tests = [t for t in tests if t[0] not in ('C', 'fuzz') and 'memory' not in t[1]]
+        tests = [t for t in tests if t[0] not in ('C', 'fuzz') and 'memory' not in t[1] and
+                 'million' not in t[1]]
     if not os.access(PROGRAM, os.X_OK):
         sys.exit('%s is missing: run make' % PROGRAM)
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
