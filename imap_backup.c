@@ -167,10 +167,12 @@ static char *log_octets(char out[16], uint64_t octets)
 	static const char units[] = "BkMGTPE";
 	double amount = (double)octets;
 	unsigned unit = 0;
+	int decimals;
 
 	for (; amount >= 999.5 && unit < 6; unit++)
 		amount /= 1000;
-	snprintf(out, 16, "%.*f %c%s", unit > 1 && amount < 99.5, amount, units[unit], unit > 0 ? "B" : "");
+	decimals = unit > 1 && amount < 99.5 ? 1 : 0;
+	snprintf(out, 16, "%.*f %c%s", decimals, amount, units[unit], unit == 0 ? "" : "B");
 	return out;
 }
 
@@ -4127,7 +4129,7 @@ static int sync_still_listed(struct sync *y)
 	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
 	ranges_text(visible, y->listing.ranges, n);
 	y->counts->failures += set_count(&y->listing);
-	log_error("%llu mails are listed but could not be fetched: UID %s%s", (unsigned long long)
+	log_error("%llu mails listed that could not be fetched: UID %s%s", (unsigned long long)
 		  set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
 	return 0;
 }
