@@ -64,10 +64,10 @@
 enum {
 	CONFIG_ACCOUNTS_MAX = 1000,
 	CONFIG_PROCESSES_MAX = 64,
-	CONFIG_PINS_MAX = 8,            /* fingerprints of one account */
-	PATH_MAX_OCTETS = 3900,         /* mbox.c adds a suffix to it */
-	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
-	CA_DER_MAX = 8 << 10,           /* of one certificate; also of the server's, if it is kept */
+	CONFIG_PINS_MAX = 8,    /* fingerprints of one account */
+	PATH_MAX_OCTETS = 3900, /* mbox.c adds a suffix to it */
+	CA_FILE_MAX = 4 << 20,  /* octets of a CA bundle */
+	CA_DER_MAX = 8 << 10,   /* of one certificate; also of the server's, if it is kept */
 	CA_ANCHORS_MAX = 1000,
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
 	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
@@ -84,15 +84,15 @@ enum {
 	IMAP_DEPTH_MAX = 64,            /* parentheses in what we skip */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
-	BATCH_RANGES = 128,             /* of UIDs in one command */
-	MAILBOXES_MAX = 20000,          /* of one account */
-	ALERTS_MAX = 8,                 /* shown, of one connection */
-	POISON_MAX = 32,                /* mails of one mailbox that break the connection */
-	VAGUE_SEC = 5,                  /* where a server is unavailable, but does not say for how long */
-	VAGUE_MAX = 8,                  /* single mails one after the other that are so: it is not the mails */
-	BACKOFF_SEC = 60,               /* the longest pause of our own making */
-	WAIT_SEC = 900,                 /* the longest that a server can ask for */
-	PLACE_SEC = 10                  /* a worker that must wait longer gives its place back */
+	BATCH_RANGES = 128,                    /* of UIDs in one command */
+	MAILBOXES_MAX = 20000,                 /* of one account */
+	ALERTS_MAX = 8,                        /* shown, of one connection */
+	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
+	VAGUE_SEC = 5,    /* where a server is unavailable, but does not say for how long */
+	VAGUE_MAX = 8,    /* single mails one after the other that are so: it is not the mails */
+	BACKOFF_SEC = 60, /* the longest pause of our own making */
+	WAIT_SEC = 900,   /* the longest that a server can ask for */
+	PLACE_SEC = 10    /* a worker that must wait longer gives its place back */
 };
 
 /* ======== log: one place for messages to the person ======== */
@@ -100,9 +100,9 @@ enum {
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DETAIL, LOG_TRACE };
 
 static struct {
-	enum log_level level;     /* the most talkative that is shown */
-	bool terminal, color;     /* stderr is one; it may be coloured */
-	char context[200];        /* "account: mailbox: ", in front of each line */
+	enum log_level level; /* the most talkative that is shown */
+	bool terminal, color; /* stderr is one; it may be coloured */
+	char context[200];    /* "account: mailbox: ", in front of each line */
 } log_to = { .level = LOG_INFO };
 
 /* Make a text fit for the terminal: control characters and broken UTF-8 as \xNN. Returns out. */
@@ -133,10 +133,14 @@ static char *log_visible(char *out, size_t size, const char *text, size_t n)
  */
 static size_t log_fit(const char *text, unsigned columns, unsigned *used)
 {
-	static const struct { uint32_t first, last; unsigned columns; } ranges[] = {
-		{ 0x300, 0x36F, 0 }, { 0x1100, 0x115F, 2 }, { 0x200B, 0x200F, 0 }, { 0x2E80, 0xA4CF, 2 },
-		{ 0xAC00, 0xD7A3, 2 }, { 0xF900, 0xFAFF, 2 }, { 0xFE00, 0xFE0F, 0 }, { 0xFE30, 0xFE6F, 2 },
-		{ 0xFF00, 0xFF60, 2 }, { 0xFFE0, 0xFFE6, 2 }, { 0x1F300, 0x1FAFF, 2 }, { 0x20000, 0x3FFFD, 2 },
+	static const struct {
+		uint32_t first, last;
+		unsigned columns;
+	} ranges[] = {
+		{ 0x300, 0x36F, 0 },   { 0x1100, 0x115F, 2 },   { 0x200B, 0x200F, 0 },
+		{ 0x2E80, 0xA4CF, 2 }, { 0xAC00, 0xD7A3, 2 },   { 0xF900, 0xFAFF, 2 },
+		{ 0xFE00, 0xFE0F, 0 }, { 0xFE30, 0xFE6F, 2 },   { 0xFF00, 0xFF60, 2 },
+		{ 0xFFE0, 0xFFE6, 2 }, { 0x1F300, 0x1FAFF, 2 }, { 0x20000, 0x3FFFD, 2 },
 	};
 	size_t at = 0, octets;
 
@@ -177,8 +181,7 @@ static char *log_octets(char out[16], uint64_t octets)
 }
 
 /* One message is one line and one write(), so that workers do not mix theirs. */
-static void log_write(enum log_level level, const char *format, ...)
-	__attribute__((format(printf, 2, 3)));
+static void log_write(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 static void log_write(enum log_level level, const char *format, ...)
 {
@@ -197,8 +200,8 @@ static void log_write(enum log_level level, const char *format, ...)
 	va_end(arguments);
 	log_visible(visible, sizeof visible, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
 	n = snprintf(line, sizeof line, "%s%s%s%s%s%s\n", log_to.terminal ? "\r\033[K" : "",
-		     color ? colors[level] : "", words[level], color ? "\033[m" : "",
-		     log_to.context, visible);
+		     color ? colors[level] : "", words[level], color ? "\033[m" : "", log_to.context,
+		     visible);
 	ignored = write(STDERR_FILENO, line, (size_t)n);
 	(void)ignored; /* if stderr is gone there is nobody to tell */
 }
@@ -213,8 +216,8 @@ static void log_context(const char *account, const char *mailbox)
 	char visible[150];
 
 	log_visible(visible, sizeof visible, mailbox, strlen(mailbox));
-	snprintf(log_to.context, sizeof log_to.context, "%s%s%s%s", account,
-		 *account != '\0' ? ": " : "", visible, *mailbox != '\0' ? ": " : "");
+	snprintf(log_to.context, sizeof log_to.context, "%s%s%s%s", account, *account != '\0' ? ": " : "",
+		 visible, *mailbox != '\0' ? ": " : "");
 }
 
 static int err_fill(struct err *e, enum err_code code, const char *format, va_list arguments)
@@ -293,8 +296,8 @@ static int64_t build_sec(void)
 {
 	static const char date[] = __DATE__; /* "Nov 24 2026" */
 
-	return days_of(strtol(date + 7, NULL, 10), month_of(date),
-		       (unsigned)strtoul(date + 4, NULL, 10)) * 86400;
+	return days_of(strtol(date + 7, NULL, 10), month_of(date), (unsigned)strtoul(date + 4, NULL, 10)) *
+	       86400;
 }
 
 /* Memory for a handful of small things; without it there is no going on. */
@@ -336,36 +339,35 @@ enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
 
 struct account {
 	const char *email, *host, *username, *ca_file;
-	const char *password;         /* or NULL, then: */
+	const char *password; /* or NULL, then: */
 	const char *password_command;
 	enum ssl_mode ssl;
 	enum compress_mode compress;
 	unsigned port, processes;
-	unsigned pins;                /* SHA-256 fingerprints of the certificate; 0: use the CAs */
+	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
-	const struct json *ignore;    /* an array, or NULL */
+	const struct json *ignore; /* an array, or NULL */
 };
 
 struct config {
-	const char *path;             /* of the file, for messages */
-	struct json *root;            /* owned */
+	const char *path;  /* of the file, for messages */
+	struct json *root; /* owned */
 	const char *destination, *success_url, *failure_url, *ca_file;
 	unsigned total_processes, processes_per_account, timeout_sec, retries;
 	unsigned header_batch, email_batch;
 	bool keep_duplicates, require_mount;
 	enum compress_mode compress;
-	const struct json *ignore;    /* an array, or NULL */
+	const struct json *ignore; /* an array, or NULL */
 	struct account *accounts;
 	unsigned n_accounts, complaints;
 };
 
 /* Where a complaint is about: the value's line and column, and its path ("accounts[1].host"). */
-static void config_complain(struct config *c, const struct json *at, const char *where,
-			    const char *key, const char *format, ...)
-	__attribute__((format(printf, 5, 6)));
+static void config_complain(struct config *c, const struct json *at, const char *where, const char *key,
+			    const char *format, ...) __attribute__((format(printf, 5, 6)));
 
-static void config_complain(struct config *c, const struct json *at, const char *where,
-			    const char *key, const char *format, ...)
+static void config_complain(struct config *c, const struct json *at, const char *where, const char *key,
+			    const char *format, ...)
 {
 	char text[500];
 	va_list arguments;
@@ -391,8 +393,8 @@ static const struct json *config_get(struct config *c, const struct json *object
 		return NULL;
 	}
 	if (value->type != type) {
-		config_complain(c, value, where, key, "found %s, expected %s",
-				json_type_name(value->type), json_type_name(type));
+		config_complain(c, value, where, key, "found %s, expected %s", json_type_name(value->type),
+				json_type_name(type));
 		return NULL;
 	}
 	if (type == JSON_STRING && required && value->text[0] == '\0') {
@@ -497,8 +499,8 @@ static void config_unknown_keys(struct config *c, const struct json *object, con
 			}
 		}
 		if (!found)
-			log_warn("%s:%u:%u: %s%s%s: unknown key%s%s%s", c->path, value->line,
-				 value->column, where, *where != '\0' ? "." : "", value->key,
+			log_warn("%s:%u:%u: %s%s%s: unknown key%s%s%s", c->path, value->line, value->column,
+				 where, *where != '\0' ? "." : "", value->key,
 				 near != NULL ? "; did you mean \"" : "", near != NULL ? near : "",
 				 near != NULL ? "\"?" : "");
 	}
@@ -535,23 +537,37 @@ static void config_pins(struct config *c, const struct json *object, const char 
 	for (; pin != NULL; pin = value->type == JSON_ARRAY ? pin->next : NULL) {
 		if (pin->type != JSON_STRING || account->pins == CONFIG_PINS_MAX ||
 		    !config_pin(pin->text, account->pin[account->pins])) {
-			config_complain(c, pin, where, "tls_fingerprint", "expected the SHA-256 of the "
+			config_complain(c, pin, where, "tls_fingerprint",
+					"expected the SHA-256 of the "
 					"server's certificate as 64 hex digits, or up to %d of them in an "
-					"array", CONFIG_PINS_MAX);
+					"array",
+					CONFIG_PINS_MAX);
 			return;
 		}
 		account->pins++;
 	}
 	if (account->pins == 0)
-		config_complain(c, value, where, "tls_fingerprint", "found an empty array, expected at "
+		config_complain(c, value, where, "tls_fingerprint",
+				"found an empty array, expected at "
 				"least one fingerprint");
 }
 
 static void config_account(struct config *c, const struct json *object, unsigned number)
 {
-	static const char *const known[] = { "email", "host", "username", "password",
-		"password_command", "oauth2", "ssl", "port", "ca_file", "tls_fingerprint",
-		"processes_per_account", "ignore_mailboxes", "compress", NULL };
+	static const char *const known[] = { "email",
+					     "host",
+					     "username",
+					     "password",
+					     "password_command",
+					     "oauth2",
+					     "ssl",
+					     "port",
+					     "ca_file",
+					     "tls_fingerprint",
+					     "processes_per_account",
+					     "ignore_mailboxes",
+					     "compress",
+					     NULL };
 	struct account *account = &c->accounts[number];
 	const struct json *ssl, *at;
 	char where[32];
@@ -587,37 +603,47 @@ static void config_account(struct config *c, const struct json *object, unsigned
 	config_pins(c, object, where, account);
 	secrets = (account->password != NULL) + (account->password_command != NULL);
 	if ((at = json_get(object, "oauth2")) != NULL && at->type != JSON_NULL)
-		config_complain(c, at, where, "oauth2", "OAuth is not supported by this version; "
+		config_complain(c, at, where, "oauth2",
+				"OAuth is not supported by this version; "
 				"expected \"password\" or \"password_command\" instead");
 	else if (secrets != 1)
-		config_complain(c, object, where, "password", "expected %s of \"password\" and "
-				"\"password_command\"", secrets == 0 ? "one" : "only one");
+		config_complain(c, object, where, "password",
+				"expected %s of \"password\" and "
+				"\"password_command\"",
+				secrets == 0 ? "one" : "only one");
 	if (account->email == NULL)
 		return;
 	at = json_get(object, "email");
 	if (strlen(account->email) > 200 || account->email[0] == '.' ||
 	    strpbrk(account->email, "/\\:*?\"<>|") != NULL)
-		config_complain(c, at, where, "email", "\"%s\" cannot name a folder; expected an address "
+		config_complain(c, at, where, "email",
+				"\"%s\" cannot name a folder; expected an address "
 				"without any of / \\ : * ? \" < > | and without a leading dot, at most 200 "
-				"octets", account->email);
+				"octets",
+				account->email);
 	for (const char *p = account->email; *p != '\0'; p++)
 		if ((unsigned char)*p < 0x20 || *p == 0x7F) {
-			config_complain(c, at, where, "email", "a control character cannot be part of a "
+			config_complain(c, at, where, "email",
+					"a control character cannot be part of a "
 					"folder's name");
 			break;
 		}
 	for (unsigned i = 0; i < number; i++)
 		if (c->accounts[i].email != NULL && strcasecmp(c->accounts[i].email, account->email) == 0)
-			config_complain(c, at, where, "email", "\"%s\" has the same folder as "
-					"accounts[%u].email", account->email, i);
+			config_complain(c, at, where, "email",
+					"\"%s\" has the same folder as "
+					"accounts[%u].email",
+					account->email, i);
 }
 
 static void config_url(struct config *c, const struct json *root, const char *key, const char **url)
 {
 	*url = config_text(c, root, "", key, false);
 	if (*url != NULL && strncasecmp(*url, "http://", 7) != 0 && strncasecmp(*url, "https://", 8) != 0)
-		config_complain(c, json_get(root, key), "", key, "\"%s\" found, expected a URL that begins "
-				"with http:// or https://", *url);
+		config_complain(c, json_get(root, key), "", key,
+				"\"%s\" found, expected a URL that begins "
+				"with http:// or https://",
+				*url);
 }
 
 /*
@@ -625,10 +651,12 @@ static void config_url(struct config *c, const struct json *root, const char *ke
  */
 static int config_load(struct config *c, const char *path)
 {
-	static const char *const known[] = { "destination", "total_processes", "processes_per_account",
-		"success_url", "failure_url", "ignore_mailboxes", "timeout", "retries",
-		"header_batch_size", "email_batch_size", "keep_duplicates", "require_mount", "ca_file",
-		"compress", "oauth2", "oauth2_cache", "accounts", NULL };
+	static const char *const known[] = { "destination",      "total_processes", "processes_per_account",
+					     "success_url",      "failure_url",     "ignore_mailboxes",
+					     "timeout",          "retries",         "header_batch_size",
+					     "email_batch_size", "keep_duplicates", "require_mount",
+					     "ca_file",          "compress",        "oauth2",
+					     "oauth2_cache",     "accounts",        NULL };
 	const struct json *accounts, *account;
 	struct err e = { 0 };
 	size_t room, got = 0;
@@ -644,8 +672,8 @@ static int config_load(struct config *c, const char *path)
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	room = S_ISREG(st.st_mode) && st.st_size < JSON_OCTETS_MAX ? (size_t)st.st_size + 1 :
-								     JSON_OCTETS_MAX + 1;
+	room = S_ISREG(st.st_mode) && st.st_size < JSON_OCTETS_MAX ? (size_t)st.st_size + 1
+								   : JSON_OCTETS_MAX + 1;
 	text = allocate(room);
 	while ((n = read(fd, text + got, room - got)) > 0)
 		got += (size_t)n;
@@ -667,8 +695,7 @@ static int config_load(struct config *c, const char *path)
 	}
 	config_unknown_keys(c, c->root, "", known);
 	c->destination = config_text(c, c->root, "", "destination", true);
-	c->total_processes = config_number(c, c->root, "", "total_processes", 4, 1,
-					   CONFIG_PROCESSES_MAX);
+	c->total_processes = config_number(c, c->root, "", "total_processes", 4, 1, CONFIG_PROCESSES_MAX);
 	c->processes_per_account = config_number(c, c->root, "", "processes_per_account", 2, 1,
 						 CONFIG_PROCESSES_MAX);
 	c->timeout_sec = config_number(c, c->root, "", "timeout", 120, 1, 3600);
@@ -745,29 +772,38 @@ static bool match(const char *pattern, const char *text)
  */
 enum {
 	INFLATE_WINDOW = 32 << 10,
-	INFLATE_FAST = 9,              /* a code of so many bits is found at one look */
-	INFLATE_SYMBOLS = 288,         /* of the largest code, the fixed one (3.2.6) */
-	INFLATE_END = 256              /* the symbol that ends a block; those above it are lengths */
+	INFLATE_FAST = 9,      /* a code of so many bits is found at one look */
+	INFLATE_SYMBOLS = 288, /* of the largest code, the fixed one (3.2.6) */
+	INFLATE_END = 256      /* the symbol that ends a block; those above it are lengths */
 };
 
-struct huffman {                       /* a code (3.2.2) */
+struct huffman {                          /* a code (3.2.2) */
 	uint16_t fast[1 << INFLATE_FAST]; /* by the next bits: symbol << 4 | its bits; 0: has more */
-	uint16_t count[16];            /* how many symbols have so many bits */
+	uint16_t count[16];               /* how many symbols have so many bits */
 	uint16_t symbol[INFLATE_SYMBOLS]; /* by the number of bits, then by value */
 };
 
 struct inflate {
-	const uint8_t *in, *end;       /* what is not looked at yet */
-	size_t bits;                   /* what is; the next bit is the lowest, and 0 follows the last */
-	unsigned n_bits;               /* of a register: 64 would be slow where it has 32 */
-	const char *wrong;             /* with the stream, in words; sticks */
-	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_CHECK, INFLATE_COPY, INFLATE_COUNTS, INFLATE_ORDER,
-	       INFLATE_LENGTHS, INFLATE_DATA, INFLATE_OVER } state;
-	bool last;                     /* this block is */
-	bool full;                     /* the ring has been written round */
-	unsigned at;                   /* where in the ring the next octet belongs */
-	unsigned left;                 /* octets of the stored block, or of the match in hand */
-	unsigned distance, more;       /* of that match; 0: not known yet; bits of it to be added */
+	const uint8_t *in, *end; /* what is not looked at yet */
+	size_t bits;             /* what is; the next bit is the lowest, and 0 follows the last */
+	unsigned n_bits;         /* of a register: 64 would be slow where it has 32 */
+	const char *wrong;       /* with the stream, in words; sticks */
+	enum {
+		INFLATE_BLOCK,
+		INFLATE_STORED,
+		INFLATE_CHECK,
+		INFLATE_COPY,
+		INFLATE_COUNTS,
+		INFLATE_ORDER,
+		INFLATE_LENGTHS,
+		INFLATE_DATA,
+		INFLATE_OVER
+	} state;
+	bool last;               /* this block is */
+	bool full;               /* the ring has been written round */
+	unsigned at;             /* where in the ring the next octet belongs */
+	unsigned left;           /* octets of the stored block, or of the match in hand */
+	unsigned distance, more; /* of that match; 0: not known yet; bits of it to be added */
 	unsigned literals, distances, orders, known; /* lengths that a dynamic block gives, has given */
 	uint8_t lengths[INFLATE_SYMBOLS + 32];
 	struct huffman literal, far;
@@ -836,8 +872,8 @@ static unsigned huffman_find_long(const struct huffman *h, size_t bits, unsigned
  * Which symbol comes next, and in how many bits. If there are not so many, it is another one. Inline
  * also where size counts (-Os): it is a quarter of the time on a MIPS.
  */
-static inline unsigned __attribute__((always_inline)) huffman_find(const struct huffman *h, size_t bits,
-								   unsigned *length)
+static inline unsigned __attribute__((always_inline))
+huffman_find(const struct huffman *h, size_t bits, unsigned *length)
 {
 	unsigned found = h->fast[bits & ((1 << INFLATE_FAST) - 1)];
 
@@ -963,7 +999,9 @@ static const char *inflate_order(struct inflate *f)
 
 static const char *inflate_lengths(struct inflate *f)
 {
-	static const struct { uint8_t bits, least; } repeat[] = { { 2, 3 }, { 3, 3 }, { 7, 11 } };
+	static const struct {
+		uint8_t bits, least;
+	} repeat[] = { { 2, 3 }, { 3, 3 }, { 7, 11 } };
 
 	while (f->known < f->literals + f->distances) {
 		unsigned length, symbol, more, times = 1;
@@ -1111,9 +1149,11 @@ static const char *inflate_over(struct inflate *f)
 static const char *inflate_run(struct inflate *f, const uint8_t **in, const uint8_t *end,
 			       const uint8_t **out, size_t *n)
 {
-	static const char *(*const steps[])(struct inflate *) = { /* by state */
-		inflate_block, inflate_stored, inflate_stored, inflate_copy, inflate_counts, inflate_order,
-		inflate_lengths, inflate_data, inflate_over };
+	static const char *(*const steps[])(struct inflate *) = {
+		/* by state */
+		inflate_block, inflate_stored,  inflate_stored, inflate_copy, inflate_counts,
+		inflate_order, inflate_lengths, inflate_data,   inflate_over
+	};
 	unsigned from;
 
 	if (f->at == INFLATE_WINDOW) {
@@ -1142,22 +1182,22 @@ static const char *inflate_run(struct inflate *f, const uint8_t **in, const uint
 struct trust {                         /* what a server's certificate is checked against */
 	br_x509_trust_anchor *anchors; /* owned, as all that they point to */
 	size_t n;
-	const char *named;             /* "ca_file" of the config, NULL: the system's */
-	char path[PATH_MAX_OCTETS];    /* of the CA bundle; "": there is none */
-	struct err err;                /* why it could not be loaded */
+	const char *named;          /* "ca_file" of the config, NULL: the system's */
+	char path[PATH_MAX_OCTETS]; /* of the CA bundle; "": there is none */
+	struct err err;             /* why it could not be loaded */
 };
 
-struct verifier {                      /* an X.509 engine around BearSSL's own, for the server's leaf */
+struct verifier { /* an X.509 engine around BearSSL's own, for the server's leaf */
 	const br_x509_class *vtable;
 	br_x509_minimal_context *chain;
-	br_x509_decoder_context leaf;  /* key and dates */
+	br_x509_decoder_context leaf; /* key and dates */
 	br_sha256_context hash;
 	uint8_t fingerprint[32];
 	const struct account *account; /* borrowed: its pins */
 	uint8_t address[16];           /* the host, if it is an IP address */
 	unsigned address_octets;       /* 4, 16; 0: the host is a name */
 	bool first, pinned;
-	uint8_t *der;                  /* the leaf, kept only to look for an address; owned */
+	uint8_t *der; /* the leaf, kept only to look for an address; owned */
 	size_t der_octets;
 };
 
@@ -1165,7 +1205,7 @@ struct tls {
 	br_ssl_client_context client;
 	br_x509_minimal_context chain;
 	struct verifier verifier;
-	char names[2][256];            /* the certificate's: common name, DNS name */
+	char names[2][256]; /* the certificate's: common name, DNS name */
 	br_name_element elements[2];
 	uint8_t buffer[BR_SSL_BUFSIZE_BIDI];
 };
@@ -1174,22 +1214,21 @@ struct stream {
 	int fd, parent;                /* the parent's pipe: if it closes, so do we; or -1 */
 	const struct account *account; /* borrowed */
 	unsigned timeout_sec;
-	struct tls *tls;               /* owned; NULL: in the clear */
-	struct err err;                /* the first error; sticks */
-	const uint8_t *at, *end;       /* what has arrived and is not consumed */
-	size_t lent;                   /* octets of the TLS engine's that 'end' ends */
-	uint8_t *plain;                /* owned; without TLS they are here */
-	struct inflate *inflate;       /* owned; NULL: nothing is compressed */
+	struct tls *tls;                    /* owned; NULL: in the clear */
+	struct err err;                     /* the first error; sticks */
+	const uint8_t *at, *end;            /* what has arrived and is not consumed */
+	size_t lent;                        /* octets of the TLS engine's that 'end' ends */
+	uint8_t *plain;                     /* owned; without TLS they are here */
+	struct inflate *inflate;            /* owned; NULL: nothing is compressed */
 	const uint8_t *packed, *packed_end; /* what has arrived and is not inflated */
-	uint64_t in, out;              /* octets of payload, as they are on the line */
-	unsigned waits;                /* how often it was our turn to wait for an answer */
-	int64_t waited_ms;             /* how long, for that and for what followed */
-	bool sent;                     /* something was sent since the last wait */
-	int64_t connect_ms;            /* what the TCP handshake took: one round trip */
+	uint64_t in, out;                   /* octets of payload, as they are on the line */
+	unsigned waits;                     /* how often it was our turn to wait for an answer */
+	int64_t waited_ms;                  /* how long, for that and for what followed */
+	bool sent;                          /* something was sent since the last wait */
+	int64_t connect_ms;                 /* what the TCP handshake took: one round trip */
 };
 
-static bool der_next(const uint8_t **p, const uint8_t *end, unsigned tag, const uint8_t **value,
-		     size_t *n)
+static bool der_next(const uint8_t **p, const uint8_t *end, unsigned tag, const uint8_t **value, size_t *n)
 {
 	size_t octets;
 
@@ -1326,10 +1365,10 @@ static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, u
 	return br_x509_decoder_get_pkey((br_x509_decoder_context *)(uintptr_t)&v->leaf);
 }
 
-static const br_x509_class verifier_class = {
-	sizeof(struct verifier), verifier_start_chain, verifier_start_cert, verifier_append,
-	verifier_end_cert, verifier_end_chain, verifier_get_pkey
-};
+static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_start_chain,
+					      verifier_start_cert,     verifier_append,
+					      verifier_end_cert,       verifier_end_chain,
+					      verifier_get_pkey };
 
 /* Octets in DER that br_x509_decoder gives out piece by piece: a subject's name. */
 struct dn {
@@ -1393,8 +1432,7 @@ static void trust_add(struct trust *t, const uint8_t *der, size_t n)
  */
 static int trust_read(struct trust *t, const char *path, struct err *e)
 {
-	static const char alphabet[] =
-		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 	static uint8_t der[CA_DER_MAX];
 	FILE *file = fopen(path, "re");
 	char line[256];
@@ -1428,8 +1466,10 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	}
 	fclose(file);
 	if (t->n == 0)
-		return err_set(e, E_ACCOUNT, "%s: no certificate in it that could be used; expected a CA "
-			       "bundle in PEM form", path);
+		return err_set(e, E_ACCOUNT,
+			       "%s: no certificate in it that could be used; expected a CA "
+			       "bundle in PEM form",
+			       path);
 	return 0;
 }
 
@@ -1437,11 +1477,11 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 static int trust_load(struct trust *t, const char *path, struct err *e)
 {
 	static const char *const places[] = {
-		"/etc/ssl/certs/ca-certificates.crt",     /* Debian, Alpine, Arch, OpenWrt, Synology */
-		"/etc/pki/tls/certs/ca-bundle.crt",       /* Fedora, RHEL */
-		"/etc/ssl/ca-bundle.pem",                 /* openSUSE */
-		"/etc/ssl/cert.pem",                      /* Alpine, OpenWrt, BSD, macOS */
-		"/usr/local/etc/ssl/cert.pem",            /* FreeBSD */
+		"/etc/ssl/certs/ca-certificates.crt", /* Debian, Alpine, Arch, OpenWrt, Synology */
+		"/etc/pki/tls/certs/ca-bundle.crt",   /* Fedora, RHEL */
+		"/etc/ssl/ca-bundle.pem",             /* openSUSE */
+		"/etc/ssl/cert.pem",                  /* Alpine, OpenWrt, BSD, macOS */
+		"/usr/local/etc/ssl/cert.pem",        /* FreeBSD */
 		"/usr/local/share/certs/ca-root-nss.crt",
 		"/etc/openssl/certs/ca-certificates.crt", /* NetBSD */
 		"/opt/etc/ssl/certs/ca-certificates.crt", /* Entware: QNAP, Synology, Asus */
@@ -1454,9 +1494,12 @@ static int trust_load(struct trust *t, const char *path, struct err *e)
 		if (access(places[i], R_OK) == 0)
 			path = places[i];
 	if (path == NULL)
-		return err_set(e, E_ACCOUNT, "this device has no CA bundle (looked for SSL_CERT_FILE, %s, "
-			       "%s and others); copy cacert.pem from curl.se and name it as \"ca_file\", or "
-			       "set \"tls_fingerprint\" (--check prints it)", places[0], places[3]);
+		return err_set(
+			e, E_ACCOUNT,
+			"this device has no CA bundle (looked for SSL_CERT_FILE, %s, "
+			"%s and others); copy cacert.pem from curl.se and name it as \"ca_file\", or "
+			"set \"tls_fingerprint\" (--check prints it)",
+			places[0], places[3]);
 	snprintf(t->path, sizeof t->path, "%s", path);
 	return trust_read(t, path, e);
 }
@@ -1515,8 +1558,9 @@ static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 		if (got > 0)
 			return got;
 		if (got == 0)
-			return stream_fail(s, E_NET, s->tls != NULL ? "connection cut without a TLS close" :
-								      "connection closed by the server");
+			return stream_fail(s, E_NET,
+					   s->tls != NULL ? "connection cut without a TLS close"
+							  : "connection closed by the server");
 		if (errno == EAGAIN || errno == EWOULDBLOCK) {
 			if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
 				return -1;
@@ -1560,27 +1604,31 @@ static const char *tls_date(char out[16], uint32_t days)
 /* Why the handshake or the connection failed, in words. */
 static int tls_fail(struct stream *s)
 {
-	static const struct { int code; const char *text; } words[] = {
+	static const struct {
+		int code;
+		const char *text;
+	} words[] = {
 		{ BR_ERR_UNSUPPORTED_VERSION, "the server speaks no TLS 1.2 here (143 is the port for "
-		  "\"ssl\": false, 993 for true)" },
+					      "\"ssl\": false, 993 for true)" },
 		{ BR_ERR_BAD_VERSION, "what answers here does not speak TLS (a proxy or captive portal?)" },
-		{ BR_ERR_UNKNOWN_TYPE, "what answers here does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_UNKNOWN_TYPE,
+		  "what answers here does not speak TLS (a proxy or captive portal?)" },
 		{ BR_ERR_BAD_MAC, "data damaged on the way" },
 		{ BR_ERR_NO_RANDOM, "no random numbers: /dev/urandom cannot be read" },
 		{ BR_ERR_BAD_CIPHER_SUITE, "the server chose a cipher that was not offered" },
 		{ BR_ERR_X509_UNSUPPORTED, "the certificate has a kind of key or signature that BearSSL "
-		  "cannot check (Ed25519, RSA-PSS, SHA-1)" },
+					   "cannot check (Ed25519, RSA-PSS, SHA-1)" },
 		{ BR_ERR_X509_LIMIT_EXCEEDED, "the certificate's key is larger than BearSSL can check" },
 		{ BR_ERR_X509_BAD_SIGNATURE, "the certificate is forged or damaged: bad signature" },
 		{ BR_ERR_X509_DN_MISMATCH, "the server sends its certificates in the wrong order" },
 		{ BR_ERR_X509_CRITICAL_EXTENSION, "the certificate has a restriction that BearSSL cannot "
-		  "check" },
+						  "check" },
 		{ BR_ERR_X509_NOT_CA, "the certificate was issued by one that is no CA" },
 		{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, "the certificate is not meant for a server" },
 		{ BR_ERR_X509_WEAK_PUBLIC_KEY, "the certificate's key is too weak" },
 		{ BR_ERR_RECV_FATAL_ALERT + 40, "no cipher in common with the server" },
 		{ BR_ERR_RECV_FATAL_ALERT + 70, "the server speaks only TLS 1.3, or only something older "
-		  "than 1.2; BearSSL speaks 1.2" },
+						"than 1.2; BearSSL speaks 1.2" },
 		{ BR_ERR_RECV_FATAL_ALERT + 112, "the server does not know this host name" },
 	};
 	struct tls *t = s->tls;
@@ -1602,30 +1650,40 @@ static int tls_fail(struct stream *s)
 		tls_date(until, v->leaf.notafter_days);
 		if (today < v->leaf.notbefore_days && clock_wrong) {
 			clock_sec = ((int64_t)v->leaf.notbefore_days - 719527) * 86400;
-			return stream_fail(s, E_NET, "%s: the certificate is not valid before %s, and this "
-					   "device's clock is wrong: taking that day as today", host, from);
+			return stream_fail(s, E_NET,
+					   "%s: the certificate is not valid before %s, and this "
+					   "device's clock is wrong: taking that day as today",
+					   host, from);
 		}
 		if (today < v->leaf.notbefore_days)
-			return stream_fail(s, E_ACCOUNT, "%s: the certificate is not valid before %s, and "
-					   "this device's clock says %s", host, from,
-					   tls_date(until, today));
+			return stream_fail(s, E_ACCOUNT,
+					   "%s: the certificate is not valid before %s, and "
+					   "this device's clock says %s",
+					   host, from, tls_date(until, today));
 		if (today >= v->leaf.notafter_days)
 			return stream_fail(s, E_ACCOUNT, "%s: the certificate expired on %s", host, until);
-		return stream_fail(s, E_ACCOUNT, "%s: the certificate of an issuer has expired, or is not "
-				   "valid yet", host);
+		return stream_fail(s, E_ACCOUNT,
+				   "%s: the certificate of an issuer has expired, or is not "
+				   "valid yet",
+				   host);
 	}
 	if (code == BR_ERR_X509_BAD_SERVER_NAME) {
-		const char *name = t->elements[1].status > 0 ? t->names[1] :
-				   t->elements[0].status > 0 ? t->names[0] : "another name";
+		const char *name = t->elements[1].status > 0   ? t->names[1]
+				   : t->elements[0].status > 0 ? t->names[0]
+							       : "another name";
 
 		return stream_fail(s, E_ACCOUNT, "the certificate is for %s, not for %s", name, host);
 	}
 	if (code == BR_ERR_X509_NOT_TRUSTED && s->account->pins > 0)
-		return stream_fail(s, E_ACCOUNT, "%s: the certificate's SHA-256 is %s, which is not "
-				   "\"tls_fingerprint\"", host, hex);
+		return stream_fail(s, E_ACCOUNT,
+				   "%s: the certificate's SHA-256 is %s, which is not "
+				   "\"tls_fingerprint\"",
+				   host, hex);
 	if (code == BR_ERR_X509_NOT_TRUSTED)
-		return stream_fail(s, E_ACCOUNT, "%s: the certificate is signed by nobody whom the CA bundle "
-				   "knows; to trust it alone: \"tls_fingerprint\": \"%s\"", host, hex);
+		return stream_fail(s, E_ACCOUNT,
+				   "%s: the certificate is signed by nobody whom the CA bundle "
+				   "knows; to trust it alone: \"tls_fingerprint\": \"%s\"",
+				   host, hex);
 	/* Damage and garbage on the line may pass; anything else is the same at the next try. */
 	final = code != BR_ERR_BAD_MAC && code != BR_ERR_BAD_VERSION && code != BR_ERR_UNKNOWN_TYPE &&
 		code != BR_ERR_RECV_FATAL_ALERT + 80;
@@ -1683,7 +1741,8 @@ static void tls_judge(br_x509_minimal_context *chain)
  */
 static int stream_start_tls(struct stream *s, const struct trust *trust)
 {
-	static const uint16_t suites[] = { /* for a CPU without AES; with it the order is another */
+	static const uint16_t suites[] = {
+		/* for a CPU without AES; with it the order is another */
 		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
 		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
@@ -1720,7 +1779,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	tls_judge(&t->chain);
 	for (int i = 0; i < 2; i++)
 		t->elements[i] = (br_name_element){ .oid = i == 0 ? common_name : dns_name,
-						    .buf = t->names[i], .len = sizeof t->names[i] };
+						    .buf = t->names[i],
+						    .len = sizeof t->names[i] };
 	br_x509_minimal_set_name_elements(&t->chain, t->elements, 2);
 	t->verifier.vtable = &verifier_class;
 	t->verifier.chain = &t->chain;
@@ -1808,16 +1868,17 @@ static int stream_open(struct stream *s, const struct account *account, const st
 		error = getaddrinfo(account->host, port, &hints, &list);
 	}
 	if (error != 0)
-		return stream_fail(s, E_NET, "%s: %s", account->host, error == EAI_SYSTEM ?
-				   strerror(errno) : gai_strerror(error));
+		return stream_fail(s, E_NET, "%s: %s", account->host,
+				   error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error));
 	for (const struct addrinfo *address = list; address != NULL; address = address->ai_next) {
 		bool last = address->ai_next == NULL;
 
 		s->err = (struct err){ 0 };
 		if (s->fd >= 0)
 			close(s->fd);
-		if (stream_connect(s, address, last || timeout_sec < CONNECT_SEC ? timeout_sec :
-						       CONNECT_SEC) == 0 || s->err.code == E_STOPPED)
+		if (stream_connect(s, address,
+				   last || timeout_sec < CONNECT_SEC ? timeout_sec : CONNECT_SEC) == 0 ||
+		    s->err.code == E_STOPPED)
 			break;
 	}
 	freeaddrinfo(list);
@@ -1826,8 +1887,10 @@ static int stream_open(struct stream *s, const struct account *account, const st
 
 		memcpy(reason, s->err.text, sizeof reason);
 		snprintf(s->err.text, sizeof s->err.text, "%.100s, port %u: %.250s%s", account->host,
-			 account->port, reason, account->ssl == SSL_UNSET && account->port == 143 ?
-			 " (\"ssl\": true uses port 993)" : "");
+			 account->port, reason,
+			 account->ssl == SSL_UNSET && account->port == 143
+				 ? " (\"ssl\": true uses port 993)"
+				 : "");
 		return -1;
 	}
 	if (account->ssl == SSL_ON)
@@ -1985,8 +2048,8 @@ struct range {
 struct set {
 	struct range *ranges; /* owned */
 	size_t n, room;
-	size_t taken;         /* ranges before this one have been taken out by set_take() */
-	bool unsorted;        /* set_sort() is due */
+	size_t taken;  /* ranges before this one have been taken out by set_take() */
+	bool unsorted; /* set_sort() is due */
 };
 
 static void set_clear(struct set *set)
@@ -2139,34 +2202,43 @@ static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
  * An error sticks, in im->s.err.
  */
 enum imap_capability {
-	CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8,
-	CAP_LIST_STATUS = 16, CAP_ESEARCH = 32, CAP_CONDSTORE = 64, CAP_LITERAL_PLUS = 128,
-	CAP_ID = 256, CAP_STATUS_SIZE = 512, CAP_IMAP4REV1 = 1024, CAP_COMPRESS = 2048,
+	CAP_STARTTLS = 1,
+	CAP_LOGINDISABLED = 2,
+	CAP_AUTH_PLAIN = 4,
+	CAP_SASL_IR = 8,
+	CAP_LIST_STATUS = 16,
+	CAP_ESEARCH = 32,
+	CAP_CONDSTORE = 64,
+	CAP_LITERAL_PLUS = 128,
+	CAP_ID = 256,
+	CAP_STATUS_SIZE = 512,
+	CAP_IMAP4REV1 = 1024,
+	CAP_COMPRESS = 2048,
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
 
 struct imap_result { /* of a command */
 	enum imap_condition condition;
-	unsigned octets;           /* of the command, while it is pending */
-	char code[32];             /* the response code's name, upper case, or "" (RFC 5530) */
-	uint64_t numbers[2];       /* that follow it */
+	unsigned octets;     /* of the command, while it is pending */
+	char code[32];       /* the response code's name, upper case, or "" (RFC 5530) */
+	uint64_t numbers[2]; /* that follow it */
 	char text[200];
 };
 
 struct imap_status { /* of a mailbox; 0 is unknown but for messages */
 	uint32_t messages, uidnext, uidvalidity;
-	uint32_t unseen;           /* UINT32_MAX: unknown */
+	uint32_t unseen; /* UINT32_MAX: unknown */
 	uint64_t highestmodseq, octets;
 	bool known;
 };
 
 enum imap_section { SECTION_NONE, SECTION_MAIL, SECTION_ID, SECTION_MADE };
 
-struct imap_fetch { /* what a FETCH response has told so far */
-	uint32_t uid;              /* 0: not yet */
+struct imap_fetch {   /* what a FETCH response has told so far */
+	uint32_t uid; /* 0: not yet */
 	bool has_flags, has_date, has_size;
-	unsigned flags;            /* MBOX_SEEN ... */
+	unsigned flags; /* MBOX_SEEN ... */
 	int64_t date_sec;
 	uint64_t size;             /* RFC822.SIZE */
 	enum imap_section section; /* of the literal */
@@ -2175,25 +2247,25 @@ struct imap_fetch { /* what a FETCH response has told so far */
 
 struct imap {
 	struct stream s;
-	unsigned capabilities;     /* enum imap_capability */
+	unsigned capabilities; /* enum imap_capability */
 	bool greeted, capabilities_known, preauth;
-	bool one_at_a_time;        /* no second command before the first one's answer */
-	unsigned status_flight;    /* STATUS commands at a time */
-	unsigned tag, oldest;      /* the last one given out; the first that is not known done */
+	bool one_at_a_time;     /* no second command before the first one's answer */
+	unsigned status_flight; /* STATUS commands at a time */
+	unsigned tag, oldest;   /* the last one given out; the first that is not known done */
 	struct imap_result results[IMAP_FLIGHT_MAX];
-	unsigned in_flight;        /* octets of commands without an answer */
-	unsigned alerts;           /* shown to the person */
-	uint64_t noise;            /* octets since something that we asked for came */
+	unsigned in_flight; /* octets of commands without an answer */
+	unsigned alerts;    /* shown to the person */
+	uint64_t noise;     /* octets since something that we asked for came */
 	bool trace;
-	char line[300];            /* of the response in hand, for -vv */
+	char line[300]; /* of the response in hand, for -vv */
 	size_t line_octets;
 
-	bool selected;             /* a mailbox is; then, as EXAMINE and what came since said: */
+	bool selected; /* a mailbox is; then, as EXAMINE and what came since said: */
 	uint32_t exists, uidvalidity, uidnext;
 	uint64_t highestmodseq;
-	unsigned expunged;         /* messages that left since it was selected */
+	unsigned expunged; /* messages that left since it was selected */
 
-	void *context;             /* for the callbacks; each returns -1 to give up the connection */
+	void *context; /* for the callbacks; each returns -1 to give up the connection */
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
 	int (*on_uids)(void *context, uint32_t low, uint32_t high);
@@ -2284,7 +2356,8 @@ static int imap_line_end(struct imap *im)
 
 static bool imap_atom_char(int c)
 {
-	return c > 0x20 && c != 0x7F && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
+	return c > 0x20 && c != 0x7F && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' &&
+	       c != ']';
 }
 
 /* An atom, upper case; what is too long is read but cut. Brackets end it. Returns its length. */
@@ -2334,12 +2407,14 @@ static int imap_literal(struct imap *im, uint64_t *octets)
 	imap_atom(im, text);
 	errno = 0;
 	*octets = strtoumax(text, &end, 10);
-	if (text[0] < '0' || text[0] > '9' || errno != 0 || (*end != '\0' && strcmp(end, "+}") != 0 &&
-							     strcmp(end, "}") != 0))
+	if (text[0] < '0' || text[0] > '9' || errno != 0 ||
+	    (*end != '\0' && strcmp(end, "+}") != 0 && strcmp(end, "}") != 0))
 		return imap_proto(im, "a literal without a length", "{number}");
 	if (*octets > UINT32_MAX)
-		return stream_fail(&im->s, E_PROTO, "the server announces a literal of %llu octets; more than "
-				   "4294967295 is no mail", (unsigned long long)*octets);
+		return stream_fail(&im->s, E_PROTO,
+				   "the server announces a literal of %llu octets; more than "
+				   "4294967295 is no mail",
+				   (unsigned long long)*octets);
 	imap_is(im, '\r');
 	return imap_expect(im, '\n');
 }
@@ -2411,8 +2486,10 @@ static int imap_skip(struct imap *im)
 			return -1;
 		if (c == '(' || c == '[') {
 			if (++depth > IMAP_DEPTH_MAX)
-				return stream_fail(&im->s, E_PROTO, "the server nests parentheses more than "
-						   "%d deep", IMAP_DEPTH_MAX);
+				return stream_fail(&im->s, E_PROTO,
+						   "the server nests parentheses more than "
+						   "%d deep",
+						   IMAP_DEPTH_MAX);
 			imap_next(im);
 		} else if (c == ')' || c == ']') {
 			if (depth == 0)
@@ -2440,7 +2517,7 @@ static int imap_skip(struct imap *im)
 /* Pass over the rest of a response, literals included. */
 static int imap_skip_line(struct imap *im)
 {
-	for (int c; (c = imap_peek(im)) != '\n'; ) {
+	for (int c; (c = imap_peek(im)) != '\n';) {
 		if (c < 0)
 			return -1;
 		if (c == '"' || c == '(' || c == '{' || c == '[' || imap_atom_char(c)) {
@@ -2457,13 +2534,17 @@ static int imap_skip_line(struct imap *im)
 
 static void imap_capability_word(struct imap *im, const char *word)
 {
-	static const struct { const char *word; unsigned capability; } known[] = {
-		{ "STARTTLS", CAP_STARTTLS }, { "LOGINDISABLED", CAP_LOGINDISABLED },
-		{ "AUTH=PLAIN", CAP_AUTH_PLAIN }, { "SASL-IR", CAP_SASL_IR },
-		{ "LIST-STATUS", CAP_LIST_STATUS }, { "ESEARCH", CAP_ESEARCH },
-		{ "CONDSTORE", CAP_CONDSTORE }, { "QRESYNC", CAP_CONDSTORE },
-		{ "LITERAL+", CAP_LITERAL_PLUS }, { "ID", CAP_ID }, { "STATUS=SIZE", CAP_STATUS_SIZE },
-		{ "IMAP4REV1", CAP_IMAP4REV1 }, { "COMPRESS=DEFLATE", CAP_COMPRESS },
+	static const struct {
+		const char *word;
+		unsigned capability;
+	} known[] = {
+		{ "STARTTLS", CAP_STARTTLS },         { "LOGINDISABLED", CAP_LOGINDISABLED },
+		{ "AUTH=PLAIN", CAP_AUTH_PLAIN },     { "SASL-IR", CAP_SASL_IR },
+		{ "LIST-STATUS", CAP_LIST_STATUS },   { "ESEARCH", CAP_ESEARCH },
+		{ "CONDSTORE", CAP_CONDSTORE },       { "QRESYNC", CAP_CONDSTORE },
+		{ "LITERAL+", CAP_LITERAL_PLUS },     { "ID", CAP_ID },
+		{ "STATUS=SIZE", CAP_STATUS_SIZE },   { "IMAP4REV1", CAP_IMAP4REV1 },
+		{ "COMPRESS=DEFLATE", CAP_COMPRESS },
 	};
 
 	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
@@ -2531,11 +2612,18 @@ static int imap_text(struct imap *im, struct imap_result *result)
  */
 static unsigned imap_wait_asked(const struct imap_result *result)
 {
-	static const char *const codes[] = { "THROTTLED", "LIMIT", "UNAVAILABLE", "INUSE", "SERVERBUG",
-		"OVERQUOTA" };
-	static const char *const words[] = { "Too many simultaneous", "Maximum number of connections",
-		"Too many open connections", "Too many login", "Rate limit", "is throttled",
-		"exceeded command or bandwidth", "Server Unavailable", "service busy", "try again later" };
+	static const char *const codes[] = { "THROTTLED", "LIMIT",     "UNAVAILABLE",
+					     "INUSE",     "SERVERBUG", "OVERQUOTA" };
+	static const char *const words[] = { "Too many simultaneous",
+					     "Maximum number of connections",
+					     "Too many open connections",
+					     "Too many login",
+					     "Rate limit",
+					     "is throttled",
+					     "exceeded command or bandwidth",
+					     "Server Unavailable",
+					     "service busy",
+					     "try again later" };
 	const char *backoff = strstr(result->text, "Backoff Time: ");
 
 	if (backoff != NULL) {
@@ -2564,9 +2652,10 @@ static bool parse_date(const char *text, int64_t *sec)
 	for (; *text >= '0' && *text <= '9' && day < 100; text++)
 		day = day * 10 + (unsigned)(*text - '0');
 	for (size_t i = 0; form[i] != '\0'; i++)
-		if (form[i] == 'd' ? !isdigit((unsigned char)text[i]) :
-		    form[i] == 'a' ? !isalpha((unsigned char)text[i]) :
-		    form[i] == 's' ? text[i] != '+' && text[i] != '-' : text[i] != form[i])
+		if (form[i] == 'd'   ? !isdigit((unsigned char)text[i])
+		    : form[i] == 'a' ? !isalpha((unsigned char)text[i])
+		    : form[i] == 's' ? text[i] != '+' && text[i] != '-'
+				     : text[i] != form[i])
 			return false;
 	month = month_of(text + 1);
 	hour = strtol(text + 10, NULL, 10);
@@ -2583,8 +2672,13 @@ static bool parse_date(const char *text, int64_t *sec)
 
 static int imap_flags(struct imap *im, struct imap_fetch *fetch)
 {
-	static const struct { const char *word; unsigned flag; } known[] = {
-		{ "\\SEEN", MBOX_SEEN }, { "\\ANSWERED", MBOX_ANSWERED }, { "\\FLAGGED", MBOX_FLAGGED },
+	static const struct {
+		const char *word;
+		unsigned flag;
+	} known[] = {
+		{ "\\SEEN", MBOX_SEEN },
+		{ "\\ANSWERED", MBOX_ANSWERED },
+		{ "\\FLAGGED", MBOX_FLAGGED },
 		{ "$FORWARDED", MBOX_FORWARDED },
 	};
 	char word[IMAP_ATOM_MAX];
@@ -2635,8 +2729,9 @@ static int imap_section(struct imap *im, enum imap_section *section)
 		return -1;
 	*section = n == 0 ? SECTION_MAIL : SECTION_NONE;
 	if (strncmp(text, "HEADER.FIELDS (", 15) == 0)
-		*section = strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID :
-			   strstr(text, "SUBJECT") != NULL ? SECTION_MADE : SECTION_NONE;
+		*section = strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
+			   : strstr(text, "SUBJECT") != NULL  ? SECTION_MADE
+							      : SECTION_NONE;
 	if (imap_peek(im) == '<') {
 		*section = SECTION_NONE; /* a part of it: nothing that we asked for */
 		while ((c = imap_peek(im)) >= 0 && c != ' ' && c != ')' && c != '\n')
@@ -2884,8 +2979,9 @@ static int imap_untagged(struct imap *im)
 			return -1;
 		imap_atom(im, word);
 		if ((strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0) && im->on_fetch != NULL)
-			return imap_expect(im, ' ') != 0 ? -1 :
-			       imap_fetch_response(im, word[0] == 'U' ? number : 0);
+			return imap_expect(im, ' ') != 0
+				       ? -1
+				       : imap_fetch_response(im, word[0] == 'U' ? number : 0);
 		if (strcmp(word, "EXISTS") == 0)
 			im->exists = number;
 		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0)
@@ -3136,8 +3232,8 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 	if (users > 500 || passwords > 500)
 		return stream_fail(&im->s, E_ACCOUNT, "user name or password is longer than 500 octets");
 	if (im->capabilities & CAP_AUTH_PLAIN) {
-		static const char digits[] =
-			"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+		static const char
+			digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 		size_t length = 0;
 
 		memset(plain, 0, n + 3);
@@ -3159,7 +3255,8 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 				tag = 0;
 		}
 	} else if (im->capabilities & CAP_LOGINDISABLED) {
-		return stream_fail(&im->s, E_ACCOUNT, "the server allows no login with a password here "
+		return stream_fail(&im->s, E_ACCOUNT,
+				   "the server allows no login with a password here "
 				   "(LOGINDISABLED)");
 	} else if (imap_needs_literal(user) || imap_needs_literal(password)) {
 		const char *parts[2] = { user, password };
@@ -3204,8 +3301,8 @@ static bool stream_is_local(const struct stream *s)
 	if (own.ss_family == AF_INET)
 		return memcmp(&((struct sockaddr_in *)&own)->sin_addr,
 			      &((struct sockaddr_in *)&peer)->sin_addr, sizeof(struct in_addr)) == 0;
-	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr,
-		      &((struct sockaddr_in6 *)&peer)->sin6_addr, sizeof(struct in6_addr)) == 0;
+	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr, &((struct sockaddr_in6 *)&peer)->sin6_addr,
+		      sizeof(struct in6_addr)) == 0;
 }
 
 /* The greeting, and STARTTLS where it is to be had; else refuse to talk in the clear unasked. */
@@ -3222,7 +3319,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	if (account->ssl == SSL_ON)
 		return imap_know_capabilities(im);
 	if (im->preauth && !stream_is_local(&im->s))
-		return stream_fail(&im->s, E_ACCOUNT, "the server lets us in without a login and without "
+		return stream_fail(&im->s, E_ACCOUNT,
+				   "the server lets us in without a login and without "
 				   "TLS (PREAUTH): it cannot be trusted; try \"ssl\": true");
 	if (imap_know_capabilities(im) != 0)
 		return -1;
@@ -3241,9 +3339,11 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	if (account->ssl == SSL_OFF) {
 		if (!stream_is_local(&im->s))
 			log_warn("%s offers no STARTTLS: the password goes over the line in the clear, as "
-				 "\"ssl\": false says", account->host);
+				 "\"ssl\": false says",
+				 account->host);
 	} else if (!stream_is_local(&im->s)) {
-		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; set \"ssl\": true for "
+		return stream_fail(&im->s, E_ACCOUNT,
+				   "%s, port %u, offers no STARTTLS; set \"ssl\": true for "
 				   "TLS on port 993, or \"ssl\": false to send the password in the clear",
 				   account->host, account->port);
 	}
@@ -3369,14 +3469,14 @@ struct counts {
 
 /* One mailbox of an account, as the server lists it and as the parent plans it. */
 struct mailbox {
-	char *name;              /* on the wire; owned */
-	char *file;              /* of the archive, without folder; owned */
-	char delimiter;          /* '\0': none */
+	char *name;     /* on the wire; owned */
+	char *file;     /* of the archive, without folder; owned */
+	char delimiter; /* '\0': none */
 	bool selectable, ignored;
 	struct imap_status status;
 	enum { BOX_DONE, BOX_TODO, BOX_BUSY } state;
-	unsigned tries;          /* of workers that died of it */
-	uint32_t weight;         /* mails that are probably new */
+	unsigned tries;  /* of workers that died of it */
+	uint32_t weight; /* mails that are probably new */
 };
 
 /*
@@ -3385,8 +3485,7 @@ struct mailbox {
  */
 static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 {
-	static const char alphabet[] =
-		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
 	size_t length = 0, shifted = 0; /* up to where a shift went */
 
 	for (size_t i = 0; i < n; i++) {
@@ -3581,17 +3680,17 @@ static bool mailbox_has_news(const struct imap_status *status, const struct mbox
 struct batch {
 	enum { BATCH_ASK, BATCH_ASK_MADE, BATCH_MAILS } kind;
 	unsigned tag, n;
-	bool single;              /* one UID, asked for again because it did not come before */
+	bool single; /* one UID, asked for again because it did not come before */
 	struct range ranges[BATCH_RANGES];
 };
 
 /* What is remembered of a mailbox from one connection to the next, within a worker. */
 struct attempt {
-	bool careful;             /* the line broke: one mail at a time now, up to this one: */
+	bool careful; /* the line broke: one mail at a time now, up to this one: */
 	uint32_t careful_uid;
-	bool careful_asks;        /* it broke at a header: those too */
-	uint32_t broken_uid;      /* the first that had not come when it broke */
-	bool doubtful;            /* mails were refused with a request to wait; it may be one of them */
+	bool careful_asks;   /* it broke at a header: those too */
+	uint32_t broken_uid; /* the first that had not come when it broke */
+	bool doubtful;       /* mails were refused with a request to wait; it may be one of them */
 	unsigned poisons;
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
 };
@@ -3603,41 +3702,43 @@ struct sync {
 	struct err *e;
 	struct attempt *attempt;
 	struct counts *counts;
-	bool dry;                 /* say what would be done */
+	bool dry; /* say what would be done */
 	void (*progress)(void *context);
 	void *context;
 
 	/* set when the pass begins: */
-	struct mbox_claim old;    /* what the archive says of the last complete pass */
-	struct mbox_claim claim;  /* what it may say after this one, as EXAMINE told it */
-	bool empty;               /* the archive is: nothing can be known already */
-	bool condstore;           /* changed flags are asked for by CHANGEDSINCE ... */
-	bool with_flags;          /* ... or all flags tell the listing too; else they come with the mails */
+	struct mbox_claim old;   /* what the archive says of the last complete pass */
+	struct mbox_claim claim; /* what it may say after this one, as EXAMINE told it */
+	bool empty;              /* the archive is: nothing can be known already */
+	bool condstore;          /* changed flags are asked for by CHANGEDSINCE ... */
+	bool with_flags;         /* ... or all flags tell the listing too; else they come with the mails */
 	unsigned listing_tag, changes_tag; /* of the commands that ask for them; 0: not sent yet */
 
 	/* UIDs: of all mails on the server; to be asked about; that turned out to need a made ID; to be
 	 * fetched; again in order, for want of an ID; again singly, as they did not come; that never came */
 	struct set listing, ask, ask_made, want, late, again, failed;
 	struct batch flight[IMAP_FLIGHT_MAX];
-	unsigned first, pending;  /* of the ring 'flight' */
-	bool searching;           /* the UIDs that come are the listing */
-	bool listing_now;         /* the FETCH responses that come are it */
-	bool rekeyed;             /* UIDVALIDITY is new: flags wait until the UIDs are bound */
-	uint32_t told;            /* flags of known mails since something else came */
-	bool window;              /* the server shows only the newest mails */
-	bool in_order;            /* mails came late for want of a Message-ID: one command at a time now */
+	unsigned first, pending; /* of the ring 'flight' */
+	bool searching;          /* the UIDs that come are the listing */
+	bool listing_now;        /* the FETCH responses that come are it */
+	bool rekeyed;            /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	uint32_t told;           /* flags of known mails since something else came */
+	bool window;             /* the server shows only the newest mails */
+	bool in_order;           /* mails came late for want of a Message-ID: one command at a time now */
 
 	struct mbox_header header; /* of a mail that is asked for by its header */
 	struct mbox_made made;
 	bool has_header, writing;
-	unsigned vague;           /* single mails in a row that were refused with a request to wait */
-	struct imap_fetch apart;  /* the last one without a mail: flags and date may come apart from it */
+	unsigned vague;          /* single mails in a row that were refused with a request to wait */
+	struct imap_fetch apart; /* the last one without a mail: flags and date may come apart from it */
 };
 
 static int sync_out_of_room(struct sync *y)
 {
-	return err_set(y->e, E_FORMAT, "more than %d mails, or gaps between them: the most that one mailbox "
-		       "may have", MBOX_MAILS_MAX);
+	return err_set(y->e, E_FORMAT,
+		       "more than %d mails, or gaps between them: the most that one mailbox "
+		       "may have",
+		       MBOX_MAILS_MAX);
 }
 
 static int on_uids(void *context, uint32_t low, uint32_t high)
@@ -3733,7 +3834,8 @@ static bool sync_out_of_turn(struct sync *y, uint32_t uid)
 		const struct batch *b = &y->flight[(y->first + i) % IMAP_FLIGHT_MAX];
 
 		for (unsigned k = 0; k < b->n && b->kind == BATCH_MAILS; k++)
-			for (uint32_t other = b->ranges[k].low; other <= b->ranges[k].high && other < uid; other++)
+			for (uint32_t other = b->ranges[k].low; other <= b->ranges[k].high && other < uid;
+			     other++)
 				if ((y->searching || y->listing_now || set_has(&y->listing, other)) &&
 				    mbox_next_uid(y->m, other) != other)
 					return true;
@@ -3811,8 +3913,8 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		return sync_store(y, fetch);
 	if (fetch->section == SECTION_ID || fetch->section == SECTION_MADE)
 		return y->has_header ? sync_bind(y, fetch) : 0;
-	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size &&
-	    fetch->size == 0 && fetch->uid != 0 && !y->dry && sync_wants(y, fetch->uid)) {
+	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size && fetch->size == 0 &&
+	    fetch->uid != 0 && !y->dry && sync_wants(y, fetch->uid)) {
 		/* Really empty: the server says so twice. */
 		if (mbox_begin(y->m, 0, y->e) != 0)
 			return -1;
@@ -3961,8 +4063,8 @@ static int sync_batch_done(struct sync *y)
 			if (b->kind == BATCH_MAILS)
 				to = b->single ? &y->failed : &y->again;
 			if (set_has(&y->listing, uid) && mbox_next_uid(y->m, uid) != uid &&
-			    !set_has(&y->ask_made, uid) && !set_has(&y->late, uid) &&
-			    !sync_asked(y, uid) && !set_add(to, uid, uid))
+			    !set_has(&y->ask_made, uid) && !set_has(&y->late, uid) && !sync_asked(y, uid) &&
+			    !set_add(to, uid, uid))
 				return sync_out_of_room(y);
 			if (uid == b->ranges[i].high)
 				break;
@@ -4026,7 +4128,8 @@ static int sync_pump(struct sync *y, bool only_ask)
 
 		if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
 			return sync_line_failed(y);
-		while (imap_may_send(y->im, y->attempt->careful ? y->pending * IMAP_FLIGHT_MAX : y->pending) &&
+		while (imap_may_send(y->im,
+				     y->attempt->careful ? y->pending * IMAP_FLIGHT_MAX : y->pending) &&
 		       sync_next_batch(y, only_ask, b)) {
 			if (sync_send_batch(y, b) != 0)
 				return -1;
@@ -4098,8 +4201,9 @@ static void sync_broken(struct sync *y)
 			break;
 	}
 	if (a->careful && low == high && low == a->broken_uid && a->poisons < POISON_MAX) {
-		log_error("the mail with UID %lu breaks the connection again and again: left out in this run",
-			  (unsigned long)low);
+		log_error(
+			"the mail with UID %lu breaks the connection again and again: left out in this run",
+			(unsigned long)low);
 		a->poison[a->poisons++] = low;
 		a->careful = false;
 	} else {
@@ -4129,8 +4233,8 @@ static int sync_still_listed(struct sync *y)
 	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
 	ranges_text(visible, y->listing.ranges, n);
 	y->counts->failures += set_count(&y->listing);
-	log_error("%llu mails listed that could not be fetched: UID %s%s", (unsigned long long)
-		  set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
+	log_error("%llu mails listed that could not be fetched: UID %s%s",
+		  (unsigned long long)set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
 	return 0;
 }
 
@@ -4226,11 +4330,13 @@ static int sync_examine(struct sync *y, const struct mailbox *box)
 			y->e->code = E_NET;
 		return -1;
 	}
-	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity, .uidnext = im->uidnext,
-					.messages = im->exists, .unseen = box->status.unseen,
-					.highestmodseq = im->highestmodseq, .when_sec = time(NULL) };
-	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 ||
-		    im->exists == 10000;
+	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity,
+					.uidnext = im->uidnext,
+					.messages = im->exists,
+					.unseen = box->status.unseen,
+					.highestmodseq = im->highestmodseq,
+					.when_sec = time(NULL) };
+	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 || im->exists == 10000;
 	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity) {
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
@@ -4255,7 +4361,8 @@ static int sync_list(struct sync *y)
 	}
 	if (!ahead && y->condstore && complete >= 0)
 		y->changes_tag = sync_send_flags(y, 0, y->old.highestmodseq);
-	if (complete < 0 || (y->changes_tag > 0 && sync_flags(y, y->changes_tag, y->old.highestmodseq) != 0))
+	if (complete < 0 ||
+	    (y->changes_tag > 0 && sync_flags(y, y->changes_tag, y->old.highestmodseq) != 0))
 		return sync_line_failed(y);
 	if (complete == 0) { /* mail came or went meanwhile, or what is offered does not work (iCloud) */
 		im->capabilities &= ~(unsigned)CAP_ESEARCH;
@@ -4300,9 +4407,10 @@ static int sync_mark_gone(struct sync *y)
 
 	if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0)
 		return -1;
-	if (moved[1] != 0 &&
-	    sync_flags(y, imap_send(y->im, NULL, "UID FETCH %lu:%lu (FLAGS)", (unsigned long)moved[0],
-				    (unsigned long)moved[1]), 0) != 0)
+	if (moved[1] != 0 && sync_flags(y,
+					imap_send(y->im, NULL, "UID FETCH %lu:%lu (FLAGS)",
+						  (unsigned long)moved[0], (unsigned long)moved[1]),
+					0) != 0)
 		return -1;
 	y->counts->gone += gone;
 	if (live >= 100 && gone > live / 2)
@@ -4358,8 +4466,14 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 	unsigned how = (dry ? MBOX_LOOK : 0) | (config->keep_duplicates ? MBOX_DUPLICATES : 0);
 	int r;
 
-	*y = (struct sync){ .config = config, .im = im, .e = e, .attempt = attempt, .counts = counts,
-			    .dry = dry, .progress = progress, .context = context };
+	*y = (struct sync){ .config = config,
+			    .im = im,
+			    .e = e,
+			    .attempt = attempt,
+			    .counts = counts,
+			    .dry = dry,
+			    .progress = progress,
+			    .context = context };
 	r = mbox_open(&y->m, path, box->name, how, e);
 	if (r == 0) {
 		if (*mbox_mended(y->m) != '\0') {
@@ -4420,12 +4534,12 @@ enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_DONE, NOTE_WAIT,
 
 struct note { /* from a worker */
 	enum note_kind kind;
-	enum err_code code;           /* E_NONE: all is well */
-	unsigned wait_sec, tries;     /* NOTE_WAIT: when to come back, and how often it was tried */
-	struct counts counts;         /* of the mailbox in hand, so far */
-	uint64_t in, out;             /* octets of the connection since the last note */
+	enum err_code code;       /* E_NONE: all is well */
+	unsigned wait_sec, tries; /* NOTE_WAIT: when to come back, and how often it was tried */
+	struct counts counts;     /* of the mailbox in hand, so far */
+	uint64_t in, out;         /* octets of the connection since the last note */
 	unsigned waits, connections;
-	struct imap_status status;    /* NOTE_MAILBOX, with: */
+	struct imap_status status; /* NOTE_MAILBOX, with: */
 	char delimiter;
 	bool selectable;
 	char text[MBOX_NAME_MAX + 1]; /* the mailbox's name; or what went wrong */
@@ -4440,16 +4554,16 @@ struct order { /* to a worker: archive this mailbox. One without a name: end. */
 
 struct task { /* an account, as the parent sees it */
 	const struct account *account;
-	char *password;               /* owned, or NULL: that of the config */
+	char *password; /* owned, or NULL: that of the config */
 	char folder[PATH_MAX_OCTETS];
-	int lock;                     /* descriptor of the account's lock file, or -1 */
+	int lock; /* descriptor of the account's lock file, or -1 */
 	enum { TASK_NEW, TASK_LISTING, TASK_READY, TASK_OVER } state;
-	struct mailbox *boxes;        /* owned; once it is ready, those with work first, largest first */
-	unsigned n, todo;             /* of these, to be handed out */
+	struct mailbox *boxes; /* owned; once it is ready, those with work first, largest first */
+	unsigned n, todo;      /* of these, to be handed out */
 	unsigned workers, tries;
-	unsigned most;                /* workers at a time: fewer, once the server turned one away */
+	unsigned most; /* workers at a time: fewer, once the server turned one away */
 	int64_t not_before_ms, began_ms, ended_ms;
-	struct counts counts;         /* of what is done */
+	struct counts counts; /* of what is done */
 	uint64_t in, out;
 	unsigned waits, connections;
 	bool locked;
@@ -4459,25 +4573,25 @@ struct worker {
 	pid_t pid;
 	int fd;
 	struct task *task;
-	int box;                      /* in hand, or -1 */
-	bool over;                    /* it said why it ends, or was told to */
-	struct note note;             /* in the course of arriving */
+	int box;          /* in hand, or -1 */
+	bool over;        /* it said why it ends, or was told to */
+	struct note note; /* in the course of arriving */
 	size_t got;
-	struct counts now;            /* of the mailbox in hand */
+	struct counts now; /* of the mailbox in hand */
 };
 
 struct run {
 	const struct config *config;
 	const struct options *options;
-	struct trust *trusts;         /* owned: for each CA bundle that is named, loaded before a fork */
+	struct trust *trusts; /* owned: for each CA bundle that is named, loaded before a fork */
 	unsigned n_trusts;
 	struct task *tasks;
 	unsigned n_tasks;
 	struct worker workers[CONFIG_PROCESSES_MAX];
 	unsigned n_workers;
-	uint64_t mails, octets;       /* fetched so far, for the progress line */
+	uint64_t mails, octets; /* fetched so far, for the progress line */
 	int64_t began_ms, drawn_ms, rate_ms;
-	uint64_t rate_octets, rate;   /* octets a second, smoothed */
+	uint64_t rate_octets, rate; /* octets a second, smoothed */
 	bool stopping;
 };
 
@@ -4518,14 +4632,16 @@ struct desk { /* a worker's own */
 	int64_t told_ms;
 	uint64_t told_in, told_out;
 	unsigned told_waits;
-	struct mailbox *boxes;        /* while listing */
+	struct mailbox *boxes; /* while listing */
 	unsigned n_boxes;
 	struct err list_error;
 };
 
 static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 {
-	struct note note = { .kind = kind, .counts = d->counts, .in = d->im.s.in - d->told_in,
+	struct note note = { .kind = kind,
+			     .counts = d->counts,
+			     .in = d->im.s.in - d->told_in,
 			     .out = d->im.s.out - d->told_out,
 			     .waits = d->im.s.waits - d->told_waits };
 
@@ -4579,9 +4695,10 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 	struct desk *d = context;
 
 	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL)
-		return err_set(&d->list_error, E_REFUSED, "the server lists a mailbox whose name is empty, has "
-			       "NUL octets or line ends, or more than %d octets: \"%.100s\"", MBOX_NAME_MAX,
-			       name),
+		return err_set(&d->list_error, E_REFUSED,
+			       "the server lists a mailbox whose name is empty, has "
+			       "NUL octets or line ends, or more than %d octets: \"%.100s\"",
+			       MBOX_NAME_MAX, name),
 		       0;
 	for (unsigned i = d->n_boxes; i-- > 0;) /* old Couriers list one twice */
 		if (strcmp(d->boxes[i].name, name) == 0) {
@@ -4589,13 +4706,17 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 			return 0;
 		}
 	if (d->n_boxes == MAILBOXES_MAX) {
-		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes", MAILBOXES_MAX);
+		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes",
+			MAILBOXES_MAX);
 		return 0;
 	}
 	d->im.noise = 0;
 	*boxes_more(&d->boxes, &d->n_boxes) = (struct mailbox){
-		.name = copy_text(name), .delimiter = delimiter, .selectable = selectable,
-		.ignored = box_ignored(d->run, d->task->account, name, delimiter) };
+		.name = copy_text(name),
+		.delimiter = delimiter,
+		.selectable = selectable,
+		.ignored = box_ignored(d->run, d->task->account, name, delimiter)
+	};
 	return 0;
 }
 
@@ -4638,7 +4759,7 @@ static int desk_list(struct desk *d, struct err *e)
 	}
 	if (!with_status && im->s.err.code == E_NONE)
 		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""));
-	for (unsigned i = 0, done = 0; !with_status && im->s.err.code == E_NONE; ) {
+	for (unsigned i = 0, done = 0; !with_status && im->s.err.code == E_NONE;) {
 		struct mailbox *box = i < d->n_boxes ? &d->boxes[i] : NULL;
 
 		if (box != NULL && (!box->selectable || box->ignored)) {
@@ -4660,8 +4781,10 @@ static int desk_list(struct desk *d, struct err *e)
 	*e = im->s.err;
 	for (unsigned i = 0; i < d->n_boxes && e->code == E_NONE; i++) {
 		const struct mailbox *box = &d->boxes[i];
-		struct note note = { .kind = NOTE_MAILBOX, .status = box->status,
-				     .delimiter = box->delimiter, .selectable = box->selectable };
+		struct note note = { .kind = NOTE_MAILBOX,
+				     .status = box->status,
+				     .delimiter = box->delimiter,
+				     .selectable = box->selectable };
 
 		snprintf(note.text, sizeof note.text, "%s", box->name);
 		if (!pair_write(d->fd, &note, sizeof note))
@@ -4687,7 +4810,8 @@ static void desk_check(struct desk *d, struct err *e)
 	}
 	for (int i = 0; i < 32; i++)
 		snprintf(hex + 2 * i, 3, "%02x", tls->verifier.fingerprint[i]);
-	snprintf(e->text, sizeof e->text, "login works; %s, certificate valid until %s\n"
+	snprintf(e->text, sizeof e->text,
+		 "login works; %s, certificate valid until %s\n"
 		 "    \"tls_fingerprint\": \"%s\"",
 		 d->task->account->ssl == SSL_ON ? "TLS" : "STARTTLS",
 		 tls_date(until, tls->verifier.leaf.notafter_days), hex);
@@ -4741,7 +4865,8 @@ static int desk_connect(struct desk *d, struct err *e)
 /* Do one thing: list, or archive the mailbox in hand. */
 static int desk_work(struct desk *d, bool listing, struct err *e)
 {
-	struct mailbox box = { .name = d->order.name, .delimiter = d->order.delimiter,
+	struct mailbox box = { .name = d->order.name,
+			       .delimiter = d->order.delimiter,
 			       .status = d->order.status };
 	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
 
@@ -4820,8 +4945,11 @@ static void desk_run(struct desk *d, bool listing)
 		else
 			log_warn("%s; trying again", e.text);
 		if (pause > PLACE_SEC * 1000) {
-			struct note note = { .kind = NOTE_WAIT, .code = e.code, .tries = tries,
-					     .wait_sec = pause / 1000, .counts = d->counts };
+			struct note note = { .kind = NOTE_WAIT,
+					     .code = e.code,
+					     .tries = tries,
+					     .wait_sec = pause / 1000,
+					     .counts = d->counts };
 
 			pair_write(d->fd, &note, sizeof note);
 			break;
@@ -4923,8 +5051,8 @@ static void task_adopt_original(const struct task *task, const struct mailbox *b
 			continue;
 		name_file_original(other, listed->name, listed->delimiter);
 		if (strcmp(listed->file, original) == 0 || strcmp(other, original) == 0) {
-			log_warn("%s may be the archive of \"%s\" or of \"%s\": left alone", from, box->name,
-				 listed->name);
+			log_warn("%s may be the archive of \"%s\" or of \"%s\": left alone", from,
+				 box->name, listed->name);
 			return;
 		}
 	}
@@ -5035,12 +5163,14 @@ static void task_plan(struct run *run, struct task *task)
 		task->counts.mailboxes++;
 		for (unsigned k = 0; k < i && same == NULL; k++)
 			if (task->boxes[k].selectable && !task->boxes[k].ignored &&
-			    (folds ? strcasecmp(task->boxes[k].file, box->file) :
-				     strcmp(task->boxes[k].file, box->file)) == 0)
+			    (folds ? strcasecmp(task->boxes[k].file, box->file)
+				   : strcmp(task->boxes[k].file, box->file)) == 0)
 				same = &task->boxes[k];
 		if (same != NULL) {
-			log_error("the mailboxes \"%s\" and \"%s\" would share the archive %s: the second is "
-				  "not backed up", same->name, box->name, box->file);
+			log_error(
+				"the mailboxes \"%s\" and \"%s\" would share the archive %s: the second is "
+				"not backed up",
+				same->name, box->name, box->file);
 			task->counts.failures++;
 			continue;
 		}
@@ -5170,9 +5300,10 @@ static void worker_note(struct run *run, struct worker *w)
 	w->now = note->counts;
 	switch (note->kind) {
 	case NOTE_MAILBOX:
-		*boxes_more(&task->boxes, &task->n) = (struct mailbox){
-			.name = copy_text(note->text), .delimiter = note->delimiter,
-			.selectable = note->selectable, .status = note->status };
+		*boxes_more(&task->boxes, &task->n) = (struct mailbox){ .name = copy_text(note->text),
+									.delimiter = note->delimiter,
+									.selectable = note->selectable,
+									.status = note->status };
 		break;
 	case NOTE_LISTED:
 		if (note->code != E_NONE) {
@@ -5522,10 +5653,14 @@ static int usage_error(const char *format, const char *what)
 static int options_parse(struct options *o, int argc, char **argv)
 {
 	enum { LIST = 1, CHECK = 2 }; /* options without a letter */
-	static const struct { const char *word; char letter; bool value; } known[] = {
-		{ "--list", LIST, false }, { "--check", CHECK, false }, { "--account", 'a', true },
-		{ "--mailbox", 'm', true }, { "--dry-run", 'n', false }, { "--quiet", 'q', false },
-		{ "--verbose", 'v', false }, { "--help", 'h', false }, { "--version", 'V', false },
+	static const struct {
+		const char *word;
+		char letter;
+		bool value;
+	} known[] = {
+		{ "--list", LIST, false },   { "--check", CHECK, false }, { "--account", 'a', true },
+		{ "--mailbox", 'm', true },  { "--dry-run", 'n', false }, { "--quiet", 'q', false },
+		{ "--verbose", 'v', false }, { "--help", 'h', false },    { "--version", 'V', false },
 	};
 	struct json *patterns = NULL, *last = NULL;
 	bool options_over = false;
@@ -5550,15 +5685,18 @@ static int options_parse(struct options *o, int argc, char **argv)
 			size_t k, n = strcspn(word, "=");
 
 			for (k = 0; k < sizeof known / sizeof *known; k++)
-				if (*rest != '\0' ? known[k].letter == *rest :
-				    strlen(known[k].word) == n && strncmp(known[k].word, word, n) == 0)
+				if (*rest != '\0' ? known[k].letter == *rest
+						  : strlen(known[k].word) == n &&
+							    strncmp(known[k].word, word, n) == 0)
 					break;
 			if (k == sizeof known / sizeof *known)
 				return usage_error("unknown option: %s", word);
 			rest += *rest != '\0';
 			if (known[k].value) {
-				value = *rest != '\0' ? rest : word[1] == '-' && word[n] == '=' ? word + n + 1 :
-					i + 1 < argc ? argv[++i] : NULL;
+				value = *rest != '\0'                      ? rest
+					: word[1] == '-' && word[n] == '=' ? word + n + 1
+					: i + 1 < argc                     ? argv[++i]
+									   : NULL;
 				if (value == NULL)
 					return usage_error("%s needs a value", word);
 				rest = "";
@@ -5618,8 +5756,10 @@ static bool destination_mounted(const struct config *c)
 		return false;
 	}
 	if (root.st_dev == own.st_dev) {
-		log_error("%s: %s lies on the same file system as /; \"require_mount\" wants a volume that is "
-			  "mounted there", c->path, c->destination);
+		log_error(
+			"%s: %s lies on the same file system as /; \"require_mount\" wants a volume that is "
+			"mounted there",
+			c->path, c->destination);
 		return false;
 	}
 	return true;
@@ -5701,7 +5841,8 @@ static void run_set_clock(const struct run *run)
 	shown = (time_t)clock_sec;
 	if (gmtime_r(&shown, &tm) != NULL)
 		strftime(taken, sizeof taken, "%Y-%m-%d", &tm);
-	log_warn("this device's clock says %s, which cannot be: certificates are judged as of %s", now, taken);
+	log_warn("this device's clock says %s, which cannot be: certificates are judged as of %s", now,
+		 taken);
 }
 
 /* What a run has done, an account a line. Returns the exit status. */
@@ -5727,12 +5868,14 @@ static int run_summary(const struct run *run)
 			log_info("%llu duplicate%s left out", (unsigned long long)c->others,
 				 c->others > 1 ? "s" : "");
 		if (c->failures > 0)
-			snprintf(failures, sizeof failures, ", %llu FAILED", (unsigned long long)c->failures);
-		log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s",
-			 (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-			 (unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
-			 (unsigned long long)c->gone, (unsigned long long)c->back,
-			 log_octets(octets, c->octets), (double)ms / 1000, failures);
+			snprintf(failures, sizeof failures, ", %llu FAILED",
+				 (unsigned long long)c->failures);
+		log_info(
+			"%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s",
+			(unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
+			(unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
+			(unsigned long long)c->gone, (unsigned long long)c->back,
+			log_octets(octets, c->octets), (double)ms / 1000, failures);
 		log_detail("%u connections, %u waits for an answer, %llu octets in, %llu out",
 			   task->connections, task->waits, (unsigned long long)task->in,
 			   (unsigned long long)task->out);

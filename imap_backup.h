@@ -60,8 +60,8 @@ size_t utf8_octets(const uint8_t *p, size_t n);
 /* ======== json.c: RFC 8259 ======== */
 
 enum {
-	JSON_DEPTH_MAX = 32,        /* arrays and objects inside each other */
-	JSON_OCTETS_MAX = 4 << 20,  /* a text longer than this is refused */
+	JSON_DEPTH_MAX = 32,       /* arrays and objects inside each other */
+	JSON_OCTETS_MAX = 4 << 20, /* a text longer than this is refused */
 };
 
 enum json_type { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
@@ -158,10 +158,10 @@ struct mbox_header {
 	br_sha256_context hash; /* of the field in hand ... */
 	char text[128];         /* ... as far as it is not in here */
 	size_t text_octets, id_octets;
-	unsigned fields;        /* Message-ID fields so far, counted up to 2; of these two: */
+	unsigned fields; /* Message-ID fields so far, counted up to 2; of these two: */
 	struct mbox_id id[2];
 	enum { MBOX_ID_NONE, MBOX_ID_OWN, MBOX_ID_MADE } kind[2]; /* absent; the mail's; the original's */
-	char name[16];          /* of the field in hand, as it stands there */
+	char name[16]; /* of the field in hand, as it stands there */
 	size_t name_octets;
 	enum { MBOX_AT_LINE, MBOX_AT_NAME, MBOX_AT_ID, MBOX_AT_MADE, MBOX_AT_OTHER, MBOX_AT_BODY } at;
 	bool line_start, space, cr;
@@ -203,9 +203,9 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info);
 
 /* -- an open archive -- */
 
-enum { /* how to open */
-	MBOX_LOOK = 1,       /* write nothing, lock nothing: for a dry run */
-	MBOX_DUPLICATES = 2, /* store every copy of a Message-ID that the server lists */
+enum {                      /* how to open */
+       MBOX_LOOK = 1,       /* write nothing, lock nothing: for a dry run */
+       MBOX_DUPLICATES = 2, /* store every copy of a Message-ID that the server lists */
 };
 
 /*
@@ -261,8 +261,7 @@ int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct e
  * moved: the lowest and the highest UID that was another name of a mail and now is the mail's own, so
  * that its flags count; or 0.
  */
-int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2],
-		   struct err *e);
+int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e);
 
 /* How many lost their mark "gone" since mbox_open(). */
 uint32_t mbox_came_back(const struct mbox *m);

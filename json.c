@@ -37,7 +37,7 @@ struct tree {
 };
 
 _Static_assert(SIZE_MAX / (sizeof(struct json) + sizeof(struct name) + 2) > JSON_OCTETS_MAX,
-               "the size of a tree does not overflow");
+	       "the size of a tree does not overflow");
 
 struct parser {
 	const char *at, *end; /* the text still to be read */
@@ -74,7 +74,9 @@ static unsigned column(const struct parser *p)
 }
 
 /* UTF-8 (RFC 3629), by a character's length: the bits that mark its first octet, the least code. */
-static const struct { uint32_t mark, least; } utf8[] = {
+static const struct {
+	uint32_t mark, least;
+} utf8[] = {
 	{ 0, 0 }, { 0, 0 }, { 0xC0, 0x80 }, { 0xE0, 0x800 }, { 0xF0, 0x10000 },
 };
 
@@ -100,7 +102,7 @@ static unsigned utf8_length(const struct parser *p, uint32_t *code)
 static int fail_found(struct parser *p, const char *found, const char *expected)
 {
 	return err_set(p->e, E_FORMAT, "%u:%u: found %s but expected %s", p->line, column(p), found,
-	               expected);
+		       expected);
 }
 
 /* What is at hand is not what was expected. */
@@ -175,7 +177,7 @@ static int parse_unicode(struct parser *p)
 	if (u == 0 || (u >= 0xD800 && u <= 0xDFFF)) {
 		p->at = start;
 		return u == 0 ? fail_found(p, "\\u0000", "a character that can stand in text")
-		              : fail_found(p, "half a surrogate pair", "both, as \\uD83D\\uDE00");
+			      : fail_found(p, "half a surrogate pair", "both, as \\uD83D\\uDE00");
 	}
 	n = u < 0x80 ? 1 : u < 0x800 ? 2 : u < 0x10000 ? 3 : 4;
 	for (unsigned i = n; i-- > 1; u >>= 6)
@@ -336,9 +338,10 @@ static int check_names(struct parser *p, struct name *first)
 	for (const char *s = first->key; *s != '\0' && n + 1 < sizeof shown; s++)
 		shown[n++] = *s >= ' ' && *s <= '~' ? *s : '?';
 	shown[n] = '\0';
-	return err_set(p->e, E_FORMAT, "%u:%u: found the name \"%s\" again but expected it once: "
-	               "it is already at %u:%u", first[1].line, first[1].column, shown,
-	               first[0].line, first[0].column);
+	return err_set(p->e, E_FORMAT,
+		       "%u:%u: found the name \"%s\" again but expected it once: "
+		       "it is already at %u:%u",
+		       first[1].line, first[1].column, shown, first[0].line, first[0].column);
 }
 
 static int parse_value(struct parser *p, struct json *v);
@@ -410,7 +413,7 @@ struct json *json_parse(const char *text, size_t length, struct err *e)
 
 	if (length > JSON_OCTETS_MAX) {
 		err_set(e, E_FORMAT, "1:1: found %zu octets but expected no more than %d", length,
-		        (int)JSON_OCTETS_MAX);
+			(int)JSON_OCTETS_MAX);
 		return NULL;
 	}
 	if (length >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
@@ -475,8 +478,8 @@ const struct json *json_get(const struct json *object, const char *key)
 
 const char *json_type_name(enum json_type type)
 {
-	static const char *const names[] = { "null", "true or false", "a number", "a string",
-	                                     "an array", "an object" };
+	static const char *const names[] = { "null",     "true or false", "a number",
+					     "a string", "an array",      "an object" };
 
 	return names[type];
 }

@@ -49,19 +49,22 @@
 #include "imap_backup.h"
 
 enum {
-	BUFFER_OCTETS = 64 << 10,       /* between us and the mbox file, both ways */
-	COMMIT_OCTETS = 32 << 20,       /* so much mail at most is unsynced ... */
-	COMMIT_SEC = 20,                /* ... or for so long */
-	PATH_OCTETS = 4096,             /* of a path, with ".index.new" */
-	NAME_AT = 24,                   /* places in the index: */
-	STATE_AT = 1536, STATE_STEP = 512, STATE_OCTETS = 80,
-	RECORDS_AT = 2560, RECORD_OCTETS = 64,
-	RECORDS_HELD = 64,              /* records read or written at once */
-	FROM_OCTETS = 44,               /* of the From line that we write, with its line end */
-	DIGITS_AT = FROM_OCTETS + 18,   /* where the state's digits are in a message of ours */
-	BODY_AT = DIGITS_AT + 5,        /* and where the mail itself begins */
-	DIGITS_MAX = 255,               /* digits further from the From line are not looked for */
-	MADE_HINTS = 64                 /* keys for which the next free number is remembered */
+	BUFFER_OCTETS = 64 << 10, /* between us and the mbox file, both ways */
+	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
+	COMMIT_SEC = 20,          /* ... or for so long */
+	PATH_OCTETS = 4096,       /* of a path, with ".index.new" */
+	NAME_AT = 24,             /* places in the index: */
+	STATE_AT = 1536,
+	STATE_STEP = 512,
+	STATE_OCTETS = 80,
+	RECORDS_AT = 2560,
+	RECORD_OCTETS = 64,
+	RECORDS_HELD = 64,            /* records read or written at once */
+	FROM_OCTETS = 44,             /* of the From line that we write, with its line end */
+	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
+	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
+	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
+	MADE_HINTS = 64               /* keys for which the next free number is remembered */
 };
 
 static const char index_magic[] = "imap_backup idx1";
@@ -218,11 +221,9 @@ static bool is_made(const char *text, size_t n)
 	const size_t domain = sizeof made_domain - 1, end = n - domain; /* of key and number */
 
 	if (n < 41 + domain || n >= MBOX_MADE_MAX || text[0] != '<' ||
-	    memcmp(text + end, made_domain, domain) != 0 ||
-	    strspn(text + 1, "0123456789abcdef") != 40)
+	    memcmp(text + end, made_domain, domain) != 0 || strspn(text + 1, "0123456789abcdef") != 40)
 		return false;
-	return end == 41 ||
-	       (end > 42 && text[41] == '.' && strspn(text + 42, "0123456789") == end - 42);
+	return end == 41 || (end > 42 && text[41] == '.' && strspn(text + 42, "0123456789") == end - 42);
 }
 
 void mbox_header_init(struct mbox_header *h, struct mbox_made *made)
@@ -366,36 +367,37 @@ bool mbox_header_end(struct mbox_header *h, struct mbox_id *id)
 /* ======== the open archive ======== */
 
 enum entry_bits { /* what is kept of a record in memory, below the 23 bits of its ID's hash */
-	ENTRY_OTHER = 1,   /* another name (UID) of a stored mail */
-	ENTRY_SUSPECT = 2, /* the last mail of a tail that was taken over: may be torn */
-	ENTRY_TORN = 4,    /* it was: known under no ID any more */
-	ENTRY_DIRTY = 8,   /* differs from the record on disk */
-	ENTRY_STATE = 16,  /* five bits: seen, answered, flagged, gone, forwarded */
-	ENTRY_GONE = ENTRY_STATE * 8,
-	ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN,
-	ENTRY_HASH_SHIFT = 9, ENTRY_HASH_BITS = 23
+		  ENTRY_OTHER = 1,   /* another name (UID) of a stored mail */
+		  ENTRY_SUSPECT = 2, /* the last mail of a tail that was taken over: may be torn */
+		  ENTRY_TORN = 4,    /* it was: known under no ID any more */
+		  ENTRY_DIRTY = 8,   /* differs from the record on disk */
+		  ENTRY_STATE = 16,  /* five bits: seen, answered, flagged, gone, forwarded */
+		  ENTRY_GONE = ENTRY_STATE * 8,
+		  ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN,
+		  ENTRY_HASH_SHIFT = 9,
+		  ENTRY_HASH_BITS = 23
 };
 
-struct entry { /* one for each record, in their order */
+struct entry {        /* one for each record, in their order */
 	uint32_t uid; /* 0: none known */
 	uint32_t bits;
 };
 
 struct record { /* as in the index */
 	uint32_t uid;
-	unsigned state, kind;    /* MBOX_SEEN ...; ENTRY_KIND */
-	off_t offset, octets;    /* in the mbox: From line up to and with the closing empty line */
+	unsigned state, kind; /* MBOX_SEEN ...; ENTRY_KIND */
+	off_t offset, octets; /* in the mbox: From line up to and with the closing empty line */
 	struct mbox_id id;
-	uint64_t sum;            /* of these octets, the digits taken as 0000 */
-	uint32_t digits;         /* where they are, from offset; 0: it has none */
+	uint64_t sum;    /* of these octets, the digits taken as 0000 */
+	uint32_t digits; /* where they are, from offset; 0: it has none */
 };
 
 struct state { /* what the index's header says */
 	uint32_t turn;
-	bool writing;            /* mails may follow behind 'octets', their records behind 'records' */
+	bool writing; /* mails may follow behind 'octets', their records behind 'records' */
 	uint32_t records, stored, gone, others;
-	off_t octets;            /* of the mbox: the committed size */
-	uint64_t mix;            /* the records' checksums, XORed: do they belong to this header? */
+	off_t octets; /* of the mbox: the committed size */
+	uint64_t mix; /* the records' checksums, XORed: do they belong to this header? */
 	struct mbox_claim claim;
 };
 
@@ -403,27 +405,30 @@ struct mbox {
 	char path[PATH_OCTETS];
 	char name[MBOX_NAME_MAX + 1];
 	unsigned how;
-	int fd, index;           /* -1: not open */
-	bool index_new;          /* 'index' still is path + ".index.new" */
-	bool index_void;         /* it does not fit the mbox: to be removed */
-	bool index_rekeyed;      /* every UID changed: to be written anew as a whole */
+	int fd, index;      /* -1: not open */
+	bool index_new;     /* 'index' still is path + ".index.new" */
+	bool index_void;    /* it does not fit the mbox: to be removed */
+	bool index_rekeyed; /* every UID changed: to be written anew as a whole */
 	bool data_dirty, records_dirty;
-	bool stuck;              /* a write or sync failed: what is on disk is not known */
-	struct state disk, now;  /* the index's header on disk, and as it should be */
+	bool stuck;             /* a write or sync failed: what is on disk is not known */
+	struct state disk, now; /* the index's header on disk, and as it should be */
 	uint32_t came_back;
 	char mended[200];
 
 	/* records: in memory 8 octets each, 4 for their order by UID, 6 for the table of IDs */
 	struct entry *entries;
 	uint32_t entries_room;
-	uint32_t *order;         /* records with a UID, ascending by it */
-	uint32_t known;          /* how many these are */
-	uint32_t *table;         /* record + 1, or 0; open addressing by the ID's hash */
+	uint32_t *order; /* records with a UID, ascending by it */
+	uint32_t known;  /* how many these are */
+	uint32_t *table; /* record + 1, or 0; open addressing by the ID's hash */
 	uint32_t table_room;
-	uint32_t suspect;        /* record + 1 */
-	uint32_t written;        /* records in the index file; the others, up to RECORDS_HELD, are here: */
+	uint32_t suspect; /* record + 1 */
+	uint32_t written; /* records in the index file; the others, up to RECORDS_HELD, are here: */
 	uint8_t held[RECORDS_HELD * RECORD_OCTETS];
-	struct hint { uint8_t key[20]; unsigned stored, bound; } hints[MADE_HINTS];
+	struct hint {
+		uint8_t key[20];
+		unsigned stored, bound;
+	} hints[MADE_HINTS];
 
 	/* the mail being stored */
 	off_t start;             /* -1: none */
@@ -434,10 +439,10 @@ struct mbox {
 	struct sum sum;
 	struct mbox_header header;
 	bool header_over, known_already, sum_again;
-	bool cr;                 /* the last octet was a CR, held back: a LF may follow */
-	int prefix;              /* -1: within a line; else so much of "From " stands at its start ... */
-	bool quotes;             /* ... behind any number of '>' */
-	off_t committed_octets;  /* of the mbox, at the last sync or when it was opened */
+	bool cr;                /* the last octet was a CR, held back: a LF may follow */
+	int prefix;             /* -1: within a line; else so much of "From " stands at its start ... */
+	bool quotes;            /* ... behind any number of '>' */
+	off_t committed_octets; /* of the mbox, at the last sync or when it was opened */
 	time_t committed_sec;
 	uint8_t buffer[BUFFER_OCTETS];
 };
@@ -497,8 +502,10 @@ static int write_all(struct mbox *m, int fd, const void *from, size_t n, off_t a
 		} else if (r == 0 || errno != EINTR) {
 			m->stuck = true;
 			if (errno == EFBIG)
-				return err_set(e, E_SYSTEM, "%s: the file system takes no file larger than "
-					       "this (FAT: 4 GB)", m->path);
+				return err_set(e, E_SYSTEM,
+					       "%s: the file system takes no file larger than "
+					       "this (FAT: 4 GB)",
+					       m->path);
 			return err_errno(e, E_SYSTEM, "%s%s: cannot write", m->path,
 					 fd == m->fd ? "" : ".index");
 		}
@@ -545,9 +552,10 @@ static void index_path(const char *path, const char *suffix, char out[PATH_OCTET
 
 static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 {
-	const uint32_t numbers[] = { s->turn, s->writing, s->records, s->stored, s->gone, s->others,
-				     s->claim.uidvalidity, s->claim.uidnext, s->claim.messages,
-				     s->claim.unseen };
+	const uint32_t numbers[] = {
+		s->turn,   s->writing,           s->records,       s->stored,         s->gone,
+		s->others, s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen
+	};
 
 	for (unsigned i = 0; i < 10; i++)
 		put_number(p + 4 * i, 4, numbers[i]);
@@ -566,11 +574,19 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 		return false;
 	for (unsigned i = 0; i < 10; i++)
 		n[i] = (uint32_t)get_number(p + 4 * i, 4);
-	*s = (struct state){ .turn = n[0], .writing = n[1] != 0, .records = n[2], .stored = n[3],
-			     .gone = n[4], .others = n[5], .octets = (off_t)get_number(p + 56, 8),
+	*s = (struct state){ .turn = n[0],
+			     .writing = n[1] != 0,
+			     .records = n[2],
+			     .stored = n[3],
+			     .gone = n[4],
+			     .others = n[5],
+			     .octets = (off_t)get_number(p + 56, 8),
 			     .mix = get_number(p + 64, 8) };
-	s->claim = (struct mbox_claim){ .uidvalidity = n[6], .uidnext = n[7], .messages = n[8],
-					.unseen = n[9], .highestmodseq = get_number(p + 40, 8),
+	s->claim = (struct mbox_claim){ .uidvalidity = n[6],
+					.uidnext = n[7],
+					.messages = n[8],
+					.unseen = n[9],
+					.highestmodseq = get_number(p + 40, 8),
 					.when_sec = (int64_t)get_number(p + 48, 8) };
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;
 }
@@ -580,8 +596,7 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
  * has turn 0. Returns 1, or 0 if there is no index that could be read, or -1 if it is that of
  * another mailbox, whose name then is in 'other'.
  */
-static int index_header(int fd, const char *name, struct state states[2],
-			char other[MBOX_NAME_MAX + 1])
+static int index_header(int fd, const char *name, struct state states[2], char other[MBOX_NAME_MAX + 1])
 {
 	uint8_t head[RECORDS_AT];
 	size_t got = 0, length;
@@ -723,13 +738,12 @@ static int record_get(struct mbox *m, uint32_t i, struct record *r, struct err *
 
 	if (i >= m->written)
 		p = m->held + (i - m->written) * RECORD_OCTETS;
-	else if (read_all(m, m->index, octets, sizeof octets,
-			  RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
+	else if (read_all(m, m->index, octets, sizeof octets, RECORDS_AT + (off_t)i * RECORD_OCTETS, &got,
+			  e) != 0)
 		return -1;
 	if (got < sizeof octets || !record_unpack(r, p)) {
 		m->index_void = true;
-		return err_set(e, E_FORMAT, "%s.index: record %lu is damaged", m->path,
-			       (unsigned long)i);
+		return err_set(e, E_FORMAT, "%s.index: record %lu is damaged", m->path, (unsigned long)i);
 	}
 	return 0;
 }
@@ -769,8 +783,7 @@ static int records_update(struct mbox *m, struct err *e)
 		m->now.mix ^= record_pack(&r, p);
 		if (i >= m->written)
 			memcpy(m->held + (i - m->written) * RECORD_OCTETS, p, sizeof p);
-		else if (write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS,
-				   e) != 0)
+		else if (write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS, e) != 0)
 			return -1;
 		entry->bits &= ~(uint32_t)ENTRY_DIRTY;
 	}
@@ -872,8 +885,7 @@ static void order_sift(struct mbox *m, uint32_t root, uint32_t n)
 	for (uint32_t child; (child = 2 * root + 1) < n; root = child) {
 		uint32_t swap = m->order[root];
 
-		if (child + 1 < n &&
-		    m->entries[m->order[child]].uid < m->entries[m->order[child + 1]].uid)
+		if (child + 1 < n && m->entries[m->order[child]].uid < m->entries[m->order[child + 1]].uid)
 			child++;
 		if (m->entries[swap].uid >= m->entries[m->order[child]].uid)
 			return;
@@ -1073,11 +1085,11 @@ static unsigned made_next(struct mbox *m, const uint8_t key[20], struct mbox_id 
  */
 struct reader {
 	struct mbox *m;
-	off_t next, end;       /* what is still to be read from the file */
-	size_t at, n;          /* what of the buffer is still to be given out */
-	const uint8_t *piece;  /* the piece given out last */
+	off_t next, end;      /* what is still to be read from the file */
+	size_t at, n;         /* what of the buffer is still to be given out */
+	const uint8_t *piece; /* the piece given out last */
 	size_t octets;
-	bool line_start;       /* it begins a line */
+	bool line_start; /* it begins a line */
 };
 
 static void reader_init(struct reader *r, struct mbox *m, off_t from, off_t end)
@@ -1348,8 +1360,8 @@ static int recover(struct mbox *m, struct err *e)
 		size_t got;
 		int good = 1;
 
-		if (read_all(m, m->index, p, sizeof p,
-			     RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS, &got, e) != 0)
+		if (read_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS,
+			     &got, e) != 0)
 			return -1;
 		if (got < sizeof p || !record_unpack(&r, p))
 			break;
@@ -1366,9 +1378,10 @@ static int recover(struct mbox *m, struct err *e)
 		m->written = m->now.records;
 		end += r.octets;
 	}
-	snprintf(m->mended, sizeof m->mended, "the last run was cut off: %lu of its mails kept, "
-		 "%lld octets of an unfinished one removed", (unsigned long)(m->now.stored - before),
-		 (long long)(m->flushed - end));
+	snprintf(m->mended, sizeof m->mended,
+		 "the last run was cut off: %lu of its mails kept, "
+		 "%lld octets of an unfinished one removed",
+		 (unsigned long)(m->now.stored - before), (long long)(m->flushed - end));
 	if (m->how & MBOX_LOOK)
 		return 0;
 	if ((m->flushed > end && ftruncate(m->fd, end) != 0) ||
@@ -1420,8 +1433,7 @@ static int rebuild(struct mbox *m, bool had_index, struct err *e)
 		return -1;
 	if (m->flushed > 0 || had_index)
 		snprintf(m->mended, sizeof m->mended, "index %s: rebuilt, %lu mails",
-			 had_index ? "does not fit the mbox" : "missing",
-			 (unsigned long)m->now.stored);
+			 had_index ? "does not fit the mbox" : "missing", (unsigned long)m->now.stored);
 	return 0;
 }
 
@@ -1458,8 +1470,10 @@ static int put_in_order(struct mbox *m, struct err *e)
 	if (loaded > 0 && m->flushed == m->now.octets)
 		return 0;
 	if (look && (m->flushed > 0 || had_index))
-		return err_set(e, E_FORMAT, "%s: the index is missing or does not fit; the next backup "
-			       "makes it anew", m->path);
+		return err_set(e, E_FORMAT,
+			       "%s: the index is missing or does not fit; the next backup "
+			       "makes it anew",
+			       m->path);
 	if (look)
 		return 0;
 	if (loaded == 0)
@@ -1558,9 +1572,13 @@ uint32_t mbox_count(const struct mbox *m)
 
 void mbox_tally(const struct mbox *m, struct mbox_info *info)
 {
-	*info = (struct mbox_info){ .claim = m->now.claim, .octets = m->flushed + (off_t)m->buffered,
-				    .stored = m->now.stored, .gone = m->now.gone,
-				    .others = m->now.others, .exists = true, .fits = true,
+	*info = (struct mbox_info){ .claim = m->now.claim,
+				    .octets = m->flushed + (off_t)m->buffered,
+				    .stored = m->now.stored,
+				    .gone = m->now.gone,
+				    .others = m->now.others,
+				    .exists = true,
+				    .fits = true,
 				    .unbound = m->now.stored - m->now.gone + m->now.others - m->known };
 }
 
@@ -1587,8 +1605,8 @@ static void disown_part(struct mbox *m)
 	    memcmp(text, from, n < sizeof from ? n : sizeof from - 1) != 0)
 		return; /* it is not there any more */
 	n = DIGITS_AT + (size_t)snprintf(text + DIGITS_AT, sizeof text - DIGITS_AT,
-					 "%04x\nMessage-ID: <part.%lld%s\n", MBOX_GONE,
-					 (long long)m->whole, made_domain);
+					 "%04x\nMessage-ID: <part.%lld%s\n", MBOX_GONE, (long long)m->whole,
+					 made_domain);
 	if (part < (off_t)n + 2) { /* too short to be a mail of its own: empty lines behind the last */
 		n = (size_t)part;
 		memset(text, '\n', n);
@@ -1708,8 +1726,10 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 		    memcmp(head + r.digits - field, status_field, field) != 0 ||
 		    (old = parse_state(head + r.digits)) < 0) {
 			m->index_void = true;
-			return err_set(e, E_FORMAT, "%s: no message at octet %lld, where the index says "
-				       "that one begins", m->path, (long long)r.offset);
+			return err_set(e, E_FORMAT,
+				       "%s: no message at octet %lld, where the index says "
+				       "that one begins",
+				       m->path, (long long)r.offset);
 		}
 		snprintf(digits, sizeof digits, "%04x",
 			 ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
@@ -1862,8 +1882,7 @@ int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct e
 	return give_uid(m, (uint32_t)gone, uid, e) != 0 ? -1 : 1;
 }
 
-int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2],
-		   struct err *e)
+int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e)
 {
 	*live_before = m->now.stored - m->now.gone;
 	*gone = moved[0] = moved[1] = 0;
@@ -2094,8 +2113,9 @@ int mbox_lacks_id(struct mbox *m, struct err *e)
 
 int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e)
 {
-	struct record r = { .uid = uid, .state = flags & MBOX_FLAGS, .offset = m->start,
-			    .digits = DIGITS_AT };
+	struct record r = {
+		.uid = uid, .state = flags & MBOX_FLAGS, .offset = m->start, .digits = DIGITS_AT
+	};
 	char from[FROM_OCTETS + 1], digits[5];
 
 	if (!m->header_over && header_over(m, e) != 0)
@@ -2139,8 +2159,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		goto fail;
 	m->start = -1;
 	m->summed = 0;
-	if (m->flushed - m->committed_octets >= COMMIT_OCTETS ||
-	    now_sec() - m->committed_sec >= COMMIT_SEC)
+	if (m->flushed - m->committed_octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
 	return 1;
 fail:
@@ -2263,13 +2282,13 @@ static int wire_octets(struct mbox *m, const struct record *r, uint64_t *octets,
 	*octets = 0;
 	if (flush(m, e) != 0)
 		return -1;
-	reader_init(&reader, m, r->offset + r->digits + (r->digits > 0 ? 5 : 0),
-		    r->offset + r->octets - 1);
+	reader_init(&reader, m, r->offset + r->digits + (r->digits > 0 ? 5 : 0), r->offset + r->octets - 1);
 	for (more = false; (got = reader_next(&reader, e)) > 0; more = true) {
 		size_t quotes = 0;
 
-		if (!more && (r->digits == 0 || (reader.octets > 12 && is_made((const char *)reader.piece
-									     + 12, reader.octets - 13))))
+		if (!more &&
+		    (r->digits == 0 ||
+		     (reader.octets > 12 && is_made((const char *)reader.piece + 12, reader.octets - 13))))
 			continue; /* the From line of a mail without digits; the Message-ID we made */
 		*octets += reader.octets + (reader.piece[reader.octets - 1] == '\n');
 		while (quotes < reader.octets && reader.piece[quotes] == '>')
@@ -2287,8 +2306,7 @@ uint32_t mbox_suspect(struct mbox *m, uint64_t *octets)
 	struct record r;
 
 	if (m->suspect == 0 || m->entries[m->suspect - 1].uid == 0 ||
-	    record_get(m, m->suspect - 1, &r, &ignored) != 0 ||
-	    wire_octets(m, &r, octets, &ignored) != 0)
+	    record_get(m, m->suspect - 1, &r, &ignored) != 0 || wire_octets(m, &r, octets, &ignored) != 0)
 		return 0;
 	return m->entries[m->suspect - 1].uid;
 }
@@ -2317,12 +2335,13 @@ int mbox_judge(struct mbox *m, bool torn, struct err *e)
 
 size_t utf8_octets(const uint8_t *p, size_t n)
 {
-	static const struct { uint8_t first, last, low, high; uint8_t octets; } forms[] = {
-		{ 0x00, 0x7F, 0x80, 0xBF, 1 }, { 0xC2, 0xDF, 0x80, 0xBF, 2 },
-		{ 0xE0, 0xE0, 0xA0, 0xBF, 3 }, { 0xE1, 0xEC, 0x80, 0xBF, 3 },
-		{ 0xED, 0xED, 0x80, 0x9F, 3 }, { 0xEE, 0xEF, 0x80, 0xBF, 3 },
-		{ 0xF0, 0xF0, 0x90, 0xBF, 4 }, { 0xF1, 0xF3, 0x80, 0xBF, 4 },
-		{ 0xF4, 0xF4, 0x80, 0x8F, 4 },
+	static const struct {
+		uint8_t first, last, low, high;
+		uint8_t octets;
+	} forms[] = {
+		{ 0x00, 0x7F, 0x80, 0xBF, 1 }, { 0xC2, 0xDF, 0x80, 0xBF, 2 }, { 0xE0, 0xE0, 0xA0, 0xBF, 3 },
+		{ 0xE1, 0xEC, 0x80, 0xBF, 3 }, { 0xED, 0xED, 0x80, 0x9F, 3 }, { 0xEE, 0xEF, 0x80, 0xBF, 3 },
+		{ 0xF0, 0xF0, 0x90, 0xBF, 4 }, { 0xF1, 0xF3, 0x80, 0xBF, 4 }, { 0xF4, 0xF4, 0x80, 0x8F, 4 },
 	};
 
 	for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
