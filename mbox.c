@@ -515,12 +515,15 @@ static int write_all(struct mbox *m, int fd, const void *from, size_t n, off_t a
 
 static int sync_file(struct mbox *m, int fd, struct err *e)
 {
+	struct stat st;
+
 	if (fsync(fd) == 0)
 		return 0;
 	m->stuck = true;
 	err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
 	/* Read again, these mails may look well, and a second fsync() succeed, though they are not on disk. */
-	if (fd == m->fd && m->flushed > m->committed_octets && ftruncate(m->fd, m->committed_octets) == 0)
+	if (fd == m->fd && m->flushed > m->committed_octets && fstat(fd, &st) == 0 &&
+	    st.st_size == m->flushed && ftruncate(m->fd, m->committed_octets) == 0)
 		m->flushed = m->whole = m->committed_octets;
 	return -1;
 }
