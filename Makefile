@@ -56,7 +56,7 @@ static-all:
 	test/static.sh --all
 test-static: imap_backup
 	test/setup.sh test
-	STATIC=all test/run.py $(or $(ARGS),static)
+	STATIC=all test/run.py $(or $(ARGS),test_static)
 
 clean:
 	rm -rf imap_backup $(OBJ) build
