@@ -4654,6 +4654,8 @@ static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 	}
 	if (!pair_write(d->fd, &note, sizeof note))
 		_exit(1);
+	if (kind == NOTE_DONE || kind == NOTE_LISTED)
+		d->counts = (struct counts){ 0 };
 }
 
 static void desk_progress(void *context)
@@ -4833,6 +4835,7 @@ static void desk_hang_up(struct desk *d)
 {
 	imap_close(&d->im);
 	d->connected = false;
+	desk_tell(d, NOTE_PROGRESS, NULL); /* what the farewell took */
 	d->told_in = d->told_out = d->told_waits = 0;
 }
 
@@ -4962,8 +4965,8 @@ static void desk_run(struct desk *d, bool listing)
 			pause -= part;
 		}
 	}
-	if (d->im.s.fd >= 0 && d->connected)
-		imap_close(&d->im);
+	if (d->connected)
+		desk_hang_up(d);
 }
 
 /* -- in the parent -- */
