@@ -47,6 +47,9 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#ifdef __linux__
+#include <sys/vfs.h>
+#endif
 #include <time.h>
 #include <unistd.h>
 
@@ -88,11 +91,12 @@ enum {
 	MAILBOXES_MAX = 20000,                 /* of one account */
 	ALERTS_MAX = 8,                        /* shown, of one connection */
 	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
-	VAGUE_SEC = 5,    /* where a server is unavailable, but does not say for how long */
-	VAGUE_MAX = 8,    /* single mails one after the other that are so: it is not the mails */
-	BACKOFF_SEC = 60, /* the longest pause of our own making */
-	WAIT_SEC = 900,   /* the longest that a server can ask for */
-	PLACE_SEC = 10    /* a worker that must wait longer gives its place back */
+	VAGUE_SEC = 5,      /* where a server is unavailable, but does not say for how long */
+	VAGUE_MAX = 8,      /* single mails one after the other that are so: it is not the mails */
+	BACKOFF_SEC = 60,   /* the longest pause of our own making */
+	WAIT_SEC = 900,     /* the longest that a server can ask for */
+	FAT_WARN_MB = 3500, /* an archive of this size on FAT is nearly too large for it */
+	PLACE_SEC = 10      /* a worker that must wait longer gives its place back */
 };
 
 /* ======== log: one place for messages to the person ======== */
@@ -5023,6 +5027,19 @@ static bool task_folds_case(const struct task *task)
 	       a.st_ino == b.st_ino && a.st_dev == b.st_dev;
 }
 
+/* Does it lie on FAT, where a file ends at 4 GB? Elsewhere, or if nobody can tell, EFBIG does. */
+static bool task_on_fat(const struct task *task)
+{
+#ifdef __linux__
+	struct statfs fs;
+
+	return statfs(task->folder, &fs) == 0 && fs.f_type == 0x4D44;
+#else
+	(void)task;
+	return false;
+#endif
+}
+
 /*
  * An archive of the Python original may stand under another name: give it ours, if it surely is
  * one, is nobody else's, and there is none yet.
@@ -5181,6 +5198,10 @@ static void task_plan(struct run *run, struct task *task)
 			task_adopt_original(task, box);
 		box_path(task, box->file, path);
 		mbox_peek(path, box->name, &info);
+		if (info.octets >= (off_t)FAT_WARN_MB << 20 && task_on_fat(task))
+			log_warn("%s has %lld MB, and FAT takes no file over 4096: soon \"%s\" cannot be "
+				 "backed up there any more",
+				 box->file, (long long)(info.octets >> 20), box->name);
 		if (!mailbox_has_news(&box->status, &info, run->config->keep_duplicates)) {
 			task->counts.unchanged++;
 			task->counts.others += info.others;

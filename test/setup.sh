@@ -97,6 +97,8 @@ echo "installing$missing" >&2
 # A Dovecot that comes along must not begin to serve this machine, now or after the next boot.
 # shellcheck disable=SC2016,SC2086
 $root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
+	exec 9>/var/cache/apt/imap_backup.lock   # tests that run side by side may install side by side
+	flock 9
 	policy=/usr/sbin/policy-rc.d ours= log=$(mktemp)
 	trap "rm -f \"$log\"; [ -z \"\$ours\" ] || rm -f $policy" EXIT
 	if [ ! -e $policy ]; then
@@ -104,8 +106,8 @@ $root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
 		printf "#!/bin/sh\nexit 101\n" >$policy
 		chmod 755 $policy
 	fi
-	(apt-get install -qq -y --no-install-recommends "$@" ||
-	 { apt-get update -qq && apt-get install -qq -y --no-install-recommends "$@"; }) >"$log" 2>&1 ||
+	(apt-get install -qq -y --no-install-recommends "$@" 9>&- ||
+	 { apt-get update -qq && apt-get install -qq -y --no-install-recommends "$@" 9>&-; }) >"$log" 2>&1 ||
 		{ cat "$log" >&2; exit 1; }
 	case " $* " in
 	*" dovecot-imapd "*)
