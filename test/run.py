@@ -193,7 +193,7 @@ def instrument(valgrind):
         subprocess.run([os.environ.get('CC', 'cc'), *SANITIZED, '-o', program,
                         *(os.path.join(TOP, s) for s in ('imap_backup.c', 'json.c', 'mbox.c')),
                         '-lbearssl', '-lcurl'], check=True)
-        os.environ['ASAN_OPTIONS'] = 'detect_leaks=0:log_path=' + REPORTS   # memory is left to exit()
+        os.environ['ASAN_OPTIONS'] = 'detect_leaks=0:verify_asan_link_order=0:log_path=' + REPORTS   # memory is left to exit()
         os.environ['UBSAN_OPTIONS'] = 'print_stacktrace=1:log_path=' + REPORTS
     return program
 
