@@ -2216,8 +2216,7 @@ enum imap_capability {
 	CAP_LITERAL_PLUS = 128,
 	CAP_ID = 256,
 	CAP_STATUS_SIZE = 512,
-	CAP_IMAP4REV1 = 1024,
-	CAP_COMPRESS = 2048,
+	CAP_COMPRESS = 1024,
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -2267,7 +2266,6 @@ struct imap {
 	bool selected; /* a mailbox is; then, as EXAMINE and what came since said: */
 	uint32_t exists, uidvalidity, uidnext;
 	uint64_t highestmodseq;
-	unsigned expunged; /* messages that left since it was selected */
 
 	void *context; /* for the callbacks; each returns -1 to give up the connection */
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable);
@@ -2542,13 +2540,12 @@ static void imap_capability_word(struct imap *im, const char *word)
 		const char *word;
 		unsigned capability;
 	} known[] = {
-		{ "STARTTLS", CAP_STARTTLS },         { "LOGINDISABLED", CAP_LOGINDISABLED },
-		{ "AUTH=PLAIN", CAP_AUTH_PLAIN },     { "SASL-IR", CAP_SASL_IR },
-		{ "LIST-STATUS", CAP_LIST_STATUS },   { "ESEARCH", CAP_ESEARCH },
-		{ "CONDSTORE", CAP_CONDSTORE },       { "QRESYNC", CAP_CONDSTORE },
-		{ "LITERAL+", CAP_LITERAL_PLUS },     { "ID", CAP_ID },
-		{ "STATUS=SIZE", CAP_STATUS_SIZE },   { "IMAP4REV1", CAP_IMAP4REV1 },
-		{ "COMPRESS=DEFLATE", CAP_COMPRESS },
+		{ "STARTTLS", CAP_STARTTLS },       { "LOGINDISABLED", CAP_LOGINDISABLED },
+		{ "AUTH=PLAIN", CAP_AUTH_PLAIN },   { "SASL-IR", CAP_SASL_IR },
+		{ "LIST-STATUS", CAP_LIST_STATUS }, { "ESEARCH", CAP_ESEARCH },
+		{ "CONDSTORE", CAP_CONDSTORE },     { "QRESYNC", CAP_CONDSTORE },
+		{ "LITERAL+", CAP_LITERAL_PLUS },   { "ID", CAP_ID },
+		{ "STATUS=SIZE", CAP_STATUS_SIZE }, { "COMPRESS=DEFLATE", CAP_COMPRESS },
 	};
 
 	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
@@ -2989,7 +2986,7 @@ static int imap_untagged(struct imap *im)
 		if (strcmp(word, "EXISTS") == 0)
 			im->exists = number;
 		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0)
-			im->exists--, im->expunged++;
+			im->exists--;
 		return imap_skip_line(im);
 	}
 	if (strcmp(word, "OK") == 0 || strcmp(word, "NO") == 0 || strcmp(word, "BAD") == 0 ||
@@ -3468,7 +3465,7 @@ static int http_get(const char *url, struct trust *trust, struct err *e)
 
 /* What a run has done, for the summary. */
 struct counts {
-	uint64_t mailboxes, unchanged, stored, gone, back, others, octets, failures, mended;
+	uint64_t mailboxes, unchanged, stored, gone, back, others, octets, failures;
 };
 
 /* One mailbox of an account, as the server lists it and as the parent plans it. */
@@ -4312,7 +4309,7 @@ static int sync_examine(struct sync *y, const struct mailbox *box)
 	unsigned tag;
 
 	im->selected = false;
-	im->exists = im->uidvalidity = im->uidnext = im->expunged = 0;
+	im->exists = im->uidvalidity = im->uidnext = 0;
 	im->highestmodseq = 0;
 	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
 	tag = imap_send(im, NULL, "EXAMINE %s%s", imap_quote(im, quoted, sizeof quoted, box->name),
@@ -4480,10 +4477,8 @@ static int sync_mailbox(const struct config *config, struct imap *im, const stru
 			    .context = context };
 	r = mbox_open(&y->m, path, box->name, how, e);
 	if (r == 0) {
-		if (*mbox_mended(y->m) != '\0') {
+		if (*mbox_mended(y->m) != '\0')
 			log_info("%s", mbox_mended(y->m));
-			counts->mended++;
-		}
 		im->context = y;
 		im->on_list = NULL;
 		im->on_status = NULL;
@@ -4904,7 +4899,6 @@ static void desk_run(struct desk *d, bool listing)
 		if (!listing && !again) {
 			if (!pair_read(d->fd, &d->order, sizeof d->order) || d->order.name[0] == '\0')
 				break;
-			d->counts = (struct counts){ 0 };
 			d->attempt = (struct attempt){ 0 };
 		}
 		if (!listing)
@@ -5226,7 +5220,6 @@ static void counts_add(struct counts *to, const struct counts *from)
 	to->others += from->others;
 	to->octets += from->octets;
 	to->failures += from->failures;
-	to->mended += from->mended;
 }
 
 /* The account is finished, for good or not. */
