@@ -2285,34 +2285,38 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
 
 /* -- reading tokens -- */
 
-/* The next octet, not consumed; -1 at an error. */
-static int imap_peek(struct imap *im)
-{
-	if (im->s.at == im->s.end && stream_fill(&im->s) != 0)
-		return -1;
-	return *im->s.at;
-}
-
 /* Octets have come that may be of no use to anybody; what is of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
 {
 	im->noise += octets;
 	if (im->noise <= IMAP_NOISE_MAX)
 		return 0;
+	im->s.at = im->s.end;
 	return stream_fail(&im->s, E_PROTO, "the server sends more than %d octets that nobody asked for",
 			   IMAP_NOISE_MAX);
 }
 
-static int imap_next(struct imap *im)
+/* Have at least one octet. */
+static int imap_fill(struct imap *im)
 {
-	int c = imap_peek(im);
+	if (im->s.at < im->s.end)
+		return 0;
+	return stream_fill(&im->s) != 0 ? -1 : imap_noise(im, (uint64_t)(im->s.end - im->s.at));
+}
 
-	if (c < 0)
-		return -1;
-	im->s.at++;
+/* The next octet, not consumed; -1 at an error. */
+static int imap_peek(struct imap *im)
+{
+	return im->s.at < im->s.end || imap_fill(im) == 0 ? *im->s.at : -1;
+}
+
+/* Consume the octet that imap_peek() has shown. */
+static void imap_next(struct imap *im)
+{
+	int c = *im->s.at++;
+
 	if (im->trace && im->line_octets < sizeof im->line && c != '\n' && c != '\r')
 		im->line[im->line_octets++] = (char)c;
-	return imap_noise(im, 1) != 0 ? -1 : c;
 }
 
 static bool imap_is(struct imap *im, int c)
@@ -2424,17 +2428,19 @@ static int imap_literal(struct imap *im, uint64_t *octets)
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
 static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
-	if (fetch == NULL && imap_noise(im, octets) != 0)
-		return -1;
+	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
+		return imap_noise(im, octets);
 	while (octets > 0) {
 		size_t n;
 
-		if (stream_fill(&im->s) != 0)
+		if (imap_fill(im) != 0)
 			return -1;
 		n = (size_t)(im->s.end - im->s.at);
 		n = n < octets ? n : (size_t)octets;
 		if (fetch != NULL && im->on_octets(im->context, fetch, im->s.at, n) != 0)
 			return -1;
+		if (fetch != NULL)
+			im->noise -= n < im->noise ? n : im->noise;
 		im->s.at += n;
 		octets -= n;
 	}
@@ -2465,8 +2471,8 @@ static int64_t imap_string(struct imap *im, char *out, size_t size)
 		imap_next(im);
 		if (quoted && c == '"')
 			break;
-		if (quoted && c == '\\')
-			c = imap_next(im);
+		if (quoted && c == '\\' && (c = imap_peek(im)) >= 0)
+			imap_next(im);
 		if (n < size - 1)
 			out[n] = (char)c;
 	}
@@ -4172,14 +4178,16 @@ static int sync_find_unknown(struct sync *y, struct set *into)
 {
 	uint32_t known = mbox_next_uid(y->m, 1);
 
-	for (uint32_t uid = set_next(&y->listing, 1); uid != 0;
-	     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0) {
-		if (known != 0 && known < uid)
-			known = mbox_next_uid(y->m, uid);
-		if (uid != known && !sync_asked(y, uid) &&
-		    !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
-			return sync_out_of_room(y);
-	}
+	for (size_t i = 0; i < y->listing.n; i++)
+		for (uint64_t u = y->listing.ranges[i].low; u <= y->listing.ranges[i].high; u++) {
+			uint32_t uid = (uint32_t)u;
+
+			if (known != 0 && known < uid)
+				known = mbox_next_uid(y->m, uid);
+			if (uid != known && !sync_asked(y, uid) &&
+			    !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
+				return sync_out_of_room(y);
+		}
 	return 0;
 }
 

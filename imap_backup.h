@@ -232,7 +232,7 @@ uint32_t mbox_count(const struct mbox *m);
 void mbox_tally(const struct mbox *m, struct mbox_info *info);
 
 /* The smallest known UID that is at least 'uid', or 0. */
-uint32_t mbox_next_uid(const struct mbox *m, uint32_t uid);
+uint32_t mbox_next_uid(struct mbox *m, uint32_t uid);
 
 /* The highest known UID, or 0; it may lie above the claim's UIDNEXT. */
 uint32_t mbox_last_uid(const struct mbox *m);

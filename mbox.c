@@ -89,10 +89,17 @@ static uint64_t get_number(const uint8_t *p, unsigned octets)
 }
 
 /* The same for 8 octets: one load, where the machine has it. */
-static uint64_t get_word(const uint8_t *p)
+static inline uint64_t get_word(const uint8_t *p)
 {
 	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
 	       (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+/* The last n digits of a number, with zeroes in front; no NUL. printf() takes ten times as long. */
+static void put_digits(char *p, unsigned n, unsigned base, unsigned number)
+{
+	for (; n-- > 0; number /= base)
+		p[n] = "0123456789abcdef"[number % base];
 }
 
 static bool is_space(uint8_t c)
@@ -190,7 +197,7 @@ static size_t made_text(char out[MBOX_MADE_MAX], const uint8_t key[20], unsigned
 
 	out[n++] = '<';
 	for (int i = 0; i < 20; i++, n += 2)
-		snprintf(out + n, 3, "%02x", key[i]);
+		put_digits(out + n, 2, 16, key[i]);
 	if (k > 1)
 		n += (size_t)snprintf(out + n, 12, ".%u", k);
 	memcpy(out + n, made_domain, sizeof made_domain);
@@ -420,6 +427,7 @@ struct mbox {
 	uint32_t entries_room;
 	uint32_t *order; /* records with a UID, ascending by it */
 	uint32_t known;  /* how many these are */
+	uint32_t place;  /* where the last one was looked for */
 	uint32_t *table; /* record + 1, or 0; open addressing by the ID's hash */
 	uint32_t table_room;
 	uint32_t suspect; /* record + 1 */
@@ -723,12 +731,12 @@ static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 	*r = (struct record){ .uid = (uint32_t)get_number(p, 4),
 			      .state = (unsigned)get_number(p + 4, 2),
 			      .kind = (unsigned)get_number(p + 6, 2),
-			      .offset = (off_t)get_number(p + 8, 8),
-			      .octets = (off_t)get_number(p + 16, 8),
-			      .sum = get_number(p + 40, 8),
+			      .offset = (off_t)get_word(p + 8),
+			      .octets = (off_t)get_word(p + 16),
+			      .sum = get_word(p + 40),
 			      .digits = (uint32_t)get_number(p + 48, 4) };
 	memcpy(r->id.octets, p + 24, 16);
-	return get_number(p + 56, 8) == sum_of(p, 56) && r->offset >= 0 && r->octets >= 0 &&
+	return get_word(p + 56) == sum_of(p, 56) && r->offset >= 0 && r->octets >= 0 &&
 	       r->octets <= INT64_MAX - r->offset && r->digits <= DIGITS_MAX;
 }
 
@@ -823,11 +831,16 @@ static int records_rewrite(struct mbox *m, struct err *e)
 
 /* ======== finding records ======== */
 
-/* The place in 'order' of the first UID that is at least 'uid'. */
-static uint32_t order_find(const struct mbox *m, uint32_t uid)
+/* The place in 'order' of the first UID that is at least 'uid': mostly the one behind the last answer. */
+static uint32_t order_find(struct mbox *m, uint32_t uid)
 {
 	uint32_t low = 0, high = m->known;
 
+	if (m->place < high && m->entries[m->order[m->place]].uid < uid) {
+		low = m->place + 1;
+		if (low < high && m->entries[m->order[low]].uid >= uid)
+			high = low;
+	}
 	while (low < high) {
 		uint32_t middle = low + (high - low) / 2;
 
@@ -836,10 +849,11 @@ static uint32_t order_find(const struct mbox *m, uint32_t uid)
 		else
 			high = middle;
 	}
+	m->place = low;
 	return low;
 }
 
-static uint32_t *record_by_uid(const struct mbox *m, uint32_t uid)
+static uint32_t *record_by_uid(struct mbox *m, uint32_t uid)
 {
 	uint32_t at = order_find(m, uid);
 
@@ -848,7 +862,7 @@ static uint32_t *record_by_uid(const struct mbox *m, uint32_t uid)
 	return NULL;
 }
 
-uint32_t mbox_next_uid(const struct mbox *m, uint32_t uid)
+uint32_t mbox_next_uid(struct mbox *m, uint32_t uid)
 {
 	uint32_t at = order_find(m, uid);
 
@@ -883,47 +897,30 @@ static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
 	m->records_dirty = true;
 }
 
-static void order_sift(struct mbox *m, uint32_t root, uint32_t n)
-{
-	for (uint32_t child; (child = 2 * root + 1) < n; root = child) {
-		uint32_t swap = m->order[root];
-
-		if (child + 1 < n && m->entries[m->order[child]].uid < m->entries[m->order[child + 1]].uid)
-			child++;
-		if (m->entries[swap].uid >= m->entries[m->order[child]].uid)
-			return;
-		m->order[root] = m->order[child];
-		m->order[child] = swap;
-	}
-}
-
 /*
- * Make 'order' from the entries: a heap sort, since qsort() may allocate, and only where storing
- * did not go by UID. A UID that two records claim is taken from the second.
+ * Make 'order' from the entries, by Shell's sort: it needs no memory, as qsort() may, and hardly any time
+ * where storing nearly went by UID. A UID that two records claim is taken from the second.
  */
 static void order_make(struct mbox *m)
 {
-	uint32_t last = 0, n = 0;
-	bool sorted = true;
+	uint32_t n = 0, last = 0, gap = 0;
 
 	for (uint32_t i = 0; i < m->now.records; i++) {
 		if (m->entries[i].uid == 0)
 			continue;
-		sorted = sorted && m->entries[i].uid > last;
-		last = m->entries[i].uid;
 		m->order[n++] = i;
+		gap = m->entries[i].uid <= last ? UINT32_MAX : gap;
+		last = m->entries[i].uid;
 	}
-	m->known = n;
-	if (sorted)
-		return;
-	for (uint32_t i = n / 2; i-- > 0;)
-		order_sift(m, i, n);
-	for (uint32_t i = n; i-- > 1;) {
-		uint32_t swap = m->order[0];
+	for (gap = gap < n ? gap : n; gap > 1;) {
+		gap = gap < 5 ? 1 : (uint32_t)((uint64_t)gap * 5 / 11);
+		for (uint32_t i = gap; i < n; i++) {
+			uint32_t record = m->order[i], uid = m->entries[record].uid, at = i;
 
-		m->order[0] = m->order[i];
-		m->order[i] = swap;
-		order_sift(m, 0, i);
+			for (; at >= gap && m->entries[m->order[at - gap]].uid > uid; at -= gap)
+				m->order[at] = m->order[at - gap];
+			m->order[at] = record;
+		}
 	}
 	m->known = n > 0;
 	for (uint32_t i = 1; i < n; i++)
@@ -1302,7 +1299,7 @@ static int record_load(struct mbox *m, const struct record *r, unsigned state_be
  */
 static int load(struct mbox *m, const struct state *state, struct err *e)
 {
-	uint8_t block[RECORDS_HELD * RECORD_OCTETS];
+	const uint32_t in_block = BUFFER_OCTETS / RECORD_OCTETS;
 	struct record first = { 0 }, last = { 0 }, r;
 	size_t got = 0;
 
@@ -1311,17 +1308,16 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 	m->now.mix = 0;
 	memset(m->table, 0, m->table_room * sizeof *m->table);
 	for (uint32_t i = 0; i < state->records; i++) {
-		uint32_t in_block = i % RECORDS_HELD;
+		const uint8_t *p = m->buffer + i % in_block * RECORD_OCTETS;
 		unsigned before;
 		int good = 1;
 
-		if (in_block == 0 && read_all(m, m->index, block, sizeof block,
-					      RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
+		if (p == m->buffer && read_all(m, m->index, m->buffer, BUFFER_OCTETS,
+					       RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
 			return -1;
-		if (got < (in_block + 1) * RECORD_OCTETS ||
-		    !record_unpack(&r, block + in_block * RECORD_OCTETS))
+		if (got < (size_t)(p - m->buffer) + RECORD_OCTETS || !record_unpack(&r, p))
 			return 0;
-		m->now.mix ^= get_number(block + in_block * RECORD_OCTETS + 56, 8);
+		m->now.mix ^= get_word(p + 56);
 		before = r.state;
 		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
 		if ((state->writing || m->flushed > state->octets) && (r.kind & ENTRY_OTHER) == 0)
@@ -1538,7 +1534,6 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	if (open_locked(m, e) != 0 || records_room(m, e) != 0 ||
 	    ((m->fd >= 0 || (how & MBOX_LOOK) == 0) && put_in_order(m, e) != 0))
 		goto fail;
-	order_make(m);
 	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
 		for (uint32_t i = 0; i < m->now.records; i++)
 			if (m->entries[i].bits & ENTRY_OTHER && m->entries[i].uid != 0) {
@@ -1708,7 +1703,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	struct entry *entry = &m->entries[i];
 	const size_t field = sizeof status_field - 1;
 	uint8_t head[DIGITS_MAX + 4];
-	char digits[5];
+	char digits[4];
 	struct record r;
 	size_t got;
 	int old;
@@ -1734,8 +1729,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 				       "that one begins",
 				       m->path, (long long)r.offset);
 		}
-		snprintf(digits, sizeof digits, "%04x",
-			 ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
+		put_digits(digits, 4, 16, ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
 		if (memcmp(digits, head + r.digits, 4) != 0) {
 			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
@@ -1927,7 +1921,7 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 /* ======== storing ======== */
 
 /* "From MAILER-DAEMON ", asctime() in UTC, LF; FROM_OCTETS whatever the time (RFC 4155). */
-static void from_line(char out[FROM_OCTETS + 1], int64_t when_sec)
+static void from_line(char out[FROM_OCTETS], int64_t when_sec)
 {
 	static const char days[] = "ThuFriSatSunMonTueWed";
 	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
@@ -1947,15 +1941,21 @@ static void from_line(char out[FROM_OCTETS + 1], int64_t when_sec)
 	month = (5 * of_year + 2) / 153;
 	day = ((day % 7) + 7) % 7;
 	year += era * 400 + (month >= 10);
-	snprintf(out, FROM_OCTETS + 1, "From MAILER-DAEMON %.3s %.3s %2u %02u:%02u:%02u %04u\n",
-		 days + 3 * day, months + 3 * ((month + 2) % 12),
-		 (unsigned)(of_year - (153 * month + 2) / 5 + 1) % 100, (unsigned)second / 3600 % 100,
-		 (unsigned)second / 60 % 60, (unsigned)second % 60, (unsigned)year % 10000);
+	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\n", FROM_OCTETS);
+	memcpy(out + 19, days + 3 * day, 3);
+	memcpy(out + 23, months + 3 * ((month + 2) % 12), 3);
+	put_digits(out + 27, 2, 10, (unsigned)(of_year - (153 * month + 2) / 5 + 1));
+	if (out[27] == '0')
+		out[27] = ' ';
+	put_digits(out + 30, 2, 10, (unsigned)second / 3600);
+	put_digits(out + 33, 2, 10, (unsigned)second / 60 % 60);
+	put_digits(out + 36, 2, 10, (unsigned)second % 60);
+	put_digits(out + 39, 4, 10, (unsigned)year);
 }
 
 int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 {
-	char line[FROM_OCTETS + 1];
+	char line[FROM_OCTETS];
 
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
@@ -2119,7 +2119,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	struct record r = {
 		.uid = uid, .state = flags & MBOX_FLAGS, .offset = m->start, .digits = DIGITS_AT
 	};
-	char from[FROM_OCTETS + 1], digits[5];
+	char from[FROM_OCTETS], digits[4];
 
 	if (!m->header_over && header_over(m, e) != 0)
 		goto fail;
@@ -2157,7 +2157,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		m->summed = m->buffered;
 		r.sum = sum_end(&m->sum);
 	}
-	snprintf(digits, sizeof digits, "%04x", r.state);
+	put_digits(digits, 4, 16, r.state);
 	if (patch(m, m->start + DIGITS_AT, digits, 4, e) != 0 || record_append(m, &r, e) != 0)
 		goto fail;
 	m->start = -1;
