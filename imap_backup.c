@@ -2254,7 +2254,7 @@ struct imap {
 	bool greeted, capabilities_known, preauth;
 	bool one_at_a_time;     /* no second command before the first one's answer */
 	unsigned status_flight; /* STATUS commands at a time */
-	unsigned tag, oldest;   /* the last one given out; the first that is not known done */
+	unsigned tag, done;     /* the last one given out; all up to this one have been answered */
 	struct imap_result results[IMAP_FLIGHT_MAX];
 	unsigned in_flight; /* octets of commands without an answer */
 	unsigned alerts;    /* shown to the person */
@@ -3063,6 +3063,9 @@ static int imap_response(struct imap *im)
 	if (strcmp(word, "OK") != 0 && strcmp(word, "NO") != 0 && strcmp(word, "BAD") != 0)
 		return imap_proto(im, word, "OK, NO or BAD");
 	result->condition = word[0] == 'O' ? IMAP_OK : word[0] == 'N' ? IMAP_NO : IMAP_BAD;
+	while (im->done < im->tag &&
+	       im->results[(im->done + 1) % IMAP_FLIGHT_MAX].condition != IMAP_PENDING)
+		im->done++;
 	im->in_flight -= result->octets;
 	im->noise = 0;
 	return 0;
@@ -3084,11 +3087,14 @@ static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
 	return result;
 }
 
-static bool imap_may_send(const struct imap *im, unsigned pending)
+/* May one of many commands be sent now? Some room is left for those that are not asked about here. */
+static bool imap_may_send(const struct imap *im)
 {
+	unsigned pending = im->tag - im->done;
+
 	if (im->one_at_a_time)
 		return pending == 0;
-	return pending < IMAP_FLIGHT_MAX - 2 && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
+	return pending < IMAP_FLIGHT_MAX - 8 && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
 }
 
 /*
@@ -3705,13 +3711,16 @@ struct attempt {
 struct sync {
 	const struct config *config;
 	struct imap *im;
-	struct mbox *m;
-	struct err *e;
+	struct mailbox box; /* its name is borrowed */
 	struct attempt *attempt;
 	struct counts *counts;
 	bool dry; /* say what would be done */
 	void (*progress)(void *context);
+	struct sync *(*ahead)(void *context); /* begin the next mailbox; NULL: there is none, or not now */
+	void (*settle)(void *context, struct sync *next); /* finish it before this one */
 	void *context;
+	struct mbox *m;
+	struct err *e;
 
 	/* set when the pass begins: */
 	struct mbox_claim old;   /* what the archive says of the last complete pass */
@@ -3719,7 +3728,10 @@ struct sync {
 	bool empty;              /* the archive is: nothing can be known already */
 	bool condstore;          /* changed flags are asked for by CHANGEDSINCE ... */
 	bool with_flags;         /* ... or all flags tell the listing too; else they come with the mails */
-	unsigned listing_tag, changes_tag; /* of the commands that ask for them; 0: not sent yet */
+	bool foreseen;           /* by STATUS, what is on the wire then is all that will be asked for */
+	unsigned examine_tag, listing_tag, changes_tag; /* of the commands for these; 0: not sent yet */
+	struct sync *next; /* the next mailbox: its commands are on the wire behind ours. Owned */
+	bool looked;       /* for it */
 
 	/* UIDs: of all mails on the server; to be asked about; that turned out to need a made ID; to be
 	 * fetched; again in order, for want of an ID; again singly, as they did not come; that never came */
@@ -3951,95 +3963,67 @@ static int sync_line_failed(struct sync *y)
 	return -1;
 }
 
-/* Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. */
-static unsigned sync_send_search(struct sync *y, const char *which)
+/* What comes from now on is for this mailbox. */
+static void sync_listen(struct sync *y)
 {
-	y->searching = true;
-	return imap_send(y->im, NULL, "UID SEARCH%s %s",
-			 y->im->capabilities & CAP_ESEARCH ? " RETURN (ALL)" : "", which);
+	struct imap *im = y->im;
+
+	im->context = y;
+	im->on_list = NULL;
+	im->on_status = NULL;
+	im->on_uids = on_uids;
+	im->on_literal = on_literal;
+	im->on_octets = on_octets;
+	im->on_fetch = on_fetch;
+	im->selected = false;
+	im->exists = im->uidvalidity = im->uidnext = 0;
+	im->highestmodseq = 0;
 }
 
-/* Ask for the listing: with the flags, where CONDSTORE does not tell them more cheaply. */
-static unsigned sync_send_listing(struct sync *y, bool flags)
+/* What still comes is for nobody. */
+static void sync_deaf(struct imap *im)
 {
-	set_clear(&y->listing);
-	y->listing_now = flags;
-	return flags ? imap_send(y->im, NULL, "UID FETCH 1:* (FLAGS)") : sync_send_search(y, "ALL");
+	im->selected = false;
+	im->on_uids = NULL;
+	im->on_fetch = NULL;
 }
 
-/* Wait for the listing. 1: it is complete, 0: it is not, and proves nothing; -1: error. */
-static int sync_listed(struct sync *y, unsigned tag)
+static unsigned sync_send_examine(struct sync *y)
+{
+	char quoted[2 * MBOX_NAME_MAX + 20];
+
+	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
+	return imap_send(y->im, NULL, "EXAMINE %s%s", imap_quote(y->im, quoted, sizeof quoted, y->box.name),
+			 y->im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
+}
+
+/* Wait for it, and take in what the mailbox says of itself. */
+static int sync_examined(struct sync *y)
 {
 	const struct imap_result *result;
-	char below[40];
 
-	for (;;) {
-		result = tag > 0 ? imap_wait(y->im, tag) : NULL;
-		if (result == NULL)
-			return sync_line_failed(y);
-		if (result->condition != IMAP_OK)
-			return imap_refused(y->e, result, "listing the mails");
-		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
-			break;
-		/* Only the newest were searched (RFC 9738): go on below them, keeping what we have. */
-		snprintf(below, sizeof below, "UID 1:%lu", (unsigned long)result->numbers[1] - 1);
-		tag = sync_send_search(y, below);
-	}
-	y->searching = y->listing_now = false;
-	set_sort(&y->listing);
-	if (set_count(&y->listing) > MBOX_MAILS_MAX)
-		return sync_out_of_room(y);
-	return set_count(&y->listing) == y->im->exists;
-}
-
-/* Ask for the flags of UIDs up to 'high' (0: all), as far as they changed since then (0: ever). */
-static unsigned sync_send_flags(struct sync *y, uint64_t high, uint64_t since)
-{
-	char last[24] = "*", changed[48] = "";
-
-	if (high > 0)
-		snprintf(last, sizeof last, "%lu", (unsigned long)high);
-	if (since > 0)
-		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)since);
-	return imap_send(y->im, NULL, "UID FETCH 1:%s (FLAGS)%s", last, changed);
-}
-
-/* Wait for them: all of them, or the new HIGHESTMODSEQ would be a lie. */
-static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
-{
-	for (;;) {
-		const struct imap_result *result = tag > 0 ? imap_wait(y->im, tag) : NULL;
-
-		if (result == NULL)
-			return sync_line_failed(y);
-		if (result->condition != IMAP_OK && (since == 0 || imap_wait_asked(result) > 0))
-			return imap_refused(y->e, result, "asking for flags");
-		if (result->condition != IMAP_OK) { /* what it offers, it does not have */
-			tag = sync_send_flags(y, 0, since = 0);
-			continue;
-		}
-		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
-			return 0;
-		tag = sync_send_flags(y, result->numbers[1] - 1, since); /* RFC 9738: go on below */
-	}
-}
-
-static int sync_send_batch(struct sync *y, struct batch *b)
-{
-	static const char *const items[] = {
-		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
-		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
-		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
-		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
-	};
-	char uids[SET_TEXT_OCTETS + 1];
-
-	ranges_text(uids, b->ranges, b->n);
-	b->tag = imap_send(y->im, NULL, "UID FETCH %s %s", uids, items[b->single ? 3 : b->kind]);
-	if (b->tag == 0)
+	if (y->examine_tag == 0 || (result = imap_wait(y->im, y->examine_tag)) == NULL)
 		return sync_line_failed(y);
-	y->pending++;
+	if (result->condition != IMAP_OK)
+		return imap_refused(y->e, result, "opening the mailbox");
+	y->im->selected = true;
 	return 0;
+}
+
+/* Close the archive and free all; the claim of a complete pass, or NULL. */
+static int sync_end(struct sync *y, const struct mbox_claim *claim, struct err *e)
+{
+	int r = mbox_close(y->m, claim, e);
+
+	set_free(&y->listing);
+	set_free(&y->ask);
+	set_free(&y->ask_made);
+	set_free(&y->want);
+	set_free(&y->late);
+	set_free(&y->again);
+	set_free(&y->failed);
+	free(y);
+	return r;
 }
 
 /* Look at what a command left undone. */
@@ -4079,6 +4063,125 @@ static int sync_batch_done(struct sync *y)
 	if (b->single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)b->ranges[0].low,
 			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
+	return 0;
+}
+
+/* The UIDs are still those of the EXAMINE; else the pass must begin anew. */
+static int sync_held(struct sync *y)
+{
+	if (y->im->uidvalidity == y->claim.uidvalidity)
+		return 0;
+	return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
+}
+
+/* It was not all: have the next mailbox settled first, and open ours again. */
+static int sync_come_back(struct sync *y)
+{
+	if (y->next == NULL)
+		return 0;
+	while (y->pending > 0)
+		if (sync_batch_done(y) != 0)
+			return -1;
+	y->next->looked = true;
+	y->settle(y->context, y->next);
+	y->next = NULL;
+	sync_listen(y);
+	y->examine_tag = sync_send_examine(y);
+	return sync_examined(y) != 0 || sync_held(y) != 0 ? -1 : 0;
+}
+
+/* Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. */
+static unsigned sync_send_search(struct sync *y, const char *which)
+{
+	if (sync_come_back(y) != 0)
+		return 0;
+	y->searching = true;
+	return imap_send(y->im, NULL, "UID SEARCH%s %s",
+			 y->im->capabilities & CAP_ESEARCH ? " RETURN (ALL)" : "", which);
+}
+
+/* Ask for the listing: with the flags, where CONDSTORE does not tell them more cheaply. */
+static unsigned sync_send_listing(struct sync *y, bool flags)
+{
+	set_clear(&y->listing);
+	y->listing_now = flags;
+	return flags ? imap_send(y->im, NULL, "UID FETCH 1:* (FLAGS)") : sync_send_search(y, "ALL");
+}
+
+/* Wait for the listing. 1: it is complete, 0: it is not, and proves nothing; -1: error. */
+static int sync_listed(struct sync *y, unsigned tag)
+{
+	const struct imap_result *result;
+	char below[40];
+
+	for (;;) {
+		result = tag > 0 ? imap_wait(y->im, tag) : NULL;
+		if (result == NULL)
+			return sync_line_failed(y);
+		if (result->condition != IMAP_OK)
+			return imap_refused(y->e, result, "listing the mails");
+		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
+			break;
+		/* Only the newest were searched (RFC 9738): go on below them, keeping what we have. */
+		snprintf(below, sizeof below, "UID 1:%lu", (unsigned long)result->numbers[1] - 1);
+		tag = sync_send_search(y, below);
+	}
+	y->searching = y->listing_now = false;
+	set_sort(&y->listing);
+	if (set_count(&y->listing) > MBOX_MAILS_MAX)
+		return sync_out_of_room(y);
+	return set_count(&y->listing) == y->im->exists;
+}
+
+/* Ask for the flags of UIDs from 'low' to 'high' (0: all), as far as they changed since then (0: ever). */
+static unsigned sync_send_flags(struct sync *y, uint32_t low, uint64_t high, uint64_t since)
+{
+	char last[24] = "*", changed[48] = "";
+
+	if (sync_come_back(y) != 0)
+		return 0;
+	if (high > 0)
+		snprintf(last, sizeof last, "%lu", (unsigned long)high);
+	if (since > 0)
+		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)since);
+	return imap_send(y->im, NULL, "UID FETCH %lu:%s (FLAGS)%s", (unsigned long)low, last, changed);
+}
+
+/* Wait for them: all of them, or the new HIGHESTMODSEQ would be a lie. */
+static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
+{
+	for (;;) {
+		const struct imap_result *result = tag > 0 ? imap_wait(y->im, tag) : NULL;
+
+		if (result == NULL)
+			return sync_line_failed(y);
+		if (result->condition != IMAP_OK && (since == 0 || imap_wait_asked(result) > 0))
+			return imap_refused(y->e, result, "asking for flags");
+		if (result->condition != IMAP_OK) { /* what it offers, it does not have */
+			tag = sync_send_flags(y, 1, 0, since = 0);
+			continue;
+		}
+		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
+			return 0;
+		tag = sync_send_flags(y, 1, result->numbers[1] - 1, since); /* RFC 9738: go on below */
+	}
+}
+
+static int sync_send_batch(struct sync *y, struct batch *b)
+{
+	static const char *const items[] = {
+		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
+		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
+		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
+		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
+	};
+	char uids[SET_TEXT_OCTETS + 1];
+
+	ranges_text(uids, b->ranges, b->n);
+	b->tag = imap_send(y->im, NULL, "UID FETCH %s %s", uids, items[b->single ? 3 : b->kind]);
+	if (b->tag == 0)
+		return sync_line_failed(y);
+	y->pending++;
 	return 0;
 }
 
@@ -4127,23 +4230,52 @@ static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
 	return true;
 }
 
+static bool sync_has_all(const struct sync *y)
+{
+	return y->ask.n == 0 && y->ask_made.n == 0 && y->want.n == 0 && y->late.n == 0 && y->again.n == 0;
+}
+
+/*
+ * All that we will ask for is on the wire, as it seems: so that the line does not fall silent at each
+ * mailbox's end, the next one's first commands go out behind ours.
+ */
+static void sync_look_ahead(struct sync *y)
+{
+	uint64_t octets;
+
+	if (y->looked || y->dry || y->im->one_at_a_time || y->attempt->careful || !sync_has_all(y) ||
+	    y->failed.n > 0 || mbox_suspect(y->m, &octets) != 0)
+		return;
+	for (unsigned i = 0; i < y->pending; i++)
+		if (y->flight[(y->first + i) % IMAP_FLIGHT_MAX].kind != BATCH_MAILS)
+			return;
+	y->looked = true;
+	y->next = y->ahead(y->context);
+}
+
 /* Ask and fetch until nothing is left to ask for; the next command is sent before the last ends. */
 static int sync_pump(struct sync *y, bool only_ask)
 {
 	for (;;) {
-		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+		if (y->next == NULL || (y->pending == 0 && !sync_has_all(y))) {
+			struct batch *b;
 
-		if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
-			return sync_line_failed(y);
-		while (imap_may_send(y->im,
-				     y->attempt->careful ? y->pending * IMAP_FLIGHT_MAX : y->pending) &&
-		       sync_next_batch(y, only_ask, b)) {
-			if (sync_send_batch(y, b) != 0)
+			if (sync_come_back(y) != 0)
 				return -1;
-			b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+			if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
+				return sync_line_failed(y);
+			while (imap_may_send(y->im) && !(y->attempt->careful && y->pending > 0)) {
+				b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+				if (!sync_next_batch(y, only_ask, b))
+					break;
+				if (sync_send_batch(y, b) != 0)
+					return -1;
+			}
 		}
 		if (y->pending == 0)
 			return 0;
+		if (!only_ask)
+			sync_look_ahead(y);
 		if (sync_batch_done(y) != 0)
 			return -1;
 	}
@@ -4155,14 +4287,6 @@ static bool sync_lives(void *context, uint32_t uid)
 	struct sync *y = context;
 
 	return set_has(&y->listing, uid) || (y->window && uid < set_next(&y->listing, 1));
-}
-
-/* The UIDs are still those of the EXAMINE; else the pass must begin anew. */
-static int sync_held(struct sync *y)
-{
-	if (y->im->uidvalidity == y->claim.uidvalidity)
-		return 0;
-	return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
 }
 
 static bool sync_is_poison(const struct sync *y, uint32_t uid)
@@ -4278,71 +4402,75 @@ static int sync_try_suspect(struct sync *y)
  * all UIDs are new as many as may be on the wire, unless most are gaps. What the listing then does not
  * have of them was one.
  */
-static int sync_send_first_batches(struct sync *y, const struct imap_status *status)
+static int sync_send_first_batches(struct sync *y)
 {
-	const struct mbox_claim *old = mbox_claimed(y->m);
-	bool empty = mbox_count(y->m) == 0, same = !empty && old->uidvalidity == status->uidvalidity;
+	const struct imap_status *status = &y->box.status;
+	bool same = !y->empty && y->old.uidvalidity == status->uidvalidity;
 	bool more = !same && status->messages >= status->uidnext / 2;
-	uint32_t most = empty ? y->config->email_batch : y->config->header_batch;
-	uint32_t low = same ? old->uidnext : 1;
+	uint32_t most = y->empty ? y->config->email_batch : y->config->header_batch;
+	uint32_t low = same ? y->old.uidnext : 1;
 
-	if (low == 0 || low >= status->uidnext || status->messages == 0 || y->attempt->careful ||
-	    y->attempt->poisons > 0 || (empty && y->dry))
+	y->foreseen = low != 0 && low == status->uidnext;
+	if (y->foreseen || low == 0 || low > status->uidnext || status->messages == 0 ||
+	    (y->empty && y->dry))
 		return 0;
 	do {
 		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
 
 		most = status->uidnext - low < most ? status->uidnext - low : most;
-		b->kind = empty ? BATCH_MAILS : BATCH_ASK;
+		b->kind = y->empty ? BATCH_MAILS : BATCH_ASK;
 		b->single = false;
 		b->n = 1;
 		b->ranges[0] = (struct range){ low, low + most - 1 };
 		if (sync_send_batch(y, b) != 0)
 			return -1;
 		low += most;
-	} while (more && low < status->uidnext && imap_may_send(y->im, y->pending + 3) && /* EXAMINE ... */
-		 !sync_holds_back(y));
+	} while (more && low < status->uidnext && imap_may_send(y->im) && !sync_holds_back(y));
+	y->foreseen = y->empty && low == status->uidnext;
 	return 0;
 }
 
 /*
- * Open the mailbox and take in what it says of itself. The listing, the changed flags and the first
- * batches go along in the same flight; to a server that cannot do that, or without STATUS, they go later.
+ * Open the mailbox; the listing, the changed flags and the first batches go along in the same flight. To a
+ * server that cannot do that, or without STATUS, they go later.
  */
-static int sync_examine(struct sync *y, const struct mailbox *box)
+static int sync_send_first(struct sync *y)
 {
 	struct imap *im = y->im;
-	char quoted[2 * MBOX_NAME_MAX + 20];
-	const struct imap_result *result;
-	unsigned tag;
 
-	im->selected = false;
-	im->exists = im->uidvalidity = im->uidnext = 0;
-	im->highestmodseq = 0;
-	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
-	tag = imap_send(im, NULL, "EXAMINE %s%s", imap_quote(im, quoted, sizeof quoted, box->name),
-			im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
-	if (!im->one_at_a_time && box->status.known) {
-		y->listing_tag = sync_send_listing(y, y->with_flags && box->status.messages > 0);
-		if (y->condstore)
-			y->changes_tag = sync_send_flags(y, mbox_last_uid(y->m), y->old.highestmodseq);
-		if (sync_send_first_batches(y, &box->status) != 0)
-			return -1;
-	}
-	if (tag == 0 || (result = imap_wait(im, tag)) == NULL)
-		return sync_line_failed(y);
-	if (result->condition != IMAP_OK) {
-		imap_refused(y->e, result, "opening the mailbox");
-		if ((y->listing_tag > 0 && imap_wait(im, y->listing_tag) == NULL) ||
-		    (y->changes_tag > 0 && imap_wait(im, y->changes_tag) == NULL) ||
-		    (y->pending > 0 && imap_wait(im, y->flight[y->pending - 1].tag) == NULL))
+	y->old = *mbox_claimed(y->m);
+	y->empty = mbox_count(y->m) == 0;
+	y->condstore = (im->capabilities & CAP_CONDSTORE) != 0 && y->old.highestmodseq > 0 &&
+		       mbox_last_uid(y->m) > 0;
+	y->with_flags = y->old.uidvalidity != 0 && mbox_last_uid(y->m) > 0 && !y->condstore;
+	y->examine_tag = sync_send_examine(y);
+	if (im->one_at_a_time || !y->box.status.known)
+		return 0;
+	y->listing_tag = sync_send_listing(y, y->with_flags && y->box.status.messages > 0);
+	if (y->condstore)
+		y->changes_tag = sync_send_flags(y, 1, mbox_last_uid(y->m), y->old.highestmodseq);
+	if (y->attempt->careful || y->attempt->poisons > 0)
+		return 0;
+	return sync_send_first_batches(y);
+}
+
+/* Have the mailbox open, and take in what it says of itself. */
+static int sync_examine(struct sync *y)
+{
+	struct imap *im = y->im;
+
+	if (sync_examined(y) != 0) {
+		if (im->s.err.code == E_NONE && /* what went along with it is of no use */
+		    ((y->listing_tag > 0 && imap_wait(im, y->listing_tag) == NULL) ||
+		     (y->changes_tag > 0 && imap_wait(im, y->changes_tag) == NULL) ||
+		     (y->pending > 0 && imap_wait(im, y->flight[y->pending - 1].tag) == NULL)))
 			y->e->code = E_NET;
 		return -1;
 	}
 	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity,
 					.uidnext = im->uidnext,
 					.messages = im->exists,
-					.unseen = box->status.unseen,
+					.unseen = y->box.status.unseen,
 					.highestmodseq = im->highestmodseq,
 					.when_sec = time(NULL) };
 	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 || im->exists == 10000;
@@ -4350,7 +4478,6 @@ static int sync_examine(struct sync *y, const struct mailbox *box)
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
 	}
-	im->selected = true;
 	return 0;
 }
 
@@ -4369,7 +4496,7 @@ static int sync_list(struct sync *y)
 		complete = 0;
 	}
 	if (!ahead && y->condstore && complete >= 0)
-		y->changes_tag = sync_send_flags(y, 0, y->old.highestmodseq);
+		y->changes_tag = sync_send_flags(y, 1, 0, y->old.highestmodseq);
 	if (complete < 0 ||
 	    (y->changes_tag > 0 && sync_flags(y, y->changes_tag, y->old.highestmodseq) != 0))
 		return sync_line_failed(y);
@@ -4416,10 +4543,7 @@ static int sync_mark_gone(struct sync *y)
 
 	if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0)
 		return -1;
-	if (moved[1] != 0 && sync_flags(y,
-					imap_send(y->im, NULL, "UID FETCH %lu:%lu (FLAGS)",
-						  (unsigned long)moved[0], (unsigned long)moved[1]),
-					0) != 0)
+	if (moved[1] != 0 && sync_flags(y, sync_send_flags(y, moved[0], moved[1], 0), 0) != 0)
 		return -1;
 	y->counts->gone += gone;
 	if (live >= 100 && gone > live / 2)
@@ -4429,18 +4553,15 @@ static int sync_mark_gone(struct sync *y)
 }
 
 /* Bring the open archive up to the mailbox. What may be said of it afterwards is in y->claim. */
-static int sync_pass(struct sync *y, const struct mailbox *box)
+static int sync_pass(struct sync *y)
 {
 	struct mbox_claim only = { .unseen = UINT32_MAX };
 	struct mbox_info info;
 	int complete;
 
-	y->old = *mbox_claimed(y->m);
-	y->empty = mbox_count(y->m) == 0;
-	y->condstore = (y->im->capabilities & CAP_CONDSTORE) != 0 && y->old.highestmodseq > 0 &&
-		       mbox_last_uid(y->m) > 0;
-	y->with_flags = y->old.uidvalidity != 0 && mbox_last_uid(y->m) > 0 && !y->condstore;
-	if (sync_examine(y, box) != 0)
+	if (y->foreseen)
+		sync_look_ahead(y);
+	if (sync_examine(y) != 0)
 		return -1;
 	mbox_tally(y->m, &info);
 	only.uidvalidity = y->claim.uidvalidity;
@@ -4460,62 +4581,53 @@ static int sync_pass(struct sync *y, const struct mailbox *box)
 }
 
 /*
- * Bring one archive up to its mailbox. Returns 0, also when single mails failed (they are counted),
- * or -1: E_NET, E_PROTO, E_WAIT (try again on a new connection), E_REFUSED, E_FORMAT, E_SYSTEM,
- * E_LOCKED, E_STOPPED. What was stored before stays stored.
+ * Open one archive, and send what its mailbox is asked first. Nothing is waited for: commands for another
+ * mailbox may still be on the wire. 'as' tells what and how. Returns NULL with an error as below, or what
+ * sync_finish() takes.
  */
-static int sync_mailbox(const struct config *config, struct imap *im, const struct mailbox *box,
-			const char *path, bool dry, struct attempt *attempt, struct counts *counts,
-			void (*progress)(void *context), void *context, struct err *e)
+static struct sync *sync_begin(const struct sync *as, const char *path, struct err *e)
 {
 	struct sync *y = allocate(sizeof *y);
-	uint64_t failures = counts->failures;
+	unsigned how = (as->dry ? MBOX_LOOK : 0) | (as->config->keep_duplicates ? MBOX_DUPLICATES : 0);
+	struct err ignored = { 0 };
+
+	*y = *as;
+	y->e = e;
+	if (mbox_open(&y->m, path, y->box.name, how, e) == 0 && sync_send_first(y) == 0)
+		return y;
+	sync_end(y, NULL, &ignored);
+	return NULL;
+}
+
+/*
+ * Bring the archive up to its mailbox, and free y. Returns 0, also when single mails failed (they are
+ * counted), or -1: E_NET, E_PROTO, E_WAIT (try again on a new connection), E_REFUSED, E_FORMAT, E_SYSTEM,
+ * E_LOCKED, E_STOPPED. What was stored before stays stored. *next: the next mailbox, if it was begun.
+ */
+static int sync_finish(struct sync *y, struct sync **next, struct err *e)
+{
+	uint64_t failures = y->counts->failures;
+	struct counts *counts = y->counts;
 	struct mbox_info info;
 	struct err closing = { 0 };
-	unsigned how = (dry ? MBOX_LOOK : 0) | (config->keep_duplicates ? MBOX_DUPLICATES : 0);
 	int r;
 
-	*y = (struct sync){ .config = config,
-			    .im = im,
-			    .e = e,
-			    .attempt = attempt,
-			    .counts = counts,
-			    .dry = dry,
-			    .progress = progress,
-			    .context = context };
-	r = mbox_open(&y->m, path, box->name, how, e);
-	if (r == 0) {
-		if (*mbox_mended(y->m) != '\0')
-			log_info("%s", mbox_mended(y->m));
-		im->context = y;
-		im->on_list = NULL;
-		im->on_status = NULL;
-		im->on_uids = on_uids;
-		im->on_literal = on_literal;
-		im->on_octets = on_octets;
-		im->on_fetch = on_fetch;
-		r = sync_pass(y, box);
-		if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0)
-			sync_broken(y);
-		im->selected = false;
-		im->on_uids = NULL; /* what still comes is for nobody */
-		im->on_fetch = NULL;
-		mbox_tally(y->m, &info);
-		counts->others = info.others;
-		if (mbox_close(y->m, r == 0 && !dry && counts->failures == failures ? &y->claim : NULL,
-			       r == 0 ? e : &closing) != 0)
-			r = -1;
-	}
+	y->e = e;
+	if (*mbox_mended(y->m) != '\0')
+		log_info("%s", mbox_mended(y->m));
+	sync_listen(y);
+	r = sync_pass(y);
+	if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0)
+		sync_broken(y);
+	sync_deaf(y->im);
+	mbox_tally(y->m, &info);
+	counts->others = info.others;
+	*next = y->next;
+	if (sync_end(y, r == 0 && !y->dry && counts->failures == failures ? &y->claim : NULL,
+		     r == 0 ? e : &closing) != 0)
+		r = -1;
 	if (r != 0)
 		counts->failures = failures;
-	set_free(&y->listing);
-	set_free(&y->ask);
-	set_free(&y->ask_made);
-	set_free(&y->want);
-	set_free(&y->late);
-	set_free(&y->again);
-	set_free(&y->failed);
-	free(y);
 	return r;
 }
 
@@ -4537,7 +4649,7 @@ struct options {
 	const char **account;
 };
 
-enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_DONE, NOTE_WAIT, NOTE_ACCOUNT };
+enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_NEXT, NOTE_DONE, NOTE_WAIT, NOTE_ACCOUNT };
 
 struct note { /* from a worker */
 	enum note_kind kind;
@@ -4552,7 +4664,7 @@ struct note { /* from a worker */
 	char text[MBOX_NAME_MAX + 1]; /* the mailbox's name; or what went wrong */
 };
 
-struct order { /* to a worker: archive this mailbox. One without a name: end. */
+struct order { /* to a worker: archive this mailbox. One without a name: there is none */
 	struct imap_status status;
 	char delimiter;
 	char name[MBOX_NAME_MAX + 1];
@@ -4580,7 +4692,7 @@ struct worker {
 	pid_t pid;
 	int fd;
 	struct task *task;
-	int box;          /* in hand, or -1 */
+	int box, next;    /* in hand, and to be so then; or -1 */
 	bool over;        /* it said why it ends, or was told to */
 	struct note note; /* in the course of arriving */
 	size_t got;
@@ -4627,15 +4739,21 @@ static bool pair_write(int fd, const void *from, size_t n)
 
 /* -- in the worker -- */
 
+struct job { /* an order in hand */
+	struct order order;
+	struct attempt attempt;
+	struct counts counts;
+	struct sync *begun;   /* or NULL */
+	bool taken, finished; /* it is in hand; it was done before its turn */
+};
+
 struct desk { /* a worker's own */
 	const struct run *run;
 	struct task *task;
 	int fd;
 	struct imap im;
 	bool connected;
-	struct order order;
-	struct attempt attempt;
-	struct counts counts;
+	struct job jobs[2], *job, *next; /* the one in hand, and the one to be begun before it ends */
 	int64_t told_ms;
 	uint64_t told_in, told_out;
 	unsigned told_waits;
@@ -4647,7 +4765,7 @@ struct desk { /* a worker's own */
 static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 {
 	struct note note = { .kind = kind,
-			     .counts = d->counts,
+			     .counts = d->job->counts,
 			     .in = d->im.s.in - d->told_in,
 			     .out = d->im.s.out - d->told_out,
 			     .waits = d->im.s.waits - d->told_waits };
@@ -4662,7 +4780,7 @@ static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 	if (!pair_write(d->fd, &note, sizeof note))
 		_exit(1);
 	if (kind == NOTE_DONE || kind == NOTE_LISTED)
-		d->counts = (struct counts){ 0 };
+		d->job->counts = (struct counts){ 0 };
 }
 
 static void desk_progress(void *context)
@@ -4773,7 +4891,7 @@ static int desk_list(struct desk *d, struct err *e)
 
 		if (box != NULL && (!box->selectable || box->ignored)) {
 			i++;
-		} else if (box != NULL && pending < im->status_flight && imap_may_send(im, pending)) {
+		} else if (box != NULL && pending < im->status_flight && imap_may_send(im)) {
 			tag = imap_send(im, NULL, "STATUS %s %s",
 					imap_quote(im, quoted, sizeof quoted, box->name), items);
 			tags[(done + pending++) % IMAP_FLIGHT_MAX] = tag;
@@ -4842,6 +4960,9 @@ static void desk_hang_up(struct desk *d)
 {
 	imap_close(&d->im);
 	d->connected = false;
+	if (d->next->begun != NULL)
+		sync_end(d->next->begun, NULL, &(struct err){ 0 });
+	d->next->begun = NULL;
 	desk_tell(d, NOTE_PROGRESS, NULL); /* what the farewell took */
 	d->told_in = d->told_out = d->told_waits = 0;
 }
@@ -4872,19 +4993,92 @@ static int desk_connect(struct desk *d, struct err *e)
 	return d->connected ? 0 : -1;
 }
 
+/* Take the job's order from the parent, if it is not taken yet. False: there is none. */
+static bool desk_take(struct desk *d, struct job *job)
+{
+	if (!job->taken && pair_read(d->fd, &job->order, sizeof job->order)) {
+		job->taken = job->order.name[0] != '\0';
+		job->finished = false;
+		job->attempt = (struct attempt){ 0 };
+	}
+	return job->taken;
+}
+
+static struct sync *desk_ahead(void *context);
+static void desk_settle(void *context, struct sync *next);
+
+/* What is said from now on is of this job's mailbox, if it has one. */
+static void desk_context(const struct desk *d, const struct job *job)
+{
+	char name[NAME_OCTETS];
+
+	name_text(name, job->order.name, job->order.delimiter);
+	log_context(d->task->account->email, name);
+}
+
+/* Open the job's archive, and send what its mailbox is asked first. */
+static struct sync *desk_begin(struct desk *d, struct job *job, struct err *e)
+{
+	const struct order *order = &job->order;
+	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+	struct sync as = {
+		.config = d->run->config,
+		.im = &d->im,
+		.box = { .name = job->order.name, .delimiter = order->delimiter, .status = order->status },
+		.attempt = &job->attempt,
+		.counts = &job->counts,
+		.dry = d->run->options->dry,
+		.progress = desk_progress,
+		.ahead = desk_ahead,
+		.settle = desk_settle,
+		.context = d
+	};
+
+	snprintf(path, sizeof path, "%s/%s", d->task->folder, order->file);
+	return sync_begin(&as, path, e);
+}
+
+/* The job in hand needs only to be read: begin the next, if that does not keep it waiting. */
+static struct sync *desk_ahead(void *context)
+{
+	struct desk *d = context;
+	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+	struct mbox_info info;
+	struct err ignored = { 0 };
+
+	if (!d->next->taken)
+		desk_tell(d, NOTE_NEXT, NULL);
+	if (!desk_take(d, d->next))
+		return NULL;
+	snprintf(path, sizeof path, "%s/%s", d->task->folder, d->next->order.file);
+	mbox_peek(path, d->next->order.name, &info);
+	return info.fits || !info.exists ? desk_begin(d, d->next, &ignored) : NULL;
+}
+
+/* The next job must be out of the way first. If it fails, it is tried again in its turn. */
+static void desk_settle(void *context, struct sync *next)
+{
+	struct desk *d = context;
+	struct err ignored = { 0 };
+
+	desk_context(d, d->next);
+	d->next->finished = sync_finish(next, &next, &ignored) == 0;
+	desk_context(d, d->job);
+}
+
 /* Do one thing: list, or archive the mailbox in hand. */
 static int desk_work(struct desk *d, bool listing, struct err *e)
 {
-	struct mailbox box = { .name = d->order.name,
-			       .delimiter = d->order.delimiter,
-			       .status = d->order.status };
-	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+	struct sync *y = d->job->begun;
 
 	if (listing)
 		return d->run->options->mode == RUN_CHECK ? 0 : desk_list(d, e);
-	snprintf(path, sizeof path, "%s/%s", d->task->folder, d->order.file);
-	return sync_mailbox(d->run->config, &d->im, &box, path, d->run->options->dry, &d->attempt,
-			    &d->counts, desk_progress, d, e);
+	if (d->job->finished)
+		return 0;
+	d->job->begun = NULL;
+	if (y == NULL && (y = desk_begin(d, d->job, e)) == NULL)
+		return -1;
+	return sync_finish(y, &d->next->begun, e);
 }
 
 /*
@@ -4898,21 +5092,22 @@ static void desk_run(struct desk *d, bool listing)
 	bool again = false;
 
 	while (!stop_asked) {
-		char name[NAME_OCTETS] = "";
 		uint64_t stored;
 		bool connecting;
 		struct err e = { 0 };
 		unsigned pause;
 
 		if (!listing && !again) {
-			if (!pair_read(d->fd, &d->order, sizeof d->order) || d->order.name[0] == '\0')
+			struct job *over = d->job;
+
+			over->taken = false;
+			d->job = d->next;
+			d->next = over;
+			if (!desk_take(d, d->job))
 				break;
-			d->attempt = (struct attempt){ 0 };
 		}
-		if (!listing)
-			name_text(name, d->order.name, d->order.delimiter);
-		log_context(d->task->account->email, name);
-		stored = d->counts.stored + d->attempt.poisons;
+		desk_context(d, d->job);
+		stored = d->job->counts.stored + d->job->attempt.poisons;
 		connecting = desk_connect(d, &e) != 0;
 		if (!connecting && desk_work(d, listing, &e) == 0) {
 			tries = 0;
@@ -4924,7 +5119,7 @@ static void desk_run(struct desk *d, bool listing)
 			listing = again = false;
 			continue;
 		}
-		if (d->counts.stored + d->attempt.poisons > stored)
+		if (d->job->counts.stored + d->job->attempt.poisons > stored)
 			tries = 0;
 		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
 			(e.code == E_FORMAT && !again);
@@ -4958,7 +5153,7 @@ static void desk_run(struct desk *d, bool listing)
 					     .code = e.code,
 					     .tries = tries,
 					     .wait_sec = pause / 1000,
-					     .counts = d->counts };
+					     .counts = d->job->counts };
 
 			pair_write(d->fd, &note, sizeof note);
 			break;
@@ -5278,32 +5473,53 @@ static bool run_starving(const struct run *run)
 	return false;
 }
 
-/* A worker has nothing in hand: give it the next mailbox, or let it go. */
-static void worker_next(struct run *run, struct worker *w)
+/* Give a worker the next mailbox. Returns which, or -1: there is none for it. */
+static int worker_order(struct run *run, struct worker *w)
 {
 	struct task *task = w->task;
 	struct order order;
+	int chosen = -1;
 
 	memset(&order, 0, sizeof order);
-	w->box = -1;
-	memset(&w->now, 0, sizeof w->now);
 	if (task->state == TASK_READY && !run->stopping &&
 	    !(task->workers > 1 && run->n_workers == run->config->total_processes && run_starving(run)))
-		for (unsigned i = 0; i < task->n && w->box < 0; i++) {
+		for (unsigned i = 0; i < task->n && chosen < 0; i++) {
 			struct mailbox *box = &task->boxes[i];
 
 			if (box->state != BOX_TODO)
 				continue;
 			box->state = BOX_BUSY;
 			task->todo--;
-			w->box = (int)i;
+			chosen = (int)i;
 			order.status = box->status;
 			order.delimiter = box->delimiter;
 			snprintf(order.name, sizeof order.name, "%s", box->name);
 			snprintf(order.file, sizeof order.file, "%s", box->file);
 		}
-	w->over = w->box < 0;
 	pair_write(w->fd, &order, sizeof order);
+	return chosen;
+}
+
+/* A worker has nothing in hand any more: it goes on with its next mailbox, or ends. */
+static void worker_next(struct run *run, struct worker *w)
+{
+	w->box = w->next >= 0 ? w->next : worker_order(run, w);
+	w->next = -1;
+	w->over = w->box < 0;
+	memset(&w->now, 0, sizeof w->now);
+}
+
+/* A worker does not finish its mailboxes: another may. */
+static void worker_give_back(struct worker *w)
+{
+	const int boxes[] = { w->box, w->next };
+
+	for (int i = 0; i < 2; i++)
+		if (boxes[i] >= 0) {
+			w->task->boxes[boxes[i]].state = BOX_TODO;
+			w->task->todo++;
+		}
+	w->box = w->next = -1;
 }
 
 static void worker_note(struct run *run, struct worker *w)
@@ -5342,6 +5558,9 @@ static void worker_note(struct run *run, struct worker *w)
 		break;
 	case NOTE_PROGRESS:
 		break;
+	case NOTE_NEXT:
+		w->next = worker_order(run, w);
+		break;
 	case NOTE_DONE:
 		counts_add(&task->counts, &note->counts);
 		if (note->code == E_LOCKED) {
@@ -5361,27 +5580,21 @@ static void worker_note(struct run *run, struct worker *w)
 		counts_add(&task->counts, &note->counts);
 		task->not_before_ms = now_ms() + (int64_t)note->wait_sec * 1000;
 		task->tries = note->tries;
-		if (box != NULL) {
-			box->state = BOX_TODO;
-			task->todo++;
-		} else {
+		if (box == NULL)
 			task->state = TASK_NEW;
-		}
-		w->box = -1;
+		worker_give_back(w);
 		w->over = true;
 		break;
 	case NOTE_ACCOUNT:
 		counts_add(&task->counts, &note->counts);
+		worker_give_back(w);
 		if (box != NULL && task->workers > 1 && task->state == TASK_READY &&
 		    note->code != E_ACCOUNT && note->code != E_STOPPED) {
 			log_warn("%s; going on with one connection less", note->text);
 			task->most = task->workers - 1;
-			box->state = BOX_TODO;
-			task->todo++;
 		} else if (task->state != TASK_OVER) {
 			task_fail(task, note);
 		}
-		w->box = -1;
 		w->over = true;
 		break;
 	}
@@ -5406,18 +5619,18 @@ static void worker_gone(struct run *run, unsigned i)
 
 		log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
 			 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-		if (box != NULL && box->tries++ == 0) {
-			box->state = BOX_TODO;
-			task->todo++;
-		} else if (box != NULL) {
+		if (box != NULL && box->tries++ > 0) {
 			log_error("\"%s\": its worker died twice", box->name);
 			box->state = BOX_DONE;
 			task->counts.failures++;
-		} else if (task->state == TASK_LISTING && task->tries++ == 0) {
-			task->state = TASK_NEW;
-		} else if (task->state == TASK_LISTING) {
-			task_fail(task, &note);
+			w->box = -1;
+		} else if (box == NULL && task->state == TASK_LISTING) {
+			if (task->tries++ > 0)
+				task_fail(task, &note);
+			else
+				task->state = TASK_NEW;
 		}
+		worker_give_back(w);
 	}
 	*w = run->workers[--run->n_workers];
 	if (task->workers == 0 && (run->stopping || (task->state == TASK_READY && task->todo == 0)))
@@ -5450,6 +5663,8 @@ static int worker_start(struct run *run, struct task *task)
 		srand((unsigned)getpid() ^ (unsigned)now_ms());
 		d->run = run;
 		d->task = task;
+		d->job = &d->jobs[0];
+		d->next = &d->jobs[1];
 		d->fd = pair[1];
 		d->im.s.fd = -1;
 		desk_run(d, listing);
@@ -5461,7 +5676,7 @@ static int worker_start(struct run *run, struct task *task)
 	w->pid = pid;
 	w->fd = pair[0];
 	w->task = task;
-	w->box = -1;
+	w->box = w->next = -1;
 	task->workers++;
 	run->n_workers++;
 	if (listing)
@@ -5571,7 +5786,7 @@ static void run_draw(struct run *run)
 
 		if (w->box < 0)
 			continue;
-		done--;
+		done -= w->next < 0 ? 1 : 2;
 		weight -= w->now.stored < weight ? w->now.stored : weight;
 		if (hand[0] == '\0')
 			name_text(hand, w->task->boxes[w->box].name, w->task->boxes[w->box].delimiter);

@@ -155,7 +155,7 @@ static void session(struct imap *im, const struct account *account)
 	struct config config = { .accounts = NULL };
 	struct run run = { .config = &config, .options = &options };
 	struct task task = { .account = account };
-	struct desk d = { .run = &run, .task = &task };
+	struct desk d = { .run = &run, .task = &task, .job = &d.jobs[0], .next = &d.jobs[1] };
 	struct err e = { 0 };
 
 	d.fd = open("/dev/null", O_WRONLY);
@@ -169,11 +169,29 @@ static void session(struct imap *im, const struct account *account)
 
 /* ---- a mailbox into an archive ---- */
 
-static char path[200];
+static char path[200], behind[220];
 
 static void no_progress(void *context)
 {
 	(void)context;
+}
+
+/* The next mailbox is of the same kind, and new. */
+static struct sync *look_ahead(void *context)
+{
+	struct sync as = *(struct sync *)context;
+	struct err ignored = { 0 };
+
+	return sync_begin(&as, behind, &ignored);
+}
+
+static void settle(void *context, struct sync *next)
+{
+	struct err e = { 0 };
+	struct sync *none;
+
+	(void)context;
+	must((sync_finish(next, &none, &e) == 0) == (e.code == E_NONE) && none == NULL);
 }
 
 static void file_write(const char *name, const void *octets, size_t n)
@@ -228,13 +246,19 @@ static void mailbox(struct imap *im, unsigned how)
 	struct mailbox box = { .name = (char[]){ "INBOX" }, .delimiter = '/', .selectable = true };
 	struct attempt attempt = { .careful = how & 8 };
 	struct counts counts = { 0 };
+	struct sync as = { .config = &config, .im = im, .attempt = &attempt, .counts = &counts,
+			   .progress = no_progress, .ahead = look_ahead, .settle = settle, .context = &as };
+	struct sync *y, *next = NULL;
 	struct mbox_info info;
 	struct err e = { 0 };
 	struct mbox *m;
-	char name[220], *text;
+	char name[240], *text;
 	size_t n, mails = 0;
 	int result;
 
+	snprintf(name, sizeof name, "%s.index", behind);
+	unlink(behind);
+	unlink(name);
 	snprintf(name, sizeof name, "%s.index", path);
 	unlink(path);
 	unlink(name);
@@ -250,8 +274,16 @@ static void mailbox(struct imap *im, unsigned how)
 	if (how & 32)
 		box.status = (struct imap_status){ .known = true, .messages = 5, .uidnext = 9,
 						   .uidvalidity = 7, .unseen = 1, .highestmodseq = 11 };
-	result = sync_mailbox(&config, im, &box, path, false, &attempt, &counts, no_progress, NULL, &e);
+	as.box = box;
+	y = sync_begin(&as, path, &e);
+	result = y != NULL ? sync_finish(y, &next, &e) : -1;
 	must((result == 0) == (e.code == E_NONE));
+	if (next != NULL && im->s.err.code != E_NONE) {
+		sync_end(next, NULL, &(struct err){ 0 });
+	} else if (next != NULL) {
+		next->looked = true;
+		settle(NULL, next);
+	}
 	must(e.code != E_SYSTEM && e.code != E_LOCKED);
 	e = (struct err){ 0 };
 	must(mbox_open(&m, path, "INBOX", 0, &e) == 0);
@@ -282,6 +314,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	if (*path == '\0') {
 		must(snprintf(path, sizeof path, "%s/INBOX.mbox", getenv("TMPDIR")) < (int)sizeof path);
+		snprintf(behind, sizeof behind, "%s.next", path);
 		log_to.level = LOG_TRACE;
 	}
 	if (size < 4)

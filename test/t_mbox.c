@@ -150,7 +150,7 @@ static void test_from_line(void)
 		{ INT64_MAX, "Thu Jan  1 00:00:00 1970" }, { INT64_MIN, "Thu Jan  1 00:00:00 1970" },
 		{ 2147483648, "Tue Jan 19 03:14:08 2038" }, { 4294967296, "Sun Feb  7 06:28:16 2106" },
 	};
-	char line[FROM_OCTETS + 1], other[80];
+	char line[FROM_OCTETS + 1] = "", other[80]; /* closed with a NUL of ours */
 
 	for (size_t i = 0; i < N(rows); i++) {
 		from_line(line, rows[i].sec);

@@ -1,6 +1,9 @@
 """Counted, not timed: what the speed on a long line rests on."""
 import os
+import signal
+import subprocess
 
+import archive
 import imapd
 import sample
 
@@ -15,6 +18,70 @@ def test_an_empty_archive_asks_at_once_for_many_mails(t):
         t.config(t.account(server, mode='plain', ssl=False), email_batch_size=10, timeout=5, retries=0)
         t.backup()
         assert len(server.lines('UID FETCH')) == 10 and not server.faults, server.lines()
+
+
+def all_held(t, boxes):
+    for name, box in boxes.items():
+        mails = [archive.Mail(m.uid, m.data, archive.state_of(m.flags), m.when,
+                              imapd.header_fields(m.data, 'FROM TO CC DATE SUBJECT')) for m in box.mails]
+        complaints = archive.compare(t.mbox(name), mails)
+        assert not complaints, complaints
+
+
+def test_the_next_mailbox_is_asked_before_the_last_has_answered(t):
+    """No EXAMINE is answered before the next one is there, in a first backup and where only flags changed."""
+    left = []
+
+    def hook(session, tag, name, args):
+        if name == 'EXAMINE':
+            left.remove(args.split('"')[1])
+            if left:
+                session.need(lambda data: data if b'EXAMINE' in data else None)
+    boxes = {'b%d' % i: imapd.Mailbox(sample.many(12 - i, i)) for i in range(5)}
+    with imapd.Server(boxes, hook=hook) as server:
+        t.config(t.account(server, mode='plain', ssl=False), email_batch_size=10, timeout=5, retries=0,
+                 processes_per_account=1)
+        for _ in range(2):
+            left[:] = boxes
+            t.backup()
+            assert not left and not server.faults
+            all_held(t, boxes)
+            for box in boxes.values():
+                box.flag(3, '\\Answered')
+
+
+def test_what_was_not_foreseen_is_fetched_after_the_next_mailbox(t):
+    """A mail that comes between STATUS and EXAMINE; a worker that dies with the next mailbox begun."""
+    boxes = {'INBOX': imapd.Mailbox(sample.many(20)), 'next': imapd.Mailbox(sample.many(3, 2)),
+             'last': imapd.Mailbox(sample.many(2, 3))}
+
+    def adds(session, tag, name, args):
+        if name == 'EXAMINE' and len(boxes['INBOX'].mails) == 20:
+            boxes['INBOX'].add(next(sample.many(1, 4)).data)
+    with imapd.Server(boxes, hook=adds) as server:
+        t.config(t.account(server, mode='plain', ssl=False), timeout=5, retries=0, processes_per_account=1)
+        t.backup()
+        opened = [line.split('"')[1] for line in server.lines('EXAMINE')]
+        assert opened == ['INBOX', 'next', 'INBOX', 'last'], opened
+        assert len(server.lines('UID FETCH')) == 4, server.lines()
+        all_held(t, boxes)
+
+        def kills(session, tag, name, args):
+            if name == 'UID_FETCH' and 'BODY.PEEK[]' in args and opened:
+                session.need(lambda data: data if data.count(b'EXAMINE') else None)
+                opened.clear()
+                for task in os.listdir('/proc/%d/task' % running.pid):
+                    with open('/proc/%d/task/%s/children' % (running.pid, task)) as f:
+                        for worker in f.read().split():
+                            os.kill(int(worker), signal.SIGKILL)
+        server.hook = kills
+        for box in boxes.values():
+            box.renumber()
+            box.add(next(sample.many(1, 5)).data)
+        running = subprocess.Popen([*t.program, t.path], stderr=subprocess.PIPE)
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 0 and b'a worker died' in said, said
+        all_held(t, boxes)
 
 
 def test_mostly_gaps_are_not_asked_for(t):

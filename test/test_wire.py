@@ -39,7 +39,8 @@ def held(box):
 class Case:
     """
     odd      what is odd: attributes and methods of a Session, by name
-    boxes    {name on the wire: Mailbox}; None: an INBOX with some mails
+    boxes    {name on the wire: Mailbox}; None: an INBOX with some mails and, unless it fails as a whole, another
+             one whose commands may be on the wire before it is over
     runs     in which of the three runs it is odd
     fails    how many failures its summary tells in an odd run
     lacks    UIDs of the INBOX that an odd run cannot get
@@ -55,6 +56,8 @@ class Case:
                  password='secret', account=None, tries=99, keeps=False, flag=1,
                  **odd):
         self.boxes = boxes or {'INBOX': Mailbox(letters())}
+        if boxes is None and (lacks or not fails):
+            self.boxes['Behind'] = Mailbox(letters(3, 'behind'))
         self.runs, self.fails, self.lacks, self.skips = runs, fails, set(lacks), set(skips)
         self.says = [says] if isinstance(says, str) else says
         self.session = type('Odd', (Session,), odd)
@@ -773,7 +776,7 @@ def test_lies(t):
             self.put('* SEARCH'), endless(' 1 2' * 999, 'x')['x'](self))),
         'flood-fetch': lie(flood, **endless('* 1 FETCH (UID 99 BODY[] {20}\r\n01234567890123456789)\r\n', fetched)),
         'flood-uidlast': lie(flood, **endless('* 1 FETCH (BODY[] {99}\r\n%s UID 99)\r\n' % ('x' * 99), fetched)),
-        'flood-same': lie(flood, skips=(), lacks=range(6, 13), **endless(
+        'flood-same': lie(flood, boxes={'INBOX': Mailbox(letters())}, skips=(), lacks=range(6, 13), **endless(
             '* 1 FETCH (UID 1 BODY[] {20}\r\n01234567890123456789)\r\n', 'fetch')),
         'flood-flags': late(flood, lacks=(13, 14), **endless('* 1 FETCH (UID 1 FLAGS ())\r\n' * 99, 'fetch')),
         'everything': lie(many, **lists(lambda box: 12, lambda box: '1:4294967295')),
