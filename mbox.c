@@ -89,7 +89,7 @@ static uint64_t get_number(const uint8_t *p, unsigned octets)
 }
 
 /* The same for 8 octets: one load, where the machine has it. */
-static inline uint64_t get_word(const uint8_t *p)
+static inline __attribute__((always_inline)) uint64_t get_word(const uint8_t *p)
 {
 	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
 	       (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
@@ -950,7 +950,8 @@ static int64_t record_by_id(struct mbox *m, const struct mbox_id *id, uint32_t *
 	uint32_t home = (uint32_t)((uint64_t)hash * m->table_room >> ENTRY_HASH_BITS);
 
 	for (; *at < m->table_room; (*at)++) {
-		uint32_t i = m->table[(home + *at) % m->table_room];
+		uint32_t place = home + *at;
+		uint32_t i = m->table[place < m->table_room ? place : place - m->table_room];
 		struct record r;
 
 		if (i-- == 0)
