@@ -3794,7 +3794,7 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 	struct sync *y = context;
 
 	y->has_header = y->writing = false;
-	if (!y->im->selected || (fetch->uid != 0 && !sync_wants(y, fetch->uid)))
+	if (!y->im->selected || (fetch->uid != 0 ? !sync_wants(y, fetch->uid) : y->pending == 0))
 		return 0; /* nobody asked for it */
 	if (fetch->section == SECTION_ID) {
 		mbox_header_init(&y->header, NULL);
@@ -5081,6 +5081,36 @@ static int desk_work(struct desk *d, bool listing, struct err *e)
 	return sync_finish(y, &d->next->begun, e);
 }
 
+/* Wait before the next try. False: for so long that the worker gives its place back and ends. */
+static bool desk_pause(struct desk *d, unsigned tries, const struct err *e)
+{
+	unsigned pause = e->code == E_FORMAT ? 0 : backoff_ms(tries, e);
+
+	if (pause > 0)
+		log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10,
+			 tries, d->run->config->retries);
+	else
+		log_warn("%s; trying again", e->text);
+	if (pause > PLACE_SEC * 1000) {
+		struct note note = { .kind = NOTE_WAIT,
+				     .code = e->code,
+				     .tries = tries,
+				     .wait_sec = pause / 1000,
+				     .counts = d->job->counts };
+
+		pair_write(d->fd, &note, sizeof note);
+		return false;
+	}
+	for (struct pollfd parent = { .fd = d->fd }; pause > 0 && !stop_asked;) {
+		unsigned part = pause < 500 ? pause : 500;
+
+		if (poll(&parent, 1, (int)part) > 0)
+			_exit(1); /* the parent is gone */
+		pause -= part;
+	}
+	return true;
+}
+
 /*
  * A worker's life. It lists first if it is the account's first; then it takes one order after the
  * other. Troubles of the line are met here: pauses, reconnections; a long pause ends the worker.
@@ -5095,7 +5125,6 @@ static void desk_run(struct desk *d, bool listing)
 		uint64_t stored;
 		bool connecting;
 		struct err e = { 0 };
-		unsigned pause;
 
 		if (!listing && !again) {
 			struct job *over = d->job;
@@ -5142,29 +5171,8 @@ static void desk_run(struct desk *d, bool listing)
 			continue;
 		}
 		desk_hang_up(d);
-		pause = e.code == E_FORMAT ? 0 : backoff_ms(tries, &e);
-		if (pause > 0)
-			log_warn("%s; trying again in %u.%u s (%u of %u)", e.text, pause / 1000,
-				 pause / 100 % 10, tries, config->retries);
-		else
-			log_warn("%s; trying again", e.text);
-		if (pause > PLACE_SEC * 1000) {
-			struct note note = { .kind = NOTE_WAIT,
-					     .code = e.code,
-					     .tries = tries,
-					     .wait_sec = pause / 1000,
-					     .counts = d->job->counts };
-
-			pair_write(d->fd, &note, sizeof note);
+		if (!desk_pause(d, tries, &e))
 			break;
-		}
-		for (struct pollfd parent = { .fd = d->fd }; pause > 0 && !stop_asked;) {
-			unsigned part = pause < 500 ? pause : 500;
-
-			if (poll(&parent, 1, (int)part) > 0)
-				_exit(1); /* the parent is gone */
-			pause -= part;
-		}
 	}
 	if (d->connected)
 		desk_hang_up(d);
