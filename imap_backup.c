@@ -5016,11 +5016,16 @@ static void desk_context(const struct desk *d, const struct job *job)
 	log_context(d->task->account->email, name);
 }
 
+static void box_path(const struct task *task, const char *file, char out[PATH_MAX_OCTETS + 300])
+{
+	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", task->folder, file);
+}
+
 /* Open the job's archive, and send what its mailbox is asked first. */
 static struct sync *desk_begin(struct desk *d, struct job *job, struct err *e)
 {
 	const struct order *order = &job->order;
-	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+	char path[PATH_MAX_OCTETS + 300];
 	struct sync as = {
 		.config = d->run->config,
 		.im = &d->im,
@@ -5034,7 +5039,7 @@ static struct sync *desk_begin(struct desk *d, struct job *job, struct err *e)
 		.context = d
 	};
 
-	snprintf(path, sizeof path, "%s/%s", d->task->folder, order->file);
+	box_path(d->task, order->file, path);
 	return sync_begin(&as, path, e);
 }
 
@@ -5042,7 +5047,7 @@ static struct sync *desk_begin(struct desk *d, struct job *job, struct err *e)
 static struct sync *desk_ahead(void *context)
 {
 	struct desk *d = context;
-	char path[PATH_MAX_OCTETS + MBOX_FILE_MAX + 8];
+	char path[PATH_MAX_OCTETS + 300];
 	struct mbox_info info;
 	struct err ignored = { 0 };
 
@@ -5050,7 +5055,7 @@ static struct sync *desk_ahead(void *context)
 		desk_tell(d, NOTE_NEXT, NULL);
 	if (!desk_take(d, d->next))
 		return NULL;
-	snprintf(path, sizeof path, "%s/%s", d->task->folder, d->next->order.file);
+	box_path(d->task, d->next->order.file, path);
 	mbox_peek(path, d->next->order.name, &info);
 	return info.fits || !info.exists ? desk_begin(d, d->next, &ignored) : NULL;
 }
@@ -5179,11 +5184,6 @@ static void desk_run(struct desk *d, bool listing)
 }
 
 /* -- in the parent -- */
-
-static void box_path(const struct task *task, const char *file, char out[PATH_MAX_OCTETS + 300])
-{
-	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", task->folder, file);
-}
 
 /* Make a folder if there is none; its entry is to outlast a power cut, as what comes into it does. */
 static int make_folder(const char *path)
