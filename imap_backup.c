@@ -81,7 +81,7 @@ enum {
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
-	IMAP_FLIGHT_MAX = 32,           /* commands without an answer */
+	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
 	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
 	IMAP_DEPTH_MAX = 64,            /* parentheses in what we skip */
@@ -4243,8 +4243,8 @@ static void sync_look_ahead(struct sync *y)
 {
 	uint64_t octets;
 
-	if (y->looked || y->dry || y->im->one_at_a_time || y->attempt->careful || !sync_has_all(y) ||
-	    y->failed.n > 0 || mbox_suspect(y->m, &octets) != 0)
+	if (y->looked || y->dry || y->im->one_at_a_time || !imap_may_send(y->im) || y->attempt->careful ||
+	    !sync_has_all(y) || y->failed.n > 0 || mbox_suspect(y->m, &octets) != 0)
 		return;
 	for (unsigned i = 0; i < y->pending; i++)
 		if (y->flight[(y->first + i) % IMAP_FLIGHT_MAX].kind != BATCH_MAILS)
