@@ -2291,7 +2291,6 @@ static int imap_noise(struct imap *im, uint64_t octets)
 	im->noise += octets;
 	if (im->noise <= IMAP_NOISE_MAX)
 		return 0;
-	im->s.at = im->s.end;
 	return stream_fail(&im->s, E_PROTO, "the server sends more than %d octets that nobody asked for",
 			   IMAP_NOISE_MAX);
 }
@@ -3078,12 +3077,16 @@ static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
 {
 	struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
 
-	while (result->condition == IMAP_PENDING)
-		if (imap_response(im) != 0) {
-			if (im->s.err.code == E_NONE)
-				imap_proto(im, "a continuation request", "an answer");
+	while (result->condition == IMAP_PENDING) {
+		int r = imap_response(im);
+
+		if (r > 0)
+			imap_proto(im, "a continuation request", "an answer");
+		else if (r < 0) /* an error of the line wins; a callback's is in its own hands */
+			stream_fail(&im->s, E_NET, "the connection was given up within an answer");
+		if (r != 0)
 			return NULL;
-		}
+	}
 	return result;
 }
 
