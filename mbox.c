@@ -728,9 +728,11 @@ static uint64_t record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 
 static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 {
-	*r = (struct record){ .uid = (uint32_t)get_number(p, 4),
-			      .state = (unsigned)get_number(p + 4, 2),
-			      .kind = (unsigned)get_number(p + 6, 2),
+	const uint64_t first = get_word(p);
+
+	*r = (struct record){ .uid = (uint32_t)first,
+			      .state = (unsigned)(first >> 32) & 0xFFFF,
+			      .kind = (unsigned)(first >> 48),
 			      .offset = (off_t)get_word(p + 8),
 			      .octets = (off_t)get_word(p + 16),
 			      .sum = get_word(p + 40),
@@ -968,15 +970,13 @@ static int64_t record_by_id(struct mbox *m, const struct mbox_id *id, uint32_t *
 	return MBOX_MAILS_MAX;
 }
 
-/* Make room for one record more; the table never is fuller than three quarters. */
-static int records_room(struct mbox *m, struct err *e)
+/* Make room for so many records, and then some; the table never is fuller than three quarters. */
+static int records_room(struct mbox *m, uint32_t n, struct err *e)
 {
-	uint32_t n = m->now.records;
-
-	if (n >= MBOX_MAILS_MAX)
+	if (n > MBOX_MAILS_MAX)
 		return err_set(e, E_FORMAT, "%s: more than %d mails, the most that one archive takes",
 			       m->path, MBOX_MAILS_MAX);
-	if (n == m->entries_room) {
+	if (n > m->entries_room) {
 		uint32_t room = n + n / 8 + 256;
 		void *entries = realloc(m->entries, room * sizeof *m->entries);
 		void *order;
@@ -991,7 +991,7 @@ static int records_room(struct mbox *m, struct err *e)
 				       (unsigned long)room);
 		m->entries_room = room;
 	}
-	if (n >= m->table_room / 4 * 3) {
+	if (n > m->table_room / 4 * 3) {
 		uint32_t room = n + n / 2 + 512;
 
 		free(m->table);
@@ -1001,7 +1001,7 @@ static int records_room(struct mbox *m, struct err *e)
 			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 				       (unsigned long)n);
 		m->table_room = room;
-		for (uint32_t i = 0; i < n; i++)
+		for (uint32_t i = 0; i < m->now.records; i++)
 			table_insert(m, i);
 	}
 	return 0;
@@ -1012,7 +1012,7 @@ static int record_add(struct mbox *m, const struct record *r, struct err *e)
 {
 	uint32_t i = m->now.records;
 
-	if (records_room(m, e) != 0)
+	if (records_room(m, i + 1, e) != 0)
 		return -1;
 	m->entries[i].uid = r->uid;
 	m->entries[i].bits = entry_hash(&r->id) << ENTRY_HASH_SHIFT | entry_state(r->state) |
@@ -1308,6 +1308,8 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 	m->now.records = m->now.stored = m->now.gone = m->now.others = m->suspect = 0;
 	m->now.mix = 0;
 	memset(m->table, 0, m->table_room * sizeof *m->table);
+	if (records_room(m, state->records, e) != 0)
+		return -1;
 	for (uint32_t i = 0; i < state->records; i++) {
 		const uint8_t *p = m->buffer + i % in_block * RECORD_OCTETS;
 		unsigned before;
@@ -1532,7 +1534,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	strcpy(m->path, path);
 	strcpy(m->name, name);
 	m->now.claim.unseen = UINT32_MAX;
-	if (open_locked(m, e) != 0 || records_room(m, e) != 0 ||
+	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 ||
 	    ((m->fd >= 0 || (how & MBOX_LOOK) == 0) && put_in_order(m, e) != 0))
 		goto fail;
 	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
