@@ -417,6 +417,7 @@ struct mbox {
 	bool index_void;    /* it does not fit the mbox: to be removed */
 	bool index_rekeyed; /* every UID changed: to be written anew as a whole */
 	bool data_dirty, records_dirty;
+	bool marked;            /* we have brought "writing" to the disk; what was read may not be there */
 	bool stuck;             /* a write or sync failed: what is on disk is not known */
 	struct state disk, now; /* the index's header on disk, and as it should be */
 	uint32_t came_back;
@@ -1691,7 +1692,7 @@ static int patch(struct mbox *m, off_t at, const void *octets, size_t n, struct 
 /* Before the first change of this file: the index says that the mbox may be ahead of it. */
 static int mark_writing(struct mbox *m, struct err *e)
 {
-	if (m->disk.writing)
+	if (m->marked)
 		return 0;
 	m->now.writing = true;
 	return mbox_commit(m, NULL, e);
@@ -2198,7 +2199,7 @@ void mbox_abort(struct mbox *m)
 int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
 	char new[PATH_OCTETS + 16], path[PATH_OCTETS + 16];
-	bool data = m->data_dirty || m->buffered > 0, records;
+	bool data = m->data_dirty || m->buffered > 0, marking = m->now.writing && !m->marked, records;
 	struct stat st, named;
 
 	if (m->stuck || m->index_void)
@@ -2219,7 +2220,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	if (m->index_rekeyed && !m->index_new && records_rewrite(m, e) != 0)
 		return -1;
 	m->index_rekeyed = false;
-	records = data || m->records_dirty || m->now.records > m->written || m->index_new ||
+	records = data || m->records_dirty || m->now.records > m->written || m->index_new || marking ||
 		  m->now.writing != m->disk.writing;
 	m->now.turn = m->disk.turn;
 	if (!records && memcmp(&m->now, &m->disk, sizeof m->now) == 0)
@@ -2235,10 +2236,13 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		if (rename(new, path) != 0)
 			return err_errno(e, E_SYSTEM, "%s: cannot rename", new);
 		m->index_new = false;
-		return sync_folder(m, e);
+		marking = true;
 	}
-	/* A run may have died between the renaming above and the sync. */
-	return m->now.writing && m->now.octets == 0 ? sync_folder(m, e) : 0;
+	/* With the mark also after no renaming: a run may have died between one and this sync. */
+	if (marking && sync_folder(m, e) != 0)
+		return -1;
+	m->marked = m->now.writing;
+	return 0;
 }
 
 int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)

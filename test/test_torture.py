@@ -436,6 +436,31 @@ def test_a_first_backup_outlasts_a_power_cut(t):
             {p: o for p, o in wanted.items() if not p.endswith('.index')} and len(left) == len(wanted), 'died at operation %d: there is only %s' % (n, sorted(left))
 
 
+def test_a_run_that_died_at_the_mark_and_then_a_power_cut(t):
+    """"Writing" was in the index, but not on the disk: the next run may not rely on it before it appends."""
+    for renumbers in (False, True):
+        r = rig(t)
+        was, log = mailbox('a', 'b'), os.path.join(r.folder, 'log')
+        box = backed_up(r, was)
+        box.add(sample.mail(random.Random(2), 'c', 'x' * 2000).data)
+        if renumbers:   # then the index is a new file, whose name may not be on the disk
+            box.renumber()
+        step = torture.Step(r, 'cut', was, box)
+        for n in range(1, torture.undisturbed(r, step)[0] + 1):
+            torture.begin(r, step)
+            disk = torture.Disk(r.disk, step.before)
+            for died in (True, False):
+                r.run('before' if died else '-', n, log=log)
+                for what, offset, path, octets in r.logged(log):
+                    if not died and what == 'write' and path == r.mbox() and len(octets) > 4:
+                        disk.apply(what, offset, path, octets[:300])
+                        break
+                    disk.apply(what, offset, path, octets)
+            disk.pending.clear()
+            torture.plant(r.disk, disk.cut('mbox', random.Random(1)))
+            r.settle(box, 'died before operation %d' % n)
+
+
 # ---- a sample of the campaign ----
 
 def part(t, campaign, some):
