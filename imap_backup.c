@@ -4403,7 +4403,7 @@ static int sync_try_suspect(struct sync *y)
 /*
  * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE, and where
  * all UIDs are new as many as may be on the wire, unless most are gaps. What the listing then does not
- * have of them was one.
+ * have of them was one. If STATUS was right, is that all that there is to be asked for?
  */
 static int sync_send_first_batches(struct sync *y)
 {
@@ -4413,7 +4413,7 @@ static int sync_send_first_batches(struct sync *y)
 	uint32_t most = y->empty ? y->config->email_batch : y->config->header_batch;
 	uint32_t low = same ? y->old.uidnext : 1;
 
-	y->foreseen = low != 0 && low == status->uidnext;
+	y->foreseen = (low != 0 && low == status->uidnext) || (y->empty && status->messages == 0);
 	if (y->foreseen || low == 0 || low > status->uidnext || status->messages == 0 ||
 	    (y->empty && y->dry))
 		return 0;
