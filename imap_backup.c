@@ -2668,7 +2668,7 @@ static bool parse_date(const char *text, int64_t *sec)
 	minute = strtol(text + 13, NULL, 10);
 	second = strtol(text + 16, NULL, 10);
 	zone = strtol(text + 20, NULL, 10);
-	if (month == 0 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60)
+	if (month == 0 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60 || zone > 9999)
 		return false;
 	zone = zone / 100 * 3600 + zone % 100 * 60;
 	*sec = days_of(strtol(text + 5, NULL, 10), month, day) * 86400 + hour * 3600 + minute * 60 +
