@@ -3889,6 +3889,9 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
 	if (stored < 0)
 		return -1;
 	y->counts->stored += (unsigned)stored;
+	if (stored == 0 && flagged->has_flags &&
+	    mbox_set_flags(y->m, fetch->uid, flagged->flags, y->e) != 0) /* as sync_bind() */
+		return -1;
 	sync_passed(y, fetch->uid, true);
 	y->vague = 0;
 	y->progress(y->context);

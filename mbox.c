@@ -1079,6 +1079,34 @@ static unsigned made_next(struct mbox *m, const uint8_t key[20], struct mbox_id 
 	}
 }
 
+/* The stored mail with this key that has no UID, and its ID: a live one rather than a gone one. */
+static int64_t made_unbound(struct mbox *m, const uint8_t key[20], struct mbox_id *id, struct err *e)
+{
+	struct hint *hint = made_hint(m, key);
+	int64_t gone = MBOX_MAILS_MAX;
+
+	for (unsigned k = hint->bound;; k++) {
+		struct mbox_id other;
+		uint32_t at = 0;
+		int64_t i;
+
+		made_id(&other, key, k);
+		if ((i = record_by_id(m, &other, &at, e)) < 0)
+			return -1;
+		if (i == MBOX_MAILS_MAX)
+			return gone;
+		if (m->entries[i].uid != 0) {
+			hint->bound += hint->bound == k;
+			continue;
+		}
+		if (gone == MBOX_MAILS_MAX || (m->entries[i].bits & ENTRY_GONE) == 0)
+			*id = other;
+		if ((m->entries[i].bits & ENTRY_GONE) == 0)
+			return i;
+		gone = gone == MBOX_MAILS_MAX ? i : gone;
+	}
+}
+
 /* ======== reading the mbox: verify, scan ======== */
 
 /*
@@ -1855,32 +1883,16 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, struct err
 
 int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct err *e)
 {
-	struct hint *hint = made_hint(m, key);
-	int64_t gone = -1;
+	struct mbox_id id;
+	int64_t i;
 
 	if (record_by_uid(m, uid) != NULL)
 		return 1;
-	for (unsigned k = hint->bound;; k++) {
-		struct mbox_id id;
-		uint32_t at = 0;
-		int64_t i;
-
-		made_id(&id, key, k);
-		if ((i = record_by_id(m, &id, &at, e)) < 0)
-			return -1;
-		if (i == MBOX_MAILS_MAX)
-			break;
-		if (m->entries[i].uid != 0) {
-			hint->bound += hint->bound == k;
-		} else if ((m->entries[i].bits & ENTRY_GONE) == 0) {
-			return give_uid(m, (uint32_t)i, uid, e) != 0 ? -1 : 1;
-		} else if (gone < 0) {
-			gone = i;
-		}
-	}
-	if (gone < 0)
+	if ((i = made_unbound(m, key, &id, e)) < 0)
+		return -1;
+	if (i == MBOX_MAILS_MAX)
 		return 0;
-	return give_uid(m, (uint32_t)gone, uid, e) != 0 ? -1 : 1;
+	return give_uid(m, (uint32_t)i, uid, e) != 0 ? -1 : 1;
 }
 
 int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e)
@@ -1984,7 +1996,7 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 	return 0;
 }
 
-/* The header of the mail in hand names no Message-ID: put one in front of it, in the file. */
+/* The header of the mail in hand names no Message-ID: put one in front of it, in the file, or find it stored. */
 static int insert_made_id(struct mbox *m, struct err *e)
 {
 	static const char field[] = "Message-ID: ";
@@ -1994,6 +2006,7 @@ static int insert_made_id(struct mbox *m, struct err *e)
 	uint8_t key[20];
 	off_t body = m->start + BODY_AT, end;
 	size_t length = sizeof field - 1, got;
+	int64_t stored;
 	unsigned k;
 
 	if (flush(m, e) != 0)
@@ -2007,10 +2020,14 @@ static int insert_made_id(struct mbox *m, struct err *e)
 	}
 	mbox_header_end(&header, &m->header.id[0]);
 	mbox_made_end(&made, key);
-	if ((k = made_next(m, key, &m->header.id[0], e)) == 0)
-		return -1;
 	m->header.kind[0] = MBOX_ID_MADE;
 	m->header.fields = 1;
+	if ((stored = made_unbound(m, key, &m->header.id[0], e)) != MBOX_MAILS_MAX) {
+		m->known_already = true;
+		return stored < 0 ? -1 : 0;
+	}
+	if ((k = made_next(m, key, &m->header.id[0], e)) == 0)
+		return -1;
 	memcpy(line, field, length);
 	length += made_text(line + length, key, k);
 	line[length++] = '\n';
@@ -2039,10 +2056,9 @@ static int header_over(struct mbox *m, struct err *e)
 	m->header_over = true;
 	if (!mbox_header_end(&m->header, &id))
 		return insert_made_id(m, e);
-	if (m->how & MBOX_DUPLICATES)
-		return 0;
 	while ((i = record_by_id(m, &id, &at, e)) >= 0 && i < MBOX_MAILS_MAX)
-		if ((m->entries[i].bits & ENTRY_OTHER) == 0)
+		if ((m->entries[i].bits & ENTRY_OTHER) == 0 &&
+		    ((m->how & MBOX_DUPLICATES) == 0 || m->entries[i].uid == 0))
 			m->known_already = true;
 	return i < 0 ? -1 : 0;
 }

@@ -1028,3 +1028,20 @@ def mangled_sessions(t, seed, n):
 
 def test_mangled_sessions(t):
     mangled_sessions(t, int(time.time()), 100)
+
+
+def test_headers_refused_where_uidvalidity_is_new(t):
+    """Then whole mails tell what is stored: none is stored twice, and the flags are those of today."""
+    for number, duplicates in enumerate((False, True)):
+        box = Mailbox(letters() + letters()[:5])
+        with Server({'INBOX': box}) as server:
+            t.config(dict(t.account(server, mode='plain', ssl=False), email='%d@x' % number),
+                     keep_duplicates=duplicates)
+            t.backup()
+            server.hook = lambda session, tag, name, args: 'HEADER.FIELDS' in args and session.no(tag, 'not now')
+            box.renumber()
+            for m in box.mails:
+                box.flag(m.uid, '\\Flagged')
+            t.backup()
+            complaints = archive.compare(os.path.join(t.archive('%d@x' % number), 'INBOX.mbox'), held(box), duplicates)
+            assert not complaints, complaints
