@@ -4500,6 +4500,10 @@ static int sync_list(struct sync *y)
 	if (complete < 0 && y->e->code == E_REFUSED && (y->listing_now || im->capabilities & CAP_ESEARCH)) {
 		*y->e = (struct err){ 0 };
 		complete = 0;
+		if (y->listing_now) { /* the flags of what is stored have not been told, perhaps */
+			y->claim.unseen = UINT32_MAX;
+			y->claim.highestmodseq = 0;
+		}
 	}
 	if (!ahead && y->condstore && complete >= 0)
 		y->changes_tag = sync_send_flags(y, 1, 0, y->old.highestmodseq);

@@ -1045,3 +1045,22 @@ def test_headers_refused_where_uidvalidity_is_new(t):
             t.backup()
             complaints = archive.compare(os.path.join(t.archive('%d@x' % number), 'INBOX.mbox'), held(box), duplicates)
             assert not complaints, complaints
+
+
+def test_flags_refused_are_asked_for_again(t):
+    """The listing comes another way then, but does not tell flags: the next run must not find the mailbox without news."""
+    box = Mailbox(letters())
+    for capabilities in FULL.replace(' CONDSTORE', ''), FULL:
+        with Server({'INBOX': box}, session={'capabilities': FULL.replace(' CONDSTORE', '')}) as server:
+            t.config(t.account(server, mode='plain', ssl=False))
+            t.backup()
+            box.add(next(sample.many(1, len(capabilities))).data)
+            for m in box.mails:
+                box.flag(m.uid, '\\Flagged \\Seen' if '\\Answered' in m.flags else '\\Answered')
+            server.session = type('Changed', (Session,), {'capabilities': capabilities})
+            server.hook = lambda session, tag, name, args: args == '1:* (FLAGS)' and session.no(tag, 'not now')
+            t.backup()
+            server.hook = None
+            t.backup()
+            complaints = archive.compare(t.mbox(), held(box))
+            assert not complaints, complaints
