@@ -4772,6 +4772,16 @@ struct desk { /* a worker's own */
 	struct err list_error;
 };
 
+static void counts_add(struct counts *to, const struct counts *from)
+{
+	to->stored += from->stored;
+	to->gone += from->gone;
+	to->back += from->back;
+	to->others += from->others;
+	to->octets += from->octets;
+	to->failures += from->failures;
+}
+
 static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 {
 	struct note note = { .kind = kind,
@@ -4787,6 +4797,8 @@ static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 		note.code = e->code;
 		snprintf(note.text, sizeof note.text, "%s", e->text);
 	}
+	if (kind == NOTE_WAIT || kind == NOTE_ACCOUNT) /* the last one: of the next mailbox, too */
+		counts_add(&note.counts, &d->next->counts);
 	if (!pair_write(d->fd, &note, sizeof note))
 		_exit(1);
 	if (kind == NOTE_DONE || kind == NOTE_LISTED)
@@ -5113,6 +5125,7 @@ static bool desk_pause(struct desk *d, unsigned tries, const struct err *e)
 				     .wait_sec = pause / 1000,
 				     .counts = d->job->counts };
 
+		counts_add(&note.counts, &d->next->counts);
 		pair_write(d->fd, &note, sizeof note);
 		return false;
 	}
@@ -5167,11 +5180,15 @@ static void desk_run(struct desk *d, bool listing)
 			tries = 0;
 		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
 			(e.code == E_FORMAT && !again);
-		if (e.code == E_ACCOUNT || e.code == E_STOPPED || (again && ++tries > config->retries)) {
+		if (e.code == E_STOPPED) { /* if only this worker is to stop, another goes on */
+			desk_tell(d, NOTE_WAIT, &e);
+			break;
+		}
+		if (e.code == E_ACCOUNT || (again && ++tries > config->retries)) {
 			again = false;
 			connecting = connecting || listing;
 			desk_tell(d, connecting || e.code == E_ACCOUNT ? NOTE_ACCOUNT : NOTE_DONE, &e);
-			if (connecting || e.code == E_ACCOUNT || e.code == E_STOPPED)
+			if (connecting || e.code == E_ACCOUNT)
 				break;
 			tries = 0;
 			desk_hang_up(d);
@@ -5433,16 +5450,6 @@ static void task_plan(struct run *run, struct task *task)
 		qsort(task->boxes, task->n, sizeof *task->boxes, box_compare);
 }
 
-static void counts_add(struct counts *to, const struct counts *from)
-{
-	to->stored += from->stored;
-	to->gone += from->gone;
-	to->back += from->back;
-	to->others += from->others;
-	to->octets += from->octets;
-	to->failures += from->failures;
-}
-
 /* The account is finished, for good or not. */
 static void task_end(struct task *task)
 {
@@ -5458,10 +5465,9 @@ static void task_fail(struct task *task, const struct note *note)
 {
 	if (note->code == E_LOCKED)
 		task->locked = true;
-	else if (note->code != E_STOPPED)
+	else
 		task->counts.failures++;
-	if (note->code != E_STOPPED)
-		log_error("%s", note->text);
+	log_error("%s", note->text);
 	task_end(task);
 }
 
@@ -5584,7 +5590,7 @@ static void worker_note(struct run *run, struct worker *w)
 		if (note->code == E_LOCKED) {
 			log_warn("%s", note->text);
 			task->locked = true;
-		} else if (note->code != E_NONE && note->code != E_STOPPED) {
+		} else if (note->code != E_NONE) {
 			log_error("%s", note->text);
 			task->counts.failures++;
 		} else {
@@ -5607,7 +5613,7 @@ static void worker_note(struct run *run, struct worker *w)
 		counts_add(&task->counts, &note->counts);
 		worker_give_back(w);
 		if (box != NULL && task->workers > 1 && task->state == TASK_READY &&
-		    note->code != E_ACCOUNT && note->code != E_STOPPED) {
+		    note->code != E_ACCOUNT) {
 			log_warn("%s; going on with one connection less", note->text);
 			task->most = task->workers - 1;
 		} else if (task->state != TASK_OVER) {

@@ -111,3 +111,21 @@ def test_a_lost_index_costs_two_flights(t):
         assert len(server.lines('UID FETCH')) == 10 and len(server.lines('UID SEARCH')) == 2, server.lines()
         with open(t.mbox(), 'rb') as f:
             assert f.read().count(b'X-Mozilla-Status: 0004\n') == 1
+
+
+def test_a_worker_that_is_told_to_stop_leaves_its_mailboxes_to_another(t):
+    """SIGTERM to a worker alone, with the next mailbox stored already: nothing is left out, or out of the summary."""
+    boxes = {'INBOX': imapd.Mailbox(sample.many(20)), 'next': imapd.Mailbox(sample.many(3, 2))}
+
+    def stops(session, tag, name, args):
+        if name == 'EXAMINE' and len(boxes['INBOX'].mails) == 20:
+            boxes['INBOX'].add(next(sample.many(1, 4)).data)
+        elif name == 'EXAMINE' and 'INBOX' in args and len(server.sessions) == 1:
+            for worker in open('/proc/%d/task/%d/children' % (running.pid, running.pid)).read().split():
+                os.kill(int(worker), signal.SIGTERM)
+    with imapd.Server(boxes, hook=stops) as server:
+        t.config(t.account(server, mode='plain', ssl=False), timeout=5, retries=0, processes_per_account=1)
+        running = subprocess.Popen([*t.program, t.path], stderr=subprocess.PIPE)
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 0 and b'24 new' in said, said
+        all_held(t, boxes)
