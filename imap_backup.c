@@ -88,6 +88,7 @@ enum {
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,                    /* of UIDs in one command */
+	AHEAD_MAILS = 20000,                   /* of an archive that is opened while another is open */
 	MAILBOXES_MAX = 20000,                 /* of one account */
 	ALERTS_MAX = 8,                        /* shown, of one connection */
 	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
@@ -2295,6 +2296,12 @@ static int imap_noise(struct imap *im, uint64_t octets)
 			   IMAP_NOISE_MAX);
 }
 
+/* So many of them were of use. */
+static void imap_useful(struct imap *im, uint64_t octets)
+{
+	im->noise -= octets < im->noise ? octets : im->noise;
+}
+
 /* Have at least one octet. */
 static int imap_fill(struct imap *im)
 {
@@ -2439,7 +2446,7 @@ static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *
 		if (fetch != NULL && im->on_octets(im->context, fetch, im->s.at, n) != 0)
 			return -1;
 		if (fetch != NULL)
-			im->noise -= n < im->noise ? n : im->noise;
+			imap_useful(im, n);
 		im->s.at += n;
 		octets -= n;
 	}
@@ -3953,7 +3960,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		return sync_out_of_room(y);
 	if ((y->listing_now || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
 	    y->told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
-		y->im->noise = 0;
+		imap_useful(y->im, IMAP_LINE_MAX);
 	if (y->rekeyed)
 		return 0;
 	return mbox_set_flags(y->m, fetch->uid, fetch->flags, y->e);
@@ -4088,7 +4095,7 @@ static int sync_come_back(struct sync *y)
 	while (y->pending > 0)
 		if (sync_batch_done(y) != 0)
 			return -1;
-	y->next->looked = true;
+	y->next->looked = true; /* no further one, before ours is over */
 	y->settle(y->context, y->next);
 	y->next = NULL;
 	sync_listen(y);
@@ -4096,7 +4103,10 @@ static int sync_come_back(struct sync *y)
 	return sync_examined(y) != 0 || sync_held(y) != 0 ? -1 : 0;
 }
 
-/* Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. */
+/*
+ * Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. As with
+ * sync_send_flags(), our mailbox is opened again for it, if the next one is.
+ */
 static unsigned sync_send_search(struct sync *y, const char *which)
 {
 	if (sync_come_back(y) != 0)
@@ -4631,7 +4641,8 @@ static int sync_finish(struct sync *y, struct sync **next, struct err *e)
 		sync_broken(y);
 	sync_deaf(y->im);
 	mbox_tally(y->m, &info);
-	counts->others = info.others;
+	if (r == 0) /* else it will be counted yet */
+		counts->others = info.others;
 	*next = y->next;
 	if (sync_end(y, r == 0 && !y->dry && counts->failures == failures ? &y->claim : NULL,
 		     r == 0 ? e : &closing) != 0)
@@ -4664,7 +4675,7 @@ enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_NEXT, NOTE_DONE,
 struct note { /* from a worker */
 	enum note_kind kind;
 	enum err_code code;       /* E_NONE: all is well */
-	unsigned wait_sec, tries; /* NOTE_WAIT: when to come back, and how often it was tried */
+	unsigned wait_sec, tries; /* NOTE_WAIT: when to come back, and how often it was tried in a row */
 	struct counts counts;     /* of the mailbox in hand, so far */
 	uint64_t in, out;         /* octets of the connection since the last note */
 	unsigned waits, connections;
@@ -4753,8 +4764,8 @@ struct job { /* an order in hand */
 	struct order order;
 	struct attempt attempt;
 	struct counts counts;
-	struct sync *begun;   /* or NULL */
-	bool taken, finished; /* it is in hand; it was done before its turn */
+	struct sync *begun;                               /* or NULL */
+	enum { JOB_NONE, JOB_TAKEN, JOB_FINISHED } state; /* finished: before its turn */
 };
 
 struct desk { /* a worker's own */
@@ -4764,6 +4775,7 @@ struct desk { /* a worker's own */
 	struct imap im;
 	bool connected;
 	struct job jobs[2], *job, *next; /* the one in hand, and the one to be begun before it ends */
+	unsigned tries;                  /* in a row, without progress */
 	int64_t told_ms;
 	uint64_t told_in, told_out;
 	unsigned told_waits;
@@ -4788,17 +4800,21 @@ static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
 			     .counts = d->job->counts,
 			     .in = d->im.s.in - d->told_in,
 			     .out = d->im.s.out - d->told_out,
-			     .waits = d->im.s.waits - d->told_waits };
+			     .waits = d->im.s.waits - d->told_waits,
+			     .tries = d->tries };
 
 	d->told_in = d->im.s.in;
 	d->told_out = d->im.s.out;
 	d->told_waits = d->im.s.waits;
 	if (e != NULL) {
 		note.code = e->code;
+		note.wait_sec = e->wait_sec;
 		snprintf(note.text, sizeof note.text, "%s", e->text);
 	}
-	if (kind == NOTE_WAIT || kind == NOTE_ACCOUNT) /* the last one: of the next mailbox, too */
+	if (kind == NOTE_WAIT || kind == NOTE_ACCOUNT) { /* the last one: of the next mailbox, too */
 		counts_add(&note.counts, &d->next->counts);
+		note.counts.others = 0; /* whoever finishes these tells them */
+	}
 	if (!pair_write(d->fd, &note, sizeof note))
 		_exit(1);
 	if (kind == NOTE_DONE || kind == NOTE_LISTED)
@@ -5018,12 +5034,11 @@ static int desk_connect(struct desk *d, struct err *e)
 /* Take the job's order from the parent, if it is not taken yet. False: there is none. */
 static bool desk_take(struct desk *d, struct job *job)
 {
-	if (!job->taken && pair_read(d->fd, &job->order, sizeof job->order)) {
-		job->taken = job->order.name[0] != '\0';
-		job->finished = false;
+	if (job->state == JOB_NONE && pair_read(d->fd, &job->order, sizeof job->order)) {
+		job->state = job->order.name[0] != '\0' ? JOB_TAKEN : JOB_NONE;
 		job->attempt = (struct attempt){ 0 };
 	}
-	return job->taken;
+	return job->state != JOB_NONE;
 }
 
 static struct sync *desk_ahead(void *context);
@@ -5073,13 +5088,15 @@ static struct sync *desk_ahead(void *context)
 	struct mbox_info info;
 	struct err ignored = { 0 };
 
-	if (!d->next->taken)
+	if (d->next->state == JOB_NONE)
 		desk_tell(d, NOTE_NEXT, NULL);
 	if (!desk_take(d, d->next))
 		return NULL;
 	box_path(d->task, d->next->order.file, path);
 	mbox_peek(path, d->next->order.name, &info);
-	return info.fits || !info.exists ? desk_begin(d, d->next, &ignored) : NULL;
+	if (info.exists && (!info.fits || info.stored > AHEAD_MAILS))
+		return NULL;
+	return desk_begin(d, d->next, &ignored);
 }
 
 /* The next job must be out of the way first. If it fails, it is tried again in its turn. */
@@ -5089,7 +5106,8 @@ static void desk_settle(void *context, struct sync *next)
 	struct err ignored = { 0 };
 
 	desk_context(d, d->next);
-	d->next->finished = sync_finish(next, &next, &ignored) == 0;
+	if (sync_finish(next, &next, &ignored) == 0)
+		d->next->state = JOB_FINISHED;
 	desk_context(d, d->job);
 }
 
@@ -5100,7 +5118,7 @@ static int desk_work(struct desk *d, bool listing, struct err *e)
 
 	if (listing)
 		return d->run->options->mode == RUN_CHECK ? 0 : desk_list(d, e);
-	if (d->job->finished)
+	if (d->job->state == JOB_FINISHED)
 		return 0;
 	d->job->begun = NULL;
 	if (y == NULL && (y = desk_begin(d, d->job, e)) == NULL)
@@ -5109,24 +5127,18 @@ static int desk_work(struct desk *d, bool listing, struct err *e)
 }
 
 /* Wait before the next try. False: for so long that the worker gives its place back and ends. */
-static bool desk_pause(struct desk *d, unsigned tries, const struct err *e)
+static bool desk_pause(struct desk *d, struct err *e)
 {
-	unsigned pause = e->code == E_FORMAT ? 0 : backoff_ms(tries, e);
+	unsigned pause = e->code == E_FORMAT ? 0 : backoff_ms(d->tries, e);
 
 	if (pause > 0)
 		log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10,
-			 tries, d->run->config->retries);
+			 d->tries, d->run->config->retries);
 	else
 		log_warn("%s; trying again", e->text);
 	if (pause > PLACE_SEC * 1000) {
-		struct note note = { .kind = NOTE_WAIT,
-				     .code = e->code,
-				     .tries = tries,
-				     .wait_sec = pause / 1000,
-				     .counts = d->job->counts };
-
-		counts_add(&note.counts, &d->next->counts);
-		pair_write(d->fd, &note, sizeof note);
+		e->wait_sec = pause / 1000;
+		desk_tell(d, NOTE_WAIT, e);
 		return false;
 	}
 	for (struct pollfd parent = { .fd = d->fd }; pause > 0 && !stop_asked;) {
@@ -5146,7 +5158,6 @@ static bool desk_pause(struct desk *d, unsigned tries, const struct err *e)
 static void desk_run(struct desk *d, bool listing)
 {
 	const struct config *config = d->run->config;
-	unsigned tries = d->task->tries;
 	bool again = false;
 
 	while (!stop_asked) {
@@ -5157,7 +5168,7 @@ static void desk_run(struct desk *d, bool listing)
 		if (!listing && !again) {
 			struct job *over = d->job;
 
-			over->taken = false;
+			over->state = JOB_NONE;
 			d->job = d->next;
 			d->next = over;
 			if (!desk_take(d, d->job))
@@ -5167,7 +5178,7 @@ static void desk_run(struct desk *d, bool listing)
 		stored = d->job->counts.stored + d->job->attempt.poisons;
 		connecting = desk_connect(d, &e) != 0;
 		if (!connecting && desk_work(d, listing, &e) == 0) {
-			tries = 0;
+			d->tries = 0;
 			if (listing && d->run->options->mode == RUN_CHECK)
 				desk_check(d, &e);
 			desk_tell(d, listing ? NOTE_LISTED : NOTE_DONE,
@@ -5177,20 +5188,20 @@ static void desk_run(struct desk *d, bool listing)
 			continue;
 		}
 		if (d->job->counts.stored + d->job->attempt.poisons > stored)
-			tries = 0;
+			d->tries = 0;
 		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
 			(e.code == E_FORMAT && !again);
 		if (e.code == E_STOPPED) { /* if only this worker is to stop, another goes on */
 			desk_tell(d, NOTE_WAIT, &e);
 			break;
 		}
-		if (e.code == E_ACCOUNT || (again && ++tries > config->retries)) {
+		if (e.code == E_ACCOUNT || (again && ++d->tries > config->retries)) {
 			again = false;
 			connecting = connecting || listing;
 			desk_tell(d, connecting || e.code == E_ACCOUNT ? NOTE_ACCOUNT : NOTE_DONE, &e);
 			if (connecting || e.code == E_ACCOUNT)
 				break;
-			tries = 0;
+			d->tries = 0;
 			desk_hang_up(d);
 			continue;
 		}
@@ -5203,7 +5214,7 @@ static void desk_run(struct desk *d, bool listing)
 			continue;
 		}
 		desk_hang_up(d);
-		if (!desk_pause(d, tries, &e))
+		if (!desk_pause(d, &e))
 			break;
 	}
 	if (d->connected)
@@ -5497,15 +5508,15 @@ static bool run_starving(const struct run *run)
 	return false;
 }
 
-/* Give a worker the next mailbox. Returns which, or -1: there is none for it. */
-static int worker_order(struct run *run, struct worker *w)
+/* Give a worker the next mailbox, if more than so many are left. Returns which, or -1: none. */
+static int worker_order(struct run *run, struct worker *w, unsigned leave)
 {
 	struct task *task = w->task;
 	struct order order;
 	int chosen = -1;
 
 	memset(&order, 0, sizeof order);
-	if (task->state == TASK_READY && !run->stopping &&
+	if (task->state == TASK_READY && task->todo > leave && !run->stopping &&
 	    !(task->workers > 1 && run->n_workers == run->config->total_processes && run_starving(run)))
 		for (unsigned i = 0; i < task->n && chosen < 0; i++) {
 			struct mailbox *box = &task->boxes[i];
@@ -5527,7 +5538,7 @@ static int worker_order(struct run *run, struct worker *w)
 /* A worker has nothing in hand any more: it goes on with its next mailbox, or ends. */
 static void worker_next(struct run *run, struct worker *w)
 {
-	w->box = w->next >= 0 ? w->next : worker_order(run, w);
+	w->box = w->next >= 0 ? w->next : worker_order(run, w, 0);
 	w->next = -1;
 	w->over = w->box < 0;
 	memset(&w->now, 0, sizeof w->now);
@@ -5583,7 +5594,7 @@ static void worker_note(struct run *run, struct worker *w)
 	case NOTE_PROGRESS:
 		break;
 	case NOTE_NEXT:
-		w->next = worker_order(run, w);
+		w->next = worker_order(run, w, task->workers - 1); /* one for each of the others */
 		break;
 	case NOTE_DONE:
 		counts_add(&task->counts, &note->counts);
@@ -5690,6 +5701,7 @@ static int worker_start(struct run *run, struct task *task)
 		d->job = &d->jobs[0];
 		d->next = &d->jobs[1];
 		d->fd = pair[1];
+		d->tries = task->tries;
 		d->im.s.fd = -1;
 		desk_run(d, listing);
 		_exit(0);

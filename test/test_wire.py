@@ -779,6 +779,8 @@ def test_lies(t):
         'flood-same': lie(flood, boxes={'INBOX': Mailbox(letters())}, skips=(), lacks=range(6, 13), **endless(
             '* 1 FETCH (UID 1 BODY[] {20}\r\n01234567890123456789)\r\n', 'fetch')),
         'flood-flags': late(flood, lacks=(13, 14), **endless('* 1 FETCH (UID 1 FLAGS ())\r\n' * 99, 'fetch')),
+        'flood-bodies': late(flood, lacks=(13, 14), **endless(
+            '* 1 FETCH (UID 1 FLAGS () BODY[] {99999}\r\n%s)\r\n' % ('x' * 99999), 'fetch')),
         'everything': lie(many, **lists(lambda box: 12, lambda box: '1:4294967295')),
         'millions': lie(many, **lists(lambda box: 12999987, lambda box: ','.join(
             '%d:%d' % (k * 1000000 + 1, k * 1000000 + 999999) for k in range(13)))),
