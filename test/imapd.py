@@ -12,6 +12,7 @@ returns, if true, means that it has answered. One thread serves one connection.
 """
 import base64
 import re
+import select
 import socket
 import ssl
 import struct
@@ -701,3 +702,51 @@ class Server:
 
     def waits(self):
         return sum(s.waits for s in self.sessions)
+
+
+class Relay:
+    """Stands between client and server; cut(k) says after how many octets to the client its k-th connection
+    ends, and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at all. mangle(octets)
+    returns what goes to the client instead. octets: how many it got, of all connections."""
+
+    def __init__(self, port, cut=lambda k: None, mangle=None):
+        self.port_behind, self.cut, self.mangle = port, cut, mangle
+        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
+        self.port, self.count, self.octets = self.listener.getsockname()[1], 0, 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return
+            self.count += 1
+            threading.Thread(target=self._serve, args=(client, self.cut(self.count)), daemon=True).start()
+
+    def _serve(self, client, cut):
+        with client, socket.create_connection(('127.0.0.1', self.port_behind)) as server:
+            left, how = cut or (1 << 60, None)
+            try:
+                while left > 0:
+                    for s in select.select([client, server], [], [])[0]:
+                        data = s.recv(min(left, 1 << 16) if s is server else 1 << 16)
+                        if not data:
+                            return
+                        (client if s is server else server).sendall(
+                            self.mangle(data) if self.mangle and s is server else data)
+                        left -= len(data) if s is server else 0
+                        self.octets += len(data) if s is server else 0
+                if how == 'rst':
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                else:
+                    if how == 'fin':
+                        client.shutdown(socket.SHUT_WR)
+                    while client.recv(1 << 16):
+                        pass
+            except OSError:
+                pass

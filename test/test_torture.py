@@ -490,3 +490,10 @@ def test_some_chains(t):
     r = rig(t)
     for seed in range(6):
         torture.chain(r, random.Random(seed), 12)
+
+
+def test_some_cut_lines(t):
+    r = rig(t)
+    cuts = torture.lines(r, random.Random(os.getpid()), many=64)
+    for _ in range(3):
+        next(cuts)

@@ -9,10 +9,7 @@ import base64
 import os
 import random
 import re
-import select
 import signal
-import socket
-import struct
 import subprocess
 import threading
 import time
@@ -20,20 +17,15 @@ import time
 import archive
 import imapd
 import sample
-from imapd import BARE, FULL, Mailbox, Server, Session
+from imapd import BARE, FULL, Mailbox, Relay, Server, Session
 from run import PROGRAM
+from torture import held
 
 
 def letters(n=12, label='m'):
     """Ordinary mails, some without a Message-ID."""
     rng = random.Random(label)
     return [sample.mail(rng, '%s %d' % (label, i), message_id=i % 5 != 3) for i in range(n)]
-
-
-def held(box):
-    """A mailbox as archive.compare() wants it."""
-    return [archive.Mail(m.uid, m.data, archive.state_of(m.flags), m.when,
-                         imapd.header_fields(m.data, 'FROM TO CC DATE SUBJECT')) for m in box.mails]
 
 
 class Case:
@@ -807,53 +799,6 @@ def test_lies(t):
 
 # ---- cut lines ----
 
-class Relay:
-    """Stands between client and server; cut(k) says after how many octets to the client its k-th connection
-    ends, and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at all. mangle(octets)
-    returns what goes to the client instead."""
-
-    def __init__(self, port, cut=lambda k: None, mangle=None):
-        self.port_behind, self.cut, self.mangle = port, cut, mangle
-        self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
-        self.port, self.count = self.listener.getsockname()[1], 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def stop(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def _accept(self):
-        while True:
-            try:
-                client = self.listener.accept()[0]
-            except OSError:
-                return
-            self.count += 1
-            threading.Thread(target=self._serve, args=(client, self.cut(self.count)), daemon=True).start()
-
-    def _serve(self, client, cut):
-        with client, socket.create_connection(('127.0.0.1', self.port_behind)) as server:
-            left, how = cut or (1 << 60, None)
-            try:
-                while left > 0:
-                    for s in select.select([client, server], [], [])[0]:
-                        data = s.recv(min(left, 1 << 16) if s is server else 1 << 16)
-                        if not data:
-                            return
-                        (client if s is server else server).sendall(
-                            self.mangle(data) if self.mangle and s is server else data)
-                        left -= len(data) if s is server else 0
-                if how == 'rst':
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-                else:
-                    if how == 'fin':
-                        client.shutdown(socket.SHUT_WR)
-                    while client.recv(1 << 16):
-                        pass
-            except OSError:
-                pass
-
-
 def accounts_at(t, port, n, **more):
     return [dict({'email': 'a%d@x' % k, 'host': '127.0.0.1', 'port': port, 'password': 'secret',
                   'processes_per_account': 1}, **more) for k in range(n)]
@@ -864,67 +809,6 @@ def all_there(t, boxes, accounts):
         for name, box in boxes.items():
             complaints = archive.compare(os.path.join(t.dest, account['email'], name + '.mbox'), held(box))
             assert not complaints, (account['email'], complaints)
-
-
-def cut_everywhere(t, tls, step, first=1):
-    """A small session is cut after each step-th octet, without a second try; then comes an undisturbed run.
-    Returns how many were cut."""
-    boxes = {'INBOX': few(2)}
-    server = Server(boxes, certificate=t.certs.good if tls else None, tls=tls, session=dict(
-        capabilities='IMAP4rev1 SASL-IR ESEARCH CONDSTORE'))
-    t.cleanups.append(server.stop)
-    relay = Relay(server.port)
-    t.cleanups.append(relay.stop)
-    more = {'ssl': True, 'ca_file': t.certs.ca} if tls else {}
-    t.dest += 'whole'
-    assert run(t, accounts_at(t, relay.port, 1, **more))[0] == 0
-    total = (3500 if tls else 1600) // step   # more than there are; what is not cut is well
-    relay.cut = lambda k: (first + (k - 1) * step, 'rst' if k % 2 else 'fin')
-    for at in range(1, total, 1000):
-        accounts = accounts_at(t, relay.port, min(1000, total - at), **more)
-        t.dest += 'x'
-        relay.count = at - 1
-        cut = relay.cut
-        run(t, accounts, retries=0)
-        relay.cut = lambda k: None
-        status, said, err = run(t, accounts, retries=0)
-        assert status == 0, err
-        all_there(t, boxes, accounts)
-        relay.cut = cut
-    assert not server.faults
-    return total
-
-
-def test_cut_anywhere(t):
-    """Without TLS, and within its handshake and its records; where it begins changes from run to run."""
-    for tls, step in ((False, 7), (True, 29)):
-        cut_everywhere(t, tls, step, first=1 + os.getpid() % step)
-
-
-def test_cut_lines_are_taken_up_again(t):
-    """Within one run, at any place, with and without TLS: the result is the same as without a cut."""
-    rng = random.Random(t.name)
-    boxes = {'INBOX': Mailbox(letters(30) + [sample.with_attachment(rng, 'big %d' % i, 30000) for i in range(4)]),
-             'A': few(5)}
-    for tls, more in ((False, {}), (True, {'ssl': True, 'ca_file': t.certs.ca})):
-        server = Server(boxes, certificate=t.certs.good if tls else None, tls=tls)
-        t.cleanups.append(server.stop)
-        relay = Relay(server.port, lambda k: (rng.randrange(200000), ('rst', 'fin', 'silence')[k % 3])
-                      if k <= 15 else None)
-        t.cleanups.append(relay.stop)
-        t.dest += 'x'
-        accounts = accounts_at(t, relay.port, 15, **more)
-        status, said, err = run(t, accounts, retries=3, timeout=2)
-        assert status == 0, err
-        all_there(t, boxes, accounts)
-        # A line that never holds for long: what has come is not asked for again.
-        relay.cut = lambda k: (rng.randrange(90000, 120000), 'rst' if k % 2 else 'fin')
-        t.dest += 'x'
-        accounts = accounts_at(t, relay.port, 4, **more)
-        status, said, err = run(t, accounts, retries=1, timeout=2)
-        assert status == 0, err
-        all_there(t, boxes, accounts)
-        assert not server.faults
 
 
 def test_a_server_that_never_comes_back(t):

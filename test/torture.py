@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Kills, power cuts and disk faults, for minutes: torture.py [--seed N] [--minutes N] [PART ...]
+"""Kills, power cuts, disk faults and cut lines, for minutes: torture.py [--seed N] [--minutes N] [PART ...]
 
-Parts: kills cuts tears faults chains. Each puts an archive through a history (STEPS) and disturbs each step at
-every operation that changes the disk; then one more run must make the archive what the server holds,
-and another must change no byte. test_torture.py runs a sample of this.
+Parts: kills cuts tears faults chains lines. Each puts an archive through a history (STEPS) and disturbs each step at
+every operation that changes the disk, or at every octet of the line; then one more run must make the archive
+what the server holds, and another must change no byte. test_torture.py runs a sample of this.
 """
 import argparse
 import hashlib
@@ -24,6 +24,7 @@ sys.path.insert(0, HERE)
 import archive   # noqa: E402
 import imapd     # noqa: E402
 import sample    # noqa: E402
+import servers   # noqa: E402
 
 PROGRAM = os.environ.get('IMAP_BACKUP', os.path.join(os.path.dirname(HERE), 'imap_backup'))
 EMAIL = 'u@example.org'
@@ -91,6 +92,20 @@ def then_renumbered(rng, box):
     m = sample.mail(rng, 'renumbered')
     box.add(m.data, m.flags, m.when)
     return box
+
+
+def apart(box, name, few):
+    """A mailbox as it is under one of several names: no mail or UID is the same in two of them. few: only
+    some of its mails, and little of each."""
+    new = copy_box(box)
+    new.uidnext += len(name)
+    new.mails = new.mails[-2:] if few else new.mails
+    for m in new.mails:
+        m.uid += len(name)
+        if few:
+            m.data = b'Message-ID: %s\r\n\r\n%s' % (archive.own_id(m.data) or b'%d@x' % len(m.data), m.data[-9:])
+        m.data = b'Subject: %s\r\n%s' % (name.encode(), m.data)
+    return new
 
 
 class Plain(imapd.Session):
@@ -235,7 +250,11 @@ def parse_log(path):
 # ---- the program, disturbed ----
 
 class Rig:
-    """One account at a scripted server; everything it changes lies below self.disk."""
+    """A scripted server, an account, or several alike; everything they change lies below self.disk."""
+    names = ['INBOX']   # of mailboxes, all with the same history
+    view = staticmethod(lambda box, name: box)   # what the server holds under such a name
+    relays = ()         # in front of the server
+    ports = {}          # {account: port}; none: EMAIL, at the server itself
 
     def __init__(self, session=imapd.Session, **config):
         memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None   # syncs cost nothing there
@@ -256,17 +275,20 @@ class Rig:
         self.path = os.path.join(self.folder, 'config.json')
         with open(self.path, 'w') as f:
             json.dump(dict({'destination': self.dest, 'timeout': 20, 'retries': 1, 'email_batch_size': 3,
-                            'header_batch_size': 4, 'accounts': [
-                                {'email': EMAIL, 'host': '127.0.0.1', 'port': self.server.port, 'ssl': False,
-                                 'password': 'secret', 'ca_file': os.devnull}]}, **more), f)
+                            'total_processes': 64,
+                            'header_batch_size': 4, 'ca_file': os.devnull, 'accounts': [
+                                {'email': email, 'host': '127.0.0.1', 'port': port, 'password': 'secret',
+                                 'ssl': self.server.implicit_tls} for email, port in (
+                                     self.ports or {EMAIL: self.server.port}).items()]}, **more), f)
         os.chmod(self.path, 0o600)
 
     def close(self):
-        self.server.stop()
+        for server in (self.server, *self.relays):
+            server.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def mbox(self, name='INBOX'):
-        return os.path.join(self.dest, EMAIL, name + '.mbox')
+    def mbox(self, name='INBOX', email=EMAIL):
+        return os.path.join(self.dest, email, name + '.mbox')
 
     def start(self, do=None, at=0, log=None, preexec_fn=None, **env):
         """The program in a group of its own, perhaps disturbed."""
@@ -304,43 +326,47 @@ class Rig:
 
     # -- what must hold --
 
-    def expect(self, box):
+    def expect(self, box, name='INBOX'):
         """(mails of the server, mails that are gone)"""
-        now, ids = held(box), set()
-        for m in now:
-            ids.add(archive.own_id(m.data) or m.data)
-        return now, [m for key, m in self.known.items() if key not in ids]
+        now = held(self.view(box, name))
+        ids = {(name, archive.own_id(m.data) or m.data) for m in now}
+        return now, [m for key, m in self.known.items() if key[0] == name and key not in ids]
 
     def remember(self, box, where=None):
-        for m in held(box):
-            (self.known if where is None else where)[archive.own_id(m.data) or m.data] = m
+        for name in self.names:
+            for m in held(self.view(box, name)):
+                (self.known if where is None else where)[name, archive.own_id(m.data) or m.data] = m
 
     def serve(self, box):
-        self.server.boxes = {'INBOX': box}
+        self.server.boxes = {name: self.view(box, name) for name in self.names}
         if self.seen is not None:
             self.remember(box, self.seen)
 
     def met(self, now, gone):
         stored = {whole_of(s): s.state & ~archive.GONE for s in archive.read(self.mbox())}
         have = {archive.own_id(m.data) or m.data for m in now + gone}
-        gone = gone + [m for key, m in self.seen.items()
+        gone = gone + [m for (_, key), m in self.seen.items()
                        if key not in have and archive.quote(m.data) in stored]
         return [m._replace(state=stored.get(archive.quote(m.data), 0)) for m in gone]
 
     def complaints(self, box, torn=False):
         """torn: copies that are not whole may stand besides."""
-        now, gone = self.expect(box)
-        path = self.mbox()
-        if torn:
-            path = self.without_parts({archive.quote(m.data) for m in now + gone})
-        if self.seen is not None:   # of what is gone, any state may be the last that a run has met
-            gone = self.met(now, gone)
-        return archive.compare(path, now, gone=gone)
+        wrong = []
+        for name in self.names:
+            now, gone = self.expect(box, name)
+            if self.seen is not None:   # of what is gone, any state may be the last that a run has met
+                gone = self.met(now, gone)
+            for email in self.ports or [EMAIL]:
+                path = self.mbox(name, email)
+                if torn:
+                    path = self.without_parts(path, {archive.quote(m.data) for m in now + gone})
+                wrong += ['%s, %s: %s' % (email, name, w) for w in archive.compare(path, now, gone=gone)]
+        return wrong
 
-    def without_parts(self, whole):
-        """A copy of the archive without what a torn mail has left: parts of mails; whole ones, marked as
+    def without_parts(self, path, whole):
+        """A copy of an archive without what a torn mail has left: parts of mails; whole ones, marked as
         gone, that were fetched again for safety; what has no status line."""
-        with open(self.mbox(), 'rb') as f:
+        with open(path, 'rb') as f:
             chunks = re.split(rb'(?m)^(?=From )', f.read())[1:]
         mails = [(chunk, *re.match(rb'[^\n]*\n(?:X-Mozilla-Status: ([0-9a-f]{4})\n)?((?s:.*))\n', chunk).groups())
                  for chunk in chunks]
@@ -381,17 +407,21 @@ class Step:
         self.before, self.known = tree(rig.disk), dict(rig.known)
 
 
-def history(rig, rng):
+STEPS = 'first', 'changed', 'renumbered', 'rebuilt', 'older index', 'torn tail', 'changed again'
+
+
+def history(rig, rng, names=STEPS):
     """The steps, each from the disk that the undisturbed run of the one before left."""
     steps, box, was = [], imapd.Mailbox(first_mails(rng)), imapd.Mailbox()
-    for name in ('first', 'changed', 'renumbered', 'rebuilt', 'older index', 'torn tail', 'changed again'):
+    for name in names:
         files, index = tree(rig.disk), 'backup/%s/INBOX.mbox.index' % EMAIL
+        without_index = {path: octets for path, octets in files.items() if not path.endswith('.index')}
         if name.startswith('changed'):
             box = then_changed(rng, copy_box(box))
         elif name == 'renumbered':
             box = then_renumbered(rng, copy_box(box))
         elif name == 'rebuilt':
-            del files[index]
+            files = without_index
         elif name == 'older index':
             box = then_changed(rng, copy_box(box))
             rig.serve(box)
@@ -402,8 +432,7 @@ def history(rig, rng):
             for m in box.mails:
                 box.flag(m.uid, '$Forwarded' if '\\Seen' in m.flags else '\\Seen')
         elif name == 'torn tail':
-            del files[index]
-            files[index[:-6]] = files[index[:-6]][:-1000]
+            files = dict(without_index, **{index[:-6]: files[index[:-6]][:-1000]})
         plant(rig.disk, files)
         step = Step(rig, name, was, box, name in ('torn tail', 'changed again'))
         rig.settle(box, name, step.torn)
@@ -414,7 +443,8 @@ def history(rig, rng):
 
 
 def begin(rig, step):
-    plant(rig.disk, step.before)
+    plant(rig.disk, {path.replace(EMAIL, email): octets for email in rig.ports or [EMAIL]
+                     for path, octets in step.before.items()})
     rig.known = dict(step.known)
     rig.serve(step.box)
 
@@ -587,13 +617,85 @@ def chains(rig, rng, until):
     return n
 
 
-PARTS = ['kills', 'cuts', 'tears', 'faults', 'chains']
+def forgetful(session):
+    """One that leaves out some mails where several are asked for at once: often, the next mailbox is open by
+    the time that they are asked for again. Not those whose Message-ID is made: it is numbered as they come."""
+    class Forgetful(session):
+        def fetch(self, args):
+            self.several = not args.split()[0].isdigit()
+            session.fetch(self, args)
+
+        def fetch_mail(self, number, m, items):
+            if m.uid % 3 or not (self.several and 'BODY.PEEK[]' in items and archive.own_id(m.data)):
+                session.fetch_mail(self, number, m, items)
+    return Forgetful
+
+
+def lines(rig, rng, many=200):
+    """Three mailboxes on one connection, in the clear, over TLS and STARTTLS: the line is cut after each octet
+    of a small session that the server sends, in an order by chance; and of a large one anywhere, once or
+    twice or until it has brought all. 'many' lines at a time; goes on for ever, yields after each time."""
+    certificate = servers.Certificates(os.path.join(rig.folder, 'certs'))
+    rig.relays = relays = [imapd.Relay(rig.server.port) for _ in range(many)]
+    rig.names, small, large = ['INBOX', 'A', 'Sent'], [], []
+    rig.server.session = forgetful(rig.server.session)
+
+    def begin_at(few, step, tls, plans):
+        """plans: for each account where and how its connections are cut, one after the other."""
+        rig.view = lambda box, name: apart(box, name, few)
+        rig.server.implicit_tls, rig.server.certificate = tls == 'TLS', certificate.good if tls else None
+        rig.server.forget()
+        rig.ports = {'u%d@example.org' % n: relay.port for n, relay in enumerate(relays[:len(plans)])}
+        for relay, plan in zip(relays, plans):
+            relay.cut, relay.count = lambda k, plan=plan: plan[k - 1] if k <= len(plan) else None, 0
+        begin(rig, step)
+
+    for few in (True, False):
+        rig.view, rig.server.certificate = lambda box, name: apart(box, name, few), None
+        rig.ports, rig.known, rig.server.implicit_tls = {}, {}, False
+        rig.config()
+        plant(rig.disk, {})
+        for step in history(rig, rng, STEPS[:4]):
+            for tls in ('', 'TLS', 'STARTTLS'):
+                begin_at(few, step, tls, [()])
+                rig.config(ca_file=certificate.ca)
+                relays[0].octets = 0
+                assert rig.run()[0] == 0
+                places = list(range(relays[0].octets))
+                rng.shuffle(places)
+                size = many if few else len(places)
+                (small if few else large).extend((few, step, tls, places[at:at + size])
+                                                 for at in range(0, len(places), size))
+    rng.shuffle(small)
+    print('%d places' % sum(len(x[3]) for x in small), flush=True)
+    while True:
+        few, step, tls, places = small.pop() if small and rng.random() < .8 else rng.choice(large)
+        if not few:
+            places = rng.choices(places, k=1 + many // 8)
+        hows = [rng.choice(('rst', 'fin') * 12 + ('silence',)) for _ in places]
+        plans = [[(at, how)] * (1 if how == 'silence' else rng.choice((1, 1, 2))) for at, how in zip(places, hows)]
+        if not few and rng.random() < .3:   # a line that never holds for long
+            plans = [[(max(places) // 2 + at // 2, how)] * 99 for at, how in zip(places, ('rst', 'fin') * many)]
+        what = '%s, %s, cut: %s' % (step.name, tls or 'in the clear', [plan[0] for plan in plans])
+        begin_at(few, step, tls, plans)
+        rig.disturbed += len(plans)
+        if rng.random() < .5:
+            rig.config(ca_file=certificate.ca, timeout=6, retries=0)
+            status, err = rig.run()
+            assert status in (0, 1) and 'died' not in err, '%s: exit status %d\n%s' % (what, status, err)
+        rig.config(ca_file=certificate.ca, timeout=6, retries=3)
+        rig.settle(step.box, what)
+        assert not rig.server.faults, '%s: %s' % (what, rig.server.faults)
+        yield
+
+
+PARTS = ['kills', 'cuts', 'tears', 'faults', 'chains', 'lines']
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument('--minutes', type=float, default=5, help='for the chains')
+    parser.add_argument('--minutes', type=float, default=5, help='for chains, and for lines')
     parser.add_argument('part', nargs='*', choices=[[], *PARTS])
     options = parser.parse_args()
     print('seed %d' % options.seed, flush=True)
@@ -604,6 +706,10 @@ def main():
             try:
                 if part == 'chains':
                     chains(rig, rng, began + options.minutes * 30)
+                elif part == 'lines':
+                    for _ in lines(rig, rng):
+                        if time.monotonic() > began + options.minutes * 30:
+                            break
                 else:
                     steps = history(rig, rng)
                     {'kills': kills, 'cuts': cuts, 'tears': tears, 'faults': disk_faults}[part](rig, rng, steps)
