@@ -74,6 +74,8 @@ enum {
 	CA_ANCHORS_MAX = 1000,
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
 	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
+	DRIP_RATE = 16,                 /* octets a second: what comes more slowly ... */
+	DRIP_TIMEOUTS = 30,             /* ... for so many times "timeout" comes for ever */
 	COMPRESS_RATE = 6000,           /* octets a ms, 50 Mbit/s: a slower line is worth it */
 	COMPRESS_OCTETS = 1 << 20,      /* that show it; fewer are not worth a round trip */
 	COMPRESS_CONNECT_MS = 5,        /* the round trip of a LAN is shorter */
@@ -1229,6 +1231,7 @@ struct stream {
 	uint64_t in, out;                   /* octets of payload, as they are on the line */
 	unsigned waits;                     /* how often it was our turn to wait for an answer */
 	int64_t waited_ms;                  /* how long, for that and for what followed */
+	int64_t earned_ms;                  /* of that, what DRIP_RATE allows for what came */
 	bool sent;                          /* something was sent since the last wait */
 	int64_t connect_ms;                 /* what the TCP handshake took: one round trip */
 };
@@ -1567,6 +1570,9 @@ static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 					   s->tls != NULL ? "connection cut without a TLS close"
 							  : "connection closed by the server");
 		if (errno == EAGAIN || errno == EWOULDBLOCK) {
+			if (s->waited_ms - s->earned_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
+				return stream_fail(s, E_NET, "the server sends less than %d octets a second",
+						   DRIP_RATE);
 			if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
 				return -1;
 		} else if (errno != EINTR) {
@@ -1929,6 +1935,9 @@ static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end
 	}
 	*end = *at + n;
 	s->in += n;
+	s->earned_ms += (int64_t)n * 1000 / DRIP_RATE;
+	if (s->earned_ms > s->waited_ms)
+		s->earned_ms = s->waited_ms;
 	return 0;
 }
 

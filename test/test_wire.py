@@ -820,6 +820,33 @@ def test_a_server_that_never_comes_back(t):
     assert status == 1 and relay.count == 3 and '1 FAILED' in err, err
 
 
+def test_servers_that_drip(t):
+    """Each octet comes in time, and yet there is no end to it; one that is only slow is waited for."""
+    def slowly(when, octets, seconds):
+        def method(self, *args):
+            self.flush()
+            getattr(Session, when)(self, *args)
+            data, self.output = self.output, b''
+            for at in range(0, len(data), octets):
+                self.put(data[at:at + octets])
+                self.flush()
+                time.sleep(seconds)
+        return {when: method}
+    odd = {'greeting': slowly('greet', 1, .7), 'mail': slowly('fetch', 1, .7), 'slow': slowly('fetch', 40, .7)}
+    boxes, accounts = {'INBOX': Mailbox([b'Message-ID: <a@x>\r\n\r\n' + b'x' * 2000 + b'\r\n'])}, []
+    for name, session in odd.items():
+        for tls in (False, True):
+            server = Server(boxes, certificate=t.certs.good, tls=tls, session=session)
+            t.cleanups.append(server.stop)
+            accounts.append(dict(accounts_at(t, server.port, 1, ssl=tls, ca_file=t.certs.ca)[0],
+                                 email='%s%d@x' % (name, tls)))
+    status, said, err = run(t, accounts, retries=0, timeout=1)
+    for account in accounts:
+        slow = 'slow' in account['email']
+        assert slow != ('less than 16 octets a second' in ''.join(said[account['email']])), err
+    all_there(t, boxes, accounts[-2:])
+
+
 def test_round_trips_are_few(t):
     """On a slow line the next command is on its way before the answer to the last one has come."""
     boxes = {'INBOX': Mailbox(letters(200)), **{'b%d' % i: few(2) for i in range(10)}}
