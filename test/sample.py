@@ -147,6 +147,29 @@ def awkward(seed=1):
     return out
 
 
+def forged(rng):
+    """Octets of mails that are to break an archive: bodies that look like one, and every octet that ends a
+    line or a string."""
+    pretend = (b'From MAILER-DAEMON Thu Jan  1 00:00:00 1970\r\nX-Mozilla-Status: 0008\r\n'
+               b'Message-ID: <victim@x>\r\nSubject: forged\r\n\r\nbody\r\n\r\n')
+    odd = [b'\r', b'\n', b'\0', b'\r\n', b'From ', b'>', b'x', b'\r\r\n', b'\n\r', b'\0\r\n', b'X-Mozilla-Status: 0008\r\n']
+    bodies = [pretend * 5, b'\r\n' + pretend, pretend.replace(b'\r\n', b'\n') * 3, pretend.replace(b'\r\n', b'\r') * 3,
+              b'From ', b'From', b'>From ', b'\r\nFrom ', b'\r', b'\r\n\r', b'\n\nFrom x\n', b'\0', b'\0' * 5000]
+    bodies += [b''.join(rng.choices(odd, k=rng.randrange(200))) for _ in range(60)]
+    heads = [b'Message-ID: <forged.%d@x>\r\n' % n for n in range(len(bodies))]
+    out = [head + b'\r\n' + body for head, body in zip(heads, bodies)]
+    out += [b'Message-ID: <victim@x>\r\nSubject: the victim\r\n\r\nbody\r\n',
+            b'X-Mozilla-Status: 0008\r\nFrom nobody\r\nMessage-ID: <status.first@x>\r\n\r\n',
+            b'Message-ID: <' + b'long' * 25_000 + b'@x>\r\n\r\nlong\r\n',
+            b'Message-ID: <' + b'long' * 25_000 + b'!@x>\r\n\r\nnearly the same\r\n',
+            b'X: ' + b'y' * 1_000_000 + b'\r\nMessage-ID: <after.a.megabyte@x>\r\n\r\nbody\r\n',
+            b'y' * 1_000_000 + b':\r\n ' + b'>' * 70_000 + b'From \r\nMessage-ID: <name.of.a.megabyte@x>\r\n\r\n',
+            b'Subject: ' + b'z\r\n\t' * 100_000 + b'\r\nFrom: folded@x\r\n\r\nno ID, and a megabyte of folds\r\n',
+            b'Message-ID: <nul\0inside@x>\r\n\r\n', b'Message-ID: <nul\0other@x>\r\n\r\n',
+            b'Message-ID: <cr\rinside@x>\r\n\r\n', b'Message-ID\0: <no@x>\r\nSubject: NUL in a name\r\n\r\n']
+    return out
+
+
 MAILBOXES = ('INBOX', 'Sent', 'Drafts', 'Work', 'Work/Projects', 'Work/Projects/2024', 'Entwürfe',
              'Reise/Größe & Maß', '日本語/受信', 'Lists/linux.kernel', 'a "quoted" \\ name')
 

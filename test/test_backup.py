@@ -1,6 +1,7 @@
 """The whole program against a real server, Dovecot."""
 import imaplib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -21,7 +22,6 @@ def fill(t, boxes, server=None):
 
 
 def few(n=3, label='m'):
-    import random
     rng = random.Random(label)
     return [sample.mail(rng, '%s %d' % (label, i)) for i in range(n)]
 
@@ -52,6 +52,25 @@ def test_everything_over_tls(t):
     assert '(11 without news): 0 new' in got.err, got.err
     assert archive.digests(t.dest) == before
     assert oct(os.stat(t.archive()).st_mode & 0o777) == '0o700'
+
+
+def test_forged_mails(t):
+    """Made to break the archive, the forger in front of the victim and behind it; compared with what Dovecot
+    makes of them: a bare LF is CRLF, NUL is 0x80."""
+    mails = [sample.Mail(data, '', sample.T0 + i) for i, data in enumerate(sample.forged(random.Random(1)))]
+    held = fill(t, {'INBOX': mails, 'Reversed': mails[::-1]})
+    assert len(held['INBOX']) > len(mails) // 2   # NUL may be refused
+    t.config()
+    t.backup()
+    t.same(held)
+    before = archive.digests(t.dest)
+    for lost in ((), held):
+        for name in lost:
+            os.unlink(t.mbox(name) + '.index')
+        t.dovecot().trace(t.user)
+        got = t.backup()
+        assert ': 0 new, 0 gone, 0 back' in got.err and archive.digests(t.dest) == before, got.err
+        assert not [c for c in t.dovecot().commands(t.user) if 'BODY.PEEK[]' in c]
 
 
 def test_starttls_and_clear(t):
