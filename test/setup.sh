@@ -4,7 +4,7 @@
 #
 #   build   what the program is built from
 #   demo    and what `make demo` needs: a Dovecot of its own, python3, openssl
-#   test    and what the tests need: qemu, for what was built for other machines, and exFAT
+#   test    and what the tests need: qemu, for what was built for other machines, and exFAT and btrfs
 #   bench   and what `make bench` compares with: isync
 #   fuzz    and clang with libFuzzer
 #   install these packages, and nothing else
@@ -61,6 +61,7 @@ demo|test|bench|fuzz)
 	if [ "$1" = test ]; then
 		command -v qemu-mips >/dev/null || need qemu-user-static command -v qemu-mips-static
 		need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+		[ ! -e /dev/loop-control ] || need btrfs-progs command -v mkfs.btrfs
 		[ ! -e /dev/fuse ] || need exfat-fuse command -v mount.exfat-fuse
 		[ ! -e /dev/fuse ] || need exfatprogs command -v mkfs.exfat
 	fi
