@@ -1571,7 +1571,8 @@ static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 							  : "connection closed by the server");
 		if (errno == EAGAIN || errno == EWOULDBLOCK) {
 			if (s->waited_ms - s->earned_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
-				return stream_fail(s, E_NET, "the server sends less than %d octets a second",
+				return stream_fail(s, E_NET,
+						   "the server sends less than %d octets a second",
 						   DRIP_RATE);
 			if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
 				return -1;
@@ -1610,6 +1611,15 @@ static const char *tls_date(char out[16], uint32_t days)
 	if (gmtime_r(&sec, &tm) == NULL || strftime(out, 16, "%Y-%m-%d", &tm) == 0)
 		strcpy(out, "an odd date");
 	return out;
+}
+
+/* A clock that is known to be wrong is set to a certificate's first day, if that is later: is it? */
+static bool clock_follow(const br_x509_decoder_context *leaf)
+{
+	if (!clock_wrong || clock_sec / 86400 + 719528 >= (int64_t)leaf->notbefore_days)
+		return false;
+	clock_sec = ((int64_t)leaf->notbefore_days - 719527) * 86400;
+	return true;
 }
 
 /* Why the handshake or the connection failed, in words. */
@@ -1659,13 +1669,11 @@ static int tls_fail(struct stream *s)
 	if (code == BR_ERR_X509_EXPIRED) {
 		tls_date(from, v->leaf.notbefore_days);
 		tls_date(until, v->leaf.notafter_days);
-		if (today < v->leaf.notbefore_days && clock_wrong) {
-			clock_sec = ((int64_t)v->leaf.notbefore_days - 719527) * 86400;
+		if (clock_follow(&v->leaf))
 			return stream_fail(s, E_NET,
 					   "%s: the certificate is not valid before %s, and this "
 					   "device's clock is wrong: taking that day as today",
 					   host, from);
-		}
 		if (today < v->leaf.notbefore_days)
 			return stream_fail(s, E_ACCOUNT,
 					   "%s: the certificate is not valid before %s, and "
@@ -3427,30 +3435,38 @@ static size_t http_ignore(char *octets, size_t size, size_t n, void *context)
 	return size * n;
 }
 
-/*
- * A libcurl that uses BearSSL too is given our anchors and our clock: its own loader reads the
- * bundle anew and fails on the first root that it cannot use.
- */
+struct http { /* what a libcurl that uses BearSSL too judges certificates by */
+	const struct trust *trust;
+	br_x509_minimal_context chain;
+	struct verifier verifier;
+};
+
+/* It is given our anchors and our clock: its own loader fails on the first root that it cannot use. */
 static CURLcode http_tls(CURL *curl, void *client, void *context)
 {
-	static br_x509_minimal_context chain;
-	const struct trust *trust = context;
+	static const struct account no_pins;
+	struct http *h = context;
 
 	(void)curl;
-	br_x509_minimal_init_full(&chain, trust->anchors, trust->n);
-	tls_judge(&chain);
-	br_ssl_engine_set_x509(&((br_ssl_client_context *)client)->eng, &chain.vtable);
+	br_x509_minimal_init_full(&h->chain, h->trust->anchors, h->trust->n);
+	tls_judge(&h->chain);
+	h->verifier = (struct verifier){ .vtable = &verifier_class,
+					 .chain = &h->chain,
+					 .account = &no_pins };
+	br_ssl_engine_set_x509(&((br_ssl_client_context *)client)->eng, &h->verifier.vtable);
 	return CURLE_OK;
 }
 
 /* GET a URL, a few times if need be; redirects are followed, but never from https to http. */
-static int http_get(const char *url, struct trust *trust, struct err *e)
+static int http_get(const char *url, const struct trust *trust, struct err *e)
 {
+	static struct http http;
 	const char *library = curl_version_info(CURLVERSION_NOW)->ssl_version;
 	bool secure = strncasecmp(url, "https:", 6) == 0;
 	char reason[CURL_ERROR_SIZE] = "";
 	CURLcode code = CURLE_FAILED_INIT;
 
+	http.trust = trust;
 	for (int attempt = 0; attempt < 3 && code != CURLE_OK && !stop_asked; attempt++) {
 		CURL *curl = curl_easy_init();
 
@@ -3480,12 +3496,14 @@ static int http_get(const char *url, struct trust *trust, struct err *e)
 		if (library != NULL && strncmp(library, "BearSSL", 7) == 0) {
 			curl_easy_setopt(curl, CURLOPT_CAINFO, NULL);
 			curl_easy_setopt(curl, CURLOPT_SSL_CTX_FUNCTION, http_tls);
-			curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, trust);
+			curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, &http);
 		} else if (*trust->path != '\0') {
 			curl_easy_setopt(curl, CURLOPT_CAINFO, trust->path);
 		}
 		code = curl_easy_perform(curl);
 		curl_easy_cleanup(curl);
+		if (http.chain.err == BR_ERR_X509_EXPIRED)
+			clock_follow(&http.verifier.leaf); /* the next attempt goes by it */
 	}
 	if (code == CURLE_OK)
 		return 0;

@@ -1,5 +1,6 @@
 """What bare devices do to a program: no clock, no CA bundle, no home, little else on the disk, and a
 file system without modes on which names are the same in any case."""
+import glob
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import archive
 import imapd
 import sample
 import servers
-from run import Skip
+from run import TOP, Skip
 from test_static import NATIVE, built
 
 DAY = 86400
@@ -69,6 +70,25 @@ def test_a_wrong_clock_trusts_no_expired_certificate(t):
     t.config(t.account(server_with(t, 'expired')))
     got = t.backup(status=1, env=clock(t, 7))
     assert 'the certificate expired on' in got.err, got.err
+
+
+def test_a_clock_before_the_web_servers_certificate(t):
+    """The same for success_url, where libcurl has BearSSL too: the static program, linked with that clock."""
+    if NATIVE is None:
+        raise Skip('no static build for this machine')
+    few(t)
+    wrong, folder = clock(t, 7), os.path.dirname(built(NATIVE)[-1])
+    t.program = [os.path.join(t.folder, 'static')]
+    servers.tool(os.path.join(TOP, '.cache', NATIVE.name, 'cc'), '-o', *t.program,
+                 *glob.glob(os.path.join(folder, NATIVE.name, '*.o')), os.path.join(t.folder, 'clock.c'),
+                 '-lcurl', '-lbearssl')
+    web = servers.Web(certificate=t.certs.make('future'))
+    t.cleanups.append(web.stop)
+    t.config(success_url=web.url + '/ok', ca_file=t.certs.ca)
+    got = t.backup(env=clock(t, time.time()))
+    assert 'warning: https' in got.err and not web.requests, got.err
+    got = t.backup(env=wrong)
+    assert 'warning: https' not in got.err and web.requests == ['/ok'], got.err
 
 
 class Jail:
