@@ -706,13 +706,13 @@ class Server:
 
 class Relay:
     """Stands between client and server; cut(k) says after how many octets to the client its k-th connection
-    ends, and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at all. mangle(octets)
-    returns what goes to the client instead. octets: how many it got, of all connections."""
+    ends, -n: after n to the server; and how: 'rst', 'fin' (a TLS goodbye is not sent) or 'silence'. None: not at
+    all. mangle(octets) returns what goes to the client instead. down, up: how many either got, of all connections."""
 
     def __init__(self, port, cut=lambda k: None, mangle=None):
         self.port_behind, self.cut, self.mangle = port, cut, mangle
         self.listener = socket.create_server(('127.0.0.1', 0), backlog=100)
-        self.port, self.count, self.octets = self.listener.getsockname()[1], 0, 0
+        self.port, self.count, self.down, self.up = self.listener.getsockname()[1], 0, 0, 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def stop(self):
@@ -730,17 +730,19 @@ class Relay:
 
     def _serve(self, client, cut):
         with client, socket.create_connection(('127.0.0.1', self.port_behind)) as server:
-            left, how = cut or (1 << 60, None)
+            at, how = cut or (1 << 60, None)
+            left, counted = abs(at), client if at < 0 else server
             try:
                 while left > 0:
                     for s in select.select([client, server], [], [])[0]:
-                        data = s.recv(min(left, 1 << 16) if s is server else 1 << 16)
+                        data = s.recv(min(left, 1 << 16) if s is counted else 1 << 16)
                         if not data:
                             return
                         (client if s is server else server).sendall(
                             self.mangle(data) if self.mangle and s is server else data)
-                        left -= len(data) if s is server else 0
-                        self.octets += len(data) if s is server else 0
+                        left -= len(data) if s is counted else 0
+                        self.down += len(data) if s is server else 0
+                        self.up += len(data) if s is client else 0
                 if how == 'rst':
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 else:

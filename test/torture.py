@@ -633,7 +633,7 @@ def forgetful(session):
 
 def lines(rig, rng, many=200):
     """Three mailboxes on one connection, in the clear, over TLS and STARTTLS: the line is cut after each octet
-    of a small session that the server sends, in an order by chance; and of a large one anywhere, once or
+    of a small session that either side sends, in an order by chance; and of a large one anywhere, once or
     twice or until it has brought all. 'many' lines at a time; goes on for ever, yields after each time."""
     certificate = servers.Certificates(os.path.join(rig.folder, 'certs'))
     rig.relays = relays = [imapd.Relay(rig.server.port) for _ in range(many)]
@@ -659,9 +659,9 @@ def lines(rig, rng, many=200):
             for tls in ('', 'TLS', 'STARTTLS'):
                 begin_at(few, step, tls, [()])
                 rig.config(ca_file=certificate.ca)
-                relays[0].octets = 0
+                relays[0].down = relays[0].up = 0
                 assert rig.run()[0] == 0
-                places = list(range(relays[0].octets))
+                places = list(range(-relays[0].up, relays[0].down))
                 rng.shuffle(places)
                 size = many if few else len(places)
                 (small if few else large).extend((few, step, tls, places[at:at + size])
