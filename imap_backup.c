@@ -3878,12 +3878,16 @@ static void sync_passed(struct sync *y, uint32_t uid, bool mail)
  */
 static bool sync_out_of_turn(struct sync *y, uint32_t uid)
 {
-	uint32_t late;
+	struct set *const waiting[] = { &y->late, &y->again };
 
-	set_sort(&y->late);
-	late = set_next(&y->late, 1);
-	if (late != 0 && late < uid)
-		return true;
+	for (int i = 0; i < 2; i++) {
+		uint32_t first;
+
+		set_sort(waiting[i]);
+		first = set_next(waiting[i], 1);
+		if (first != 0 && first < uid)
+			return true;
+	}
 	if (y->in_order && y->pending == 1)
 		return false; /* the server's own order, then: rather that than to ask for ever */
 	for (unsigned i = 0; i < y->pending; i++) {
@@ -4246,7 +4250,8 @@ static bool sync_holds_back(const struct sync *y)
 static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
 {
 	const struct config *c = y->config;
-	struct set *wanted = y->late.n > 0 ? &y->late : &y->want, *from;
+	/* What did not come is asked for again, singly, before what came out of turn. */
+	struct set *wanted = y->late.n > 0 && y->again.n == 0 ? &y->late : &y->want, *from;
 	bool mails = !only_ask && wanted->n > 0 && !(y->in_order ? y->pending > 0 : sync_holds_back(y));
 	bool asks = y->ask.n > 0 || (y->ask_made.n > 0 && y->pending == 0); /* these in order, too */
 	unsigned most = c->header_batch;

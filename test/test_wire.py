@@ -528,6 +528,18 @@ def leaves_out(uid):
     return dict(fetch_mail=fetch_mail)
 
 
+def leaves_out_once(uid):
+    """Only the first answer lacks this mail."""
+    left = [uid]
+
+    def fetch_mail(self, number, m, items):
+        if m.uid in left and 'BODY.PEEK[]' in items:
+            left.clear()
+        else:
+            Session.fetch_mail(self, number, m, items)
+    return dict(fetch_mail=fetch_mail)
+
+
 def body_of(uid, *text):
     """Instead of the whole mail it sends this."""
     def fetch_items(self, m, items):
@@ -581,6 +593,9 @@ def test_failures(t):
         'bad': poison(asks_for(5, bad('no'))),
         'gmail': poison(asks_for(5, partial_no)),
         'missing': poison(leaves_out(5)),
+        # Those of the same key are numbered by UID all the same.
+        'missing-once': passing(boxes={'INBOX': Mailbox([b'Subject: same\r\n\r\n%d\r\n' % n for n in range(8)])},
+                                **leaves_out_once(5)),
         'missing-searched': poison(dict(leaves_out(5), cmd_UID_FETCH=lambda self, tag, args: (
             self.line('* SEARCH 77 2 90 2'), Session.cmd_UID_FETCH(self, tag, args)))),
         'nil': poison(body_of(5, b'BODY[] NIL')),
