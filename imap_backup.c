@@ -94,6 +94,7 @@ enum {
 	MAILBOXES_MAX = 20000,                 /* of one account */
 	ALERTS_MAX = 8,                        /* shown, of one connection */
 	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
+	POISON_ROW = 4,                        /* of these one after the other: it is not the mails */
 	VAGUE_SEC = 5,      /* where a server is unavailable, but does not say for how long */
 	VAGUE_MAX = 8,      /* single mails one after the other that are so: it is not the mails */
 	BACKOFF_SEC = 60,   /* the longest pause of our own making */
@@ -3738,10 +3739,10 @@ struct batch {
 struct attempt {
 	bool careful; /* the line broke: one mail at a time now, up to this one: */
 	uint32_t careful_uid;
-	bool careful_asks;   /* it broke at a header: those too */
-	uint32_t broken_uid; /* the first that had not come when it broke */
-	bool doubtful;       /* mails were refused with a request to wait; it may be one of them */
-	unsigned poisons;
+	bool careful_asks;           /* it broke at a header: those too */
+	uint32_t broken_uid;         /* the first that had not come when it broke */
+	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
+	unsigned poisons, row;       /* how many; of them, since a mail came */
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
 };
 
@@ -3868,6 +3869,7 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 static void sync_passed(struct sync *y, uint32_t uid, bool mail)
 {
 	y->im->noise = 0;
+	y->attempt->row = mail ? 0 : y->attempt->row;
 	if (uid >= y->attempt->careful_uid && (mail || y->attempt->careful_asks))
 		y->attempt->careful = false;
 }
@@ -4306,14 +4308,13 @@ static int sync_pump(struct sync *y, bool only_ask)
 {
 	for (;;) {
 		if (y->next == NULL || (y->pending == 0 && !sync_has_all(y))) {
-			struct batch *b;
-
 			if (sync_come_back(y) != 0)
 				return -1;
 			if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
 				return sync_line_failed(y);
 			while (imap_may_send(y->im) && !(y->attempt->careful && y->pending > 0)) {
-				b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+				struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+
 				if (!sync_next_batch(y, only_ask, b))
 					break;
 				if (sync_send_batch(y, b) != 0)
@@ -4386,6 +4387,7 @@ static void sync_broken(struct sync *y)
 			"the mail with UID %lu breaks the connection again and again: left out in this run",
 			(unsigned long)low);
 		a->poison[a->poisons++] = low;
+		a->row++;
 		a->careful = false;
 	} else {
 		a->careful = true;
@@ -4792,12 +4794,12 @@ static bool pair_write(int fd, const void *from, size_t n)
 
 /* -- in the worker -- */
 
-struct job { /* an order in hand */
+struct job { /* an order in hand; it may be finished before its turn */
+	enum { JOB_NONE, JOB_TAKEN, JOB_FINISHED } state;
 	struct order order;
 	struct attempt attempt;
 	struct counts counts;
-	struct sync *begun;                               /* or NULL */
-	enum { JOB_NONE, JOB_TAKEN, JOB_FINISHED } state; /* finished: before its turn */
+	struct sync *begun; /* or NULL */
 };
 
 struct desk { /* a worker's own */
@@ -5219,7 +5221,8 @@ static void desk_run(struct desk *d, bool listing)
 			listing = again = false;
 			continue;
 		}
-		if (d->job->counts.stored + d->job->attempt.poisons > stored)
+		if (d->job->counts.stored + d->job->attempt.poisons > stored &&
+		    d->job->attempt.row <= POISON_ROW)
 			d->tries = 0;
 		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
 			(e.code == E_FORMAT && !again);

@@ -736,6 +736,17 @@ def uids(box):
     return imapd.ranges([m.uid for m in box.mails])
 
 
+def test_a_line_that_breaks_at_every_mail(t):
+    """Then it is not the mails: what is left out one after the other comes to an end."""
+    with Server({'INBOX': few(15)}) as server:
+        server.hook = lambda session, tag, name, args: 'BODY.PEEK[]' in args and session.drop('rst')
+        t.config(t.account(server, mode='plain', ssl=False), retries=2)
+        said = t.backup(status=1).err
+        assert said.count('left out in this run') <= 6 and len(server.sessions) < 16, said
+        server.hook = None
+        t.backup()
+
+
 def test_lies(t):
     """What no server may say. Memory stays small, nothing is marked gone, the message says what it was."""
     def lie(says, runs=(1,), skips=('INBOX',), **more):
