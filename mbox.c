@@ -902,7 +902,7 @@ static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
 
 /*
  * Make 'order' from the entries, by Shell's sort: it needs no memory, as qsort() may, and hardly any time
- * where storing nearly went by UID. A UID that two records claim is taken from the second.
+ * where storing nearly went by UID. A UID that two records claim is taken from one of them.
  */
 static void order_make(struct mbox *m)
 {
