@@ -120,7 +120,7 @@ static char *log_visible(char *out, size_t size, const char *text, size_t n)
 
 	for (size_t i = 0; i < n && length + 5 < size;) {
 		const uint8_t *p = (const uint8_t *)text + i;
-		size_t octets = utf8_octets(p, n - i);
+		size_t octets = utf8_char(p, n - i, NULL);
 
 		if (octets == 0 || *p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] < 0xA0)) {
 			length += (size_t)snprintf(out + length, 5, "\\x%02x", *p);
@@ -157,11 +157,7 @@ static size_t log_fit(const char *text, unsigned columns, unsigned *used)
 		uint32_t c = *p;
 		unsigned width = 1;
 
-		octets = utf8_octets(p, strlen(text + at));
-		if (octets > 1)
-			c &= 0x7Fu >> octets;
-		for (size_t i = 1; i < octets; i++)
-			c = c << 6 | (p[i] & 0x3F);
+		octets = utf8_char(p, strlen(text + at), &c);
 		for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
 			if (c >= ranges[i].first && c <= ranges[i].last)
 				width = ranges[i].columns;
@@ -226,41 +222,6 @@ static void log_context(const char *account, const char *mailbox)
 	log_visible(visible, sizeof visible, mailbox, strlen(mailbox));
 	snprintf(log_to.context, sizeof log_to.context, "%s%s%s%s", account, *account != '\0' ? ": " : "",
 		 visible, *mailbox != '\0' ? ": " : "");
-}
-
-static int err_fill(struct err *e, enum err_code code, const char *format, va_list arguments)
-{
-	if (e->code == E_NONE) {
-		e->code = code;
-		vsnprintf(e->text, sizeof e->text, format, arguments);
-	}
-	return -1;
-}
-
-int err_set(struct err *e, enum err_code code, const char *format, ...)
-{
-	va_list arguments;
-
-	va_start(arguments, format);
-	err_fill(e, code, format, arguments);
-	va_end(arguments);
-	return -1;
-}
-
-int err_errno(struct err *e, enum err_code code, const char *format, ...)
-{
-	const char *reason = strerror(errno);
-	bool first = e->code == E_NONE;
-	va_list arguments;
-	size_t n;
-
-	va_start(arguments, format);
-	err_fill(e, code, format, arguments);
-	va_end(arguments);
-	n = strlen(e->text);
-	if (first)
-		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
-	return -1;
 }
 
 /* Milliseconds of a clock that nobody sets. */
@@ -744,7 +705,7 @@ static bool match(const char *pattern, const char *text)
 	const char *star = NULL, *back = NULL;
 
 	while (*text != '\0') {
-		size_t octets = utf8_octets((const uint8_t *)text, strlen(text));
+		size_t octets = utf8_char((const uint8_t *)text, strlen(text), NULL);
 
 		if (*pattern == '*') {
 			star = ++pattern;
@@ -756,7 +717,7 @@ static bool match(const char *pattern, const char *text)
 			pattern++;
 			text++;
 		} else if (star != NULL) {
-			size_t passed = utf8_octets((const uint8_t *)back, strlen(back));
+			size_t passed = utf8_char((const uint8_t *)back, strlen(back), NULL);
 
 			pattern = star;
 			text = back += passed > 0 ? passed : 1;
@@ -1518,13 +1479,14 @@ static int stream_fail(struct stream *s, enum err_code code, const char *format,
 
 static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
 {
+	char text[sizeof s->err.text];
 	va_list arguments;
 
 	va_start(arguments, format);
-	err_fill(&s->err, code, format, arguments);
+	vsnprintf(text, sizeof text, format, arguments);
 	va_end(arguments);
 	s->at = s->end;
-	return -1;
+	return err_set(&s->err, code, "%s", text);
 }
 
 /*
@@ -3667,7 +3629,7 @@ static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimi
 		br_sha256_out(&context, hash);
 		for (size_t i = 0; i <= MBOX_FILE_MAX - 9; i += n) { /* at a character, or an escape */
 			cut = i;
-			n = escaped[i] == '%' ? 3 : utf8_octets((const uint8_t *)escaped + i, length - i);
+			n = escaped[i] == '%' ? 3 : utf8_char((const uint8_t *)escaped + i, length - i, NULL);
 			n = n > 0 ? n : 1;
 		}
 		length = cut + (size_t)snprintf(escaped + cut, 10, "~%02x%02x%02x%02x", hash[0], hash[1],

@@ -22,7 +22,7 @@
 
 #include <bearssl.h>
 
-/* ======== errors ======== */
+/* ======== for all: errors, wiping, UTF-8 (in json.c) ======== */
 
 /* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
 enum err_code {
@@ -54,8 +54,14 @@ int err_set(struct err *e, enum err_code code, const char *format, ...)
 int err_errno(struct err *e, enum err_code code, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
 
-/* Octets of the UTF-8 character at p, of which n >= 1 can be read; 0 if it is none (RFC 3629 4). */
-size_t utf8_octets(const uint8_t *p, size_t n);
+/* Overwrite a secret with zeros, in a way that no compiler takes for a dead store. */
+void wipe(void *p, size_t n);
+
+/*
+ * The octets of the UTF-8 character at p, of which n >= 1 can be read, or 0 if there is none
+ * (RFC 3629 4). *code (NULL: not wanted) receives its code point if there is one.
+ */
+size_t utf8_char(const uint8_t *p, size_t n, uint32_t *code);
 
 /* ======== json.c: RFC 8259 ======== */
 

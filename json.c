@@ -1,7 +1,8 @@
 /*
  * json.c - a JSON parser (RFC 8259), for configurations and the answers of web services
  *
- * It knows the grammar and UTF-8; nothing of files, and nothing of what a value is for.
+ * It knows the grammar and UTF-8; nothing of files, and nothing of what a value is for. It stands on
+ * nothing of ours, so what all three sources need stands here first: errors, wiping, UTF-8.
  *
  * A first pass counts what can become a value or a name, so that the whole tree is one piece of
  * memory, wiped and freed in one go. The second is a recursive descent, JSON_DEPTH_MAX deep.
@@ -11,11 +12,84 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "imap_backup.h"
+
+/* ======== for all ======== */
+
+static void err_fill(struct err *e, enum err_code code, const char *reason, const char *format,
+		     va_list arguments)
+{
+	size_t n;
+
+	if (e->code != E_NONE)
+		return;
+	e->code = code;
+	vsnprintf(e->text, sizeof e->text, format, arguments);
+	n = strlen(e->text);
+	if (reason != NULL)
+		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
+}
+
+int err_set(struct err *e, enum err_code code, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	err_fill(e, code, NULL, format, arguments);
+	va_end(arguments);
+	return -1;
+}
+
+int err_errno(struct err *e, enum err_code code, const char *format, ...)
+{
+	const char *reason = strerror(errno);
+	va_list arguments;
+
+	va_start(arguments, format);
+	err_fill(e, code, reason, format, arguments);
+	va_end(arguments);
+	return -1;
+}
+
+void wipe(void *p, size_t n)
+{
+	static void *(*const volatile set)(void *, int, size_t) = memset;
+
+	set(p, 0, n);
+}
+
+/* UTF-8 by a character's length: the bits that mark its first octet, the least code. */
+static const struct {
+	uint32_t mark, least;
+} utf8[] = {
+	{ 0, 0 }, { 0, 0 }, { 0xC0, 0x80 }, { 0xE0, 0x800 }, { 0xF0, 0x10000 },
+};
+
+size_t utf8_char(const uint8_t *p, size_t n, uint32_t *code)
+{
+	size_t octets = *p < 0x80 ? 1 : *p < 0xC0 ? 0 : *p < 0xE0 ? 2 : *p < 0xF0 ? 3 : 4;
+	uint32_t u = *p - utf8[octets].mark;
+
+	if (octets == 0 || n < octets)
+		return 0;
+	for (size_t i = 1; i < octets; i++) {
+		if ((p[i] & 0xC0) != 0x80)
+			return 0;
+		u = u << 6 | (p[i] & 0x3F);
+	}
+	if (u < utf8[octets].least || u > 0x10FFFF || (u >= 0xD800 && u <= 0xDFFF))
+		return 0;
+	if (code != NULL)
+		*code = u;
+	return octets;
+}
+
+/* ======== JSON ======== */
 
 enum { END = -1 }; /* what peek() sees at the end of the text */
 
@@ -73,30 +147,10 @@ static unsigned column(const struct parser *p)
 	return (unsigned)(p->at - p->line_start) + 1;
 }
 
-/* UTF-8 (RFC 3629), by a character's length: the bits that mark its first octet, the least code. */
-static const struct {
-	uint32_t mark, least;
-} utf8[] = {
-	{ 0, 0 }, { 0, 0 }, { 0xC0, 0x80 }, { 0xE0, 0x800 }, { 0xF0, 0x10000 },
-};
-
-/* The length of the character at hand and its code, or 0 if the text has no valid one here. */
-static unsigned utf8_length(const struct parser *p, uint32_t *code)
+/* The octets of the character at hand, or 0 if the text has no valid one here. */
+static size_t char_octets(const struct parser *p, uint32_t *code)
 {
-	unsigned char c = (unsigned char)*p->at;
-	unsigned n = c < 0x80 ? 1 : c < 0xC0 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4;
-	uint32_t u = c - utf8[n].mark;
-
-	if (n == 0 || p->end - p->at < (int)n)
-		return 0;
-	for (unsigned i = 1; i < n; i++) {
-		c = (unsigned char)p->at[i];
-		if ((c & 0xC0) != 0x80)
-			return 0;
-		u = u << 6 | (c & 0x3F);
-	}
-	*code = u;
-	return u >= utf8[n].least && u <= 0x10FFFF && (u < 0xD800 || u > 0xDFFF) ? n : 0;
+	return utf8_char((const uint8_t *)p->at, (size_t)(p->end - p->at), code);
 }
 
 static int fail_found(struct parser *p, const char *found, const char *expected)
@@ -120,7 +174,7 @@ static int fail(struct parser *p, const char *expected)
 		return fail_found(p, "a single quote", expected);
 	if (c >= ' ' && c <= '~')
 		snprintf(found, sizeof found, "'%c'", c);
-	else if (c > 0x7F && utf8_length(p, &code) > 0)
+	else if (c > 0x7F && char_octets(p, &code) > 0)
 		snprintf(found, sizeof found, "the character U+%04lX", (unsigned long)code);
 	else
 		snprintf(found, sizeof found, "octet 0x%02x", (unsigned)c);
@@ -207,8 +261,7 @@ static int parse_string(struct parser *p, const char **text)
 	*text = p->string;
 	p->at++;
 	for (int c = peek(p); c != '"'; c = peek(p)) {
-		uint32_t code;
-		unsigned n;
+		size_t n;
 
 		if (c == '\\') {
 			if (parse_escape(p) < 0)
@@ -219,7 +272,7 @@ static int parse_string(struct parser *p, const char **text)
 			return fail(p, "'\"' at the end of the string");
 		if (c < ' ')
 			return fail(p, "an escape sequence such as \\t or \\u0007 in its place");
-		n = utf8_length(p, &code);
+		n = char_octets(p, NULL);
 		if (n == 0)
 			return fail(p, "a character in UTF-8");
 		memcpy(p->string, p->at, n);
@@ -455,14 +508,12 @@ struct json *json_parse(const char *text, size_t length, struct err *e)
 
 void json_free(struct json *root)
 {
-	/* volatile, or the compiler finds out that nobody looks at the zeros */
-	static void *(*const volatile wipe)(void *, int, size_t) = memset;
 	struct tree *tree;
 
 	if (root == NULL)
 		return;
 	tree = (void *)((char *)root - offsetof(struct tree, node));
-	wipe(tree, 0, tree->octets);
+	wipe(tree, tree->octets);
 	free(tree);
 }
 

@@ -2359,38 +2359,13 @@ int mbox_judge(struct mbox *m, bool torn, struct err *e)
 
 /* ======== file names ======== */
 
-size_t utf8_octets(const uint8_t *p, size_t n)
-{
-	static const struct {
-		uint8_t first, last, low, high;
-		uint8_t octets;
-	} forms[] = {
-		{ 0x00, 0x7F, 0x80, 0xBF, 1 }, { 0xC2, 0xDF, 0x80, 0xBF, 2 }, { 0xE0, 0xE0, 0xA0, 0xBF, 3 },
-		{ 0xE1, 0xEC, 0x80, 0xBF, 3 }, { 0xED, 0xED, 0x80, 0x9F, 3 }, { 0xEE, 0xEF, 0x80, 0xBF, 3 },
-		{ 0xF0, 0xF0, 0x90, 0xBF, 4 }, { 0xF1, 0xF3, 0x80, 0xBF, 4 }, { 0xF4, 0xF4, 0x80, 0x8F, 4 },
-	};
-
-	for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
-		if (*p < forms[i].first || *p > forms[i].last)
-			continue;
-		if (n < forms[i].octets ||
-		    (forms[i].octets > 1 && (p[1] < forms[i].low || p[1] > forms[i].high)))
-			return 0;
-		for (size_t k = 2; k < forms[i].octets; k++)
-			if ((p[k] & 0xC0) != 0x80)
-				return 0;
-		return forms[i].octets;
-	}
-	return 0;
-}
-
 size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep_dots)
 {
 	size_t length = 0;
 
 	for (size_t i = 0; i < n;) {
 		const uint8_t *p = (const uint8_t *)part + i;
-		size_t octets = utf8_octets(p, n - i);
+		size_t octets = utf8_char(p, n - i, NULL);
 		bool edge = i == 0 || i == n - 1;
 
 		if (length + 4 >= size)

@@ -26,7 +26,7 @@ static size_t mutf7_encode(char *out, const char *text, size_t n)
 
 	for (size_t i = 0; i <= n;) {
 		const uint8_t *p = (const uint8_t *)text + i;
-		size_t octets = i < n ? utf8_octets(p, n - i) : 1;
+		size_t octets = i < n ? utf8_char(p, n - i, NULL) : 1;
 		uint32_t units[2], c = i < n ? *p : '&';
 
 		must(octets > 0);
@@ -99,7 +99,7 @@ static void check_file(const char *name, char delimiter)
 	must(end >= file && end - file <= MBOX_FILE_MAX && strcmp(end, ".mbox") == 0);
 	must(*name == '\0' || (file[0] != '.' && file[0] != ' '));
 	for (const char *c = file; *c != '\0';) {
-		n = utf8_octets((const uint8_t *)c, strlen(c));
+		n = utf8_char((const uint8_t *)c, strlen(c), NULL);
 		must(n > 0 && (uint8_t)*c >= 0x20 && *c != 0x7F && strchr("/\\:*?\"<>|", *c) == NULL);
 		must((uint8_t)*c != 0xC2 || (uint8_t)c[1] >= 0xA0);
 		c += n;
@@ -137,7 +137,7 @@ static void check_decode(const char *name, size_t n)
 
 static size_t character(const char *text)
 {
-	size_t n = *text != '\0' ? utf8_octets((const uint8_t *)text, strlen(text)) : 0;
+	size_t n = *text != '\0' ? utf8_char((const uint8_t *)text, strlen(text), NULL) : 0;
 
 	return n > 0 ? n : 1;
 }
@@ -178,7 +178,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	name[n] = '\0';
 	snprintf(pattern, sizeof pattern, "%.*s", (int)(end - rest < 8 ? end - rest : 8), rest);
 	for (size_t i = 0, octets; pattern[i] != '\0'; i += octets) /* JSON's strings are UTF-8 */
-		if ((octets = utf8_octets((const uint8_t *)pattern + i, strlen(pattern + i))) == 0)
+		if ((octets = utf8_char((const uint8_t *)pattern + i, strlen(pattern + i), NULL)) == 0)
 			pattern[i] = '\0', octets = 0;
 
 	check_file(name, delimiter);

@@ -755,7 +755,7 @@ static void test_names(void)
 			length = strlen(file);
 			check(length <= MBOX_FILE_MAX + 5, "%zu octets make %zu", n, length);
 			for (size_t i = 0, part; i < length; i += part)
-				if (!check((part = utf8_octets((const uint8_t *)file + i, length - i)) > 0,
+				if (!check((part = utf8_char((const uint8_t *)file + i, length - i, NULL)) > 0,
 					   "%zu octets: cut within a character", n))
 					break;
 			if (form == 0 && n > MBOX_FILE_MAX) {

@@ -213,7 +213,7 @@ static void test_utf8(void)
 	};
 
 	for (size_t i = 0; i < N(rows); i++)
-		check(utf8_octets((const uint8_t *)rows[i].text, rows[i].n) == rows[i].octets, "UTF-8 %zu", i);
+		check(utf8_char((const uint8_t *)rows[i].text, rows[i].n, NULL) == rows[i].octets, "UTF-8 %zu", i);
 	for (uint32_t c = 0; c < 0x110000; c++) {
 		uint8_t p[4];
 		size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -221,7 +221,7 @@ static void test_utf8(void)
 		for (size_t k = n; k-- > 1;)
 			p[k] = (uint8_t)(0x80 | (c >> 6 * (n - 1 - k) & 0x3F));
 		p[0] = (uint8_t)(n == 1 ? c : (0xF00u >> n & 0xFF) | c >> 6 * (n - 1));
-		check(utf8_octets(p, n) == (c >= 0xD800 && c <= 0xDFFF ? 0 : n), "U+%04X", c);
+		check(utf8_char(p, n, NULL) == (c >= 0xD800 && c <= 0xDFFF ? 0 : n), "U+%04X", c);
 	}
 }
 

@@ -1,47 +1,12 @@
 /*
  * unit.h - what units and fuzz targets share
- *
- * Where imap_backup.c is not included before it, err_set() and err_errno() come from here.
  */
-#include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../imap_backup.h"
-
-#ifndef VERSION
-int err_set(struct err *e, enum err_code code, const char *format, ...)
-{
-	va_list ap;
-
-	if (e->code == E_NONE) {
-		va_start(ap, format);
-		vsnprintf(e->text, sizeof e->text, format, ap);
-		va_end(ap);
-		e->code = code;
-	}
-	return -1;
-}
-
-int err_errno(struct err *e, enum err_code code, const char *format, ...)
-{
-	const char *reason = strerror(errno);
-	va_list ap;
-	size_t n;
-
-	if (e->code != E_NONE)
-		return -1;
-	va_start(ap, format);
-	vsnprintf(e->text, sizeof e->text, format, ap);
-	va_end(ap);
-	e->code = code;
-	n = strlen(e->text);
-	snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
-	return -1;
-}
-#endif
 
 #ifdef FUZZ
 /* For a fuzz target: what must hold always. */
