@@ -733,17 +733,18 @@ static bool match(const char *pattern, const char *text)
 /* ======== inflate: what a server compresses ======== */
 
 /*
- * Decodes RFC 1951. Knows octets and nothing else: compressed ones go in, in pieces of any size, and
- * what they stand for is lent from the window, uncopied. The window is a ring of 32 KB: a distance
- * reaches no further back, so what is overwritten is not needed any more. A symbol is consumed when
- * all its bits are there and not before, so the input may end anywhere. The stream decides about no
- * memory, and every call ends at the latest when the ring is full.
+ * Decodes RFC 1951. Knows octets and nothing else: it asks for compressed ones when it needs them, and
+ * lends what they stand for from its window, uncopied. The window is a ring of 32 KB: a distance
+ * reaches no further back, so what is overwritten is not needed any more. Whatever has been decoded is
+ * given out before more is asked for, since the rest may never come. The compressed data decides about
+ * no memory, and every call ends at the latest when the ring is full.
  */
 enum {
 	INFLATE_WINDOW = 32 << 10,
 	INFLATE_FAST = 9,      /* a code of so many bits is found at one look */
 	INFLATE_SYMBOLS = 288, /* of the largest code, the fixed one (3.2.6) */
-	INFLATE_END = 256      /* the symbol that ends a block; those above it are lengths */
+	INFLATE_END = 256,     /* the symbol that ends a block; those above it are lengths */
+	INFLATE_PAIR = 6       /* octets that surely hold a length with its distance (48 bits) */
 };
 
 struct huffman {                          /* a code (3.2.2) */
@@ -753,33 +754,22 @@ struct huffman {                          /* a code (3.2.2) */
 };
 
 struct inflate {
-	const uint8_t *in, *end; /* what is not looked at yet */
-	size_t bits;             /* what is; the next bit is the lowest, and 0 follows the last */
-	unsigned n_bits;         /* of a register: 64 would be slow where it has 32 */
-	const char *wrong;       /* with the stream, in words; sticks */
-	enum {
-		INFLATE_BLOCK,
-		INFLATE_STORED,
-		INFLATE_CHECK,
-		INFLATE_COPY,
-		INFLATE_COUNTS,
-		INFLATE_ORDER,
-		INFLATE_LENGTHS,
-		INFLATE_DATA,
-		INFLATE_OVER
-	} state;
-	bool last;               /* this block is */
-	bool full;               /* the ring has been written round */
-	unsigned at;             /* where in the ring the next octet belongs */
-	unsigned left;           /* octets of the stored block, or of the match in hand */
-	unsigned distance, more; /* of that match; 0: not known yet; bits of it to be added */
-	unsigned literals, distances, orders, known; /* lengths that a dynamic block gives, has given */
+	int (*ask)(struct inflate *f); /* sets 'in' and 'end' to at least one octet; or returns -1 */
+	void *context;                 /* of ask() */
+	const uint8_t *in, *end;       /* what is not looked at yet */
+	size_t bits;                   /* what is; the next bit is the lowest, and 0 follows the last */
+	unsigned n_bits;               /* of a register: 64 would be slow where it has 32 */
+	const char *wrong;             /* with the compressed data, in words; sticks */
+	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_DATA, INFLATE_OVER } state;
+	bool last;         /* this block is */
+	bool full;         /* the ring has been written round */
+	unsigned at;       /* where in the ring the next octet belongs */
+	unsigned left;     /* octets of the stored block, or of the match in hand */
+	unsigned distance; /* of that match */
 	uint8_t lengths[INFLATE_SYMBOLS + 32];
 	struct huffman literal, far;
 	uint8_t window[INFLATE_WINDOW];
 };
-
-static const char inflate_wait[] = ""; /* neither done nor wrong: there is no more input, or no room */
 
 /*
  * Make the tables of a code. Returns 0; 1 where bits are left without a meaning, as is allowed for a
@@ -838,51 +828,118 @@ static unsigned huffman_find_long(const struct huffman *h, size_t bits, unsigned
 }
 
 /*
- * Which symbol comes next, and in how many bits. If there are not so many, it is another one. Inline
- * also where size counts (-Os): it is a quarter of the time on a MIPS.
+ * Take n bits, at most 25, or a symbol. 'bits' and 'n_bits' are f's, or the caller's own copies of them.
+ * No more octets are asked for than it takes. Both return false if they cannot be had. Inline also
+ * where size counts (-Os): it is a quarter of the time on a MIPS.
  */
-static inline unsigned __attribute__((always_inline))
-huffman_find(const struct huffman *h, size_t bits, unsigned *length)
+static inline bool __attribute__((always_inline))
+inflate_bits(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned n, unsigned *value)
 {
-	unsigned found = h->fast[bits & ((1 << INFLATE_FAST) - 1)];
-
-	*length = found & 15;
-	return found != 0 ? found >> 4 : huffman_find_long(h, bits, length);
-}
-
-/* Have 25 bits, or all that there are. */
-static void inflate_refill(struct inflate *f)
-{
-	for (; f->n_bits < 25 && f->in < f->end; f->n_bits += 8)
-		f->bits |= (size_t)*f->in++ << f->n_bits;
-}
-
-/* Take bits, at most 25; false, and none is taken, if they have not all come. */
-static bool inflate_take(struct inflate *f, unsigned n, uint32_t *value)
-{
-	inflate_refill(f);
-	if (f->n_bits < n)
-		return false;
-	*value = (uint32_t)f->bits & ((1u << n) - 1);
-	f->bits >>= n;
-	f->n_bits -= n;
+	for (; *n_bits < n; *n_bits += 8) {
+		if (f->in == f->end && f->ask(f) != 0)
+			return false;
+		*bits |= (size_t)*f->in++ << *n_bits;
+	}
+	*value = (unsigned)*bits & ((1u << n) - 1);
+	*bits >>= n;
+	*n_bits -= n;
 	return true;
 }
 
-/* One step for each state. Returns NULL when it is done, inflate_wait, or what is wrong. */
-
-static const char *inflate_block(struct inflate *f)
+static inline bool __attribute__((always_inline))
+inflate_symbol(struct inflate *f, size_t *bits, unsigned *n_bits, const struct huffman *h, unsigned *symbol)
 {
-	uint32_t v;
+	unsigned found, length;
+
+	for (;;) {
+		for (; *n_bits < 25 && f->in < f->end; *n_bits += 8)
+			*bits |= (size_t)*f->in++ << *n_bits;
+		found = h->fast[*bits & ((1 << INFLATE_FAST) - 1)];
+		length = found & 15;
+		*symbol = found != 0 ? found >> 4 : huffman_find_long(h, *bits, &length);
+		if (length <= *n_bits) /* else it is another one */
+			break;
+		if (f->ask(f) != 0)
+			return false;
+	}
+	*bits >>= length;
+	*n_bits -= length;
+	return true;
+}
+
+static bool inflate_take(struct inflate *f, unsigned n, unsigned *value)
+{
+	return inflate_bits(f, &f->bits, &f->n_bits, n, value);
+}
+
+static bool inflate_fail(struct inflate *f, const char *wrong)
+{
+	f->wrong = wrong;
+	return false;
+}
+
+/* One step for each state. Returns false where it ends: f->wrong says why, or no input can be had. */
+
+/* Read the lengths of a dynamic block's codes, and make these (3.2.7). */
+static bool inflate_codes(struct inflate *f)
+{
+	static const uint8_t order[] = { 16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15 };
+	static const struct {
+		uint8_t bits, least;
+	} repeat[] = { { 2, 3 }, { 3, 3 }, { 7, 11 } };
+	unsigned literals, distances, orders, symbol, v;
+
+	if (!inflate_take(f, 14, &v))
+		return false;
+	literals = (v & 31) + 257;
+	distances = (v >> 5 & 31) + 1;
+	orders = (v >> 10) + 4;
+	if (literals > 286 || distances > 30)
+		return inflate_fail(f, "a block with more symbols than there are");
+	memset(f->lengths, 0, sizeof f->lengths);
+	for (unsigned i = 0; i < orders; i++) { /* of the code in which the other lengths are written */
+		if (!inflate_take(f, 3, &v))
+			return false;
+		f->lengths[order[i]] = (uint8_t)v;
+	}
+	if (huffman_make(&f->far, f->lengths, sizeof order) != 0)
+		return inflate_fail(f, "code lengths without a code");
+	for (unsigned known = 0, times; known < literals + distances; known += times) {
+		times = 1;
+		if (!inflate_symbol(f, &f->bits, &f->n_bits, &f->far, &symbol))
+			return false;
+		if (symbol >= 16) {
+			if (!inflate_take(f, repeat[symbol - 16].bits, &v))
+				return false;
+			times = repeat[symbol - 16].least + v;
+			if ((symbol == 16 && known == 0) || known + times > literals + distances)
+				return inflate_fail(f, "a length repeated too early or too often");
+			symbol = symbol == 16 ? f->lengths[known - 1] : 0;
+		}
+		memset(f->lengths + known, (int)symbol, times);
+	}
+	if (f->lengths[INFLATE_END] == 0 || huffman_make(&f->literal, f->lengths, literals) < 0 ||
+	    huffman_make(&f->far, f->lengths + literals, distances) < 0)
+		return inflate_fail(f, "lengths without a code");
+	f->state = INFLATE_DATA;
+	return true;
+}
+
+static bool inflate_block(struct inflate *f)
+{
+	unsigned v, check;
 
 	if (!inflate_take(f, 3, &v))
-		return inflate_wait;
+		return false;
 	f->last = v & 1;
 	switch (v >> 1) {
 	case 0:
-		inflate_take(f, f->n_bits % 8, &v);
+		if (!inflate_take(f, f->n_bits % 8, &v) || !inflate_take(f, 16, &v) ||
+		    !inflate_take(f, 16, &check))
+			return false;
+		f->left = v;
 		f->state = INFLATE_STORED;
-		return NULL;
+		return v == (check ^ 0xFFFF) || inflate_fail(f, "a stored block whose length is in doubt");
 	case 1:
 		for (unsigned i = 0; i < INFLATE_SYMBOLS; i++)
 			f->lengths[i] = i < 144 ? 8 : i < 256 ? 9 : i < 280 ? 7 : 8;
@@ -890,111 +947,36 @@ static const char *inflate_block(struct inflate *f)
 		huffman_make(&f->literal, f->lengths, INFLATE_SYMBOLS);
 		huffman_make(&f->far, f->lengths + INFLATE_SYMBOLS, 32);
 		f->state = INFLATE_DATA;
-		return NULL;
+		return true;
 	case 2:
-		f->state = INFLATE_COUNTS;
-		return NULL;
+		return inflate_codes(f);
 	default:
-		return "a block of no known type";
+		return inflate_fail(f, "a block of no known type");
 	}
 }
 
-static const char *inflate_stored(struct inflate *f)
+static bool inflate_stored(struct inflate *f)
 {
-	uint32_t v;
+	unsigned v;
+	size_t n = 0;
 
-	if (!inflate_take(f, 16, &v))
-		return inflate_wait;
-	if (f->state == INFLATE_STORED) {
-		f->left = v;
-		f->state = INFLATE_CHECK;
-		return NULL;
+	if (f->left > 0) { /* it may be in f->bits, or not here yet */
+		if (!inflate_take(f, 8, &v))
+			return false;
+		f->window[f->at++] = (uint8_t)v;
+		f->left--;
 	}
-	f->state = INFLATE_COPY;
-	return f->left == (v ^ 0xFFFF) ? NULL : "a stored block whose length is in doubt";
-}
-
-static const char *inflate_copy(struct inflate *f)
-{
-	size_t n = (size_t)(f->end - f->in);
-
-	for (; f->n_bits > 0 && f->left > 0 && f->at < INFLATE_WINDOW; f->left--) {
-		f->window[f->at++] = (uint8_t)f->bits;
-		f->bits >>= 8;
-		f->n_bits -= 8;
-	}
+	if (f->n_bits == 0)
+		n = (size_t)(f->end - f->in);
 	n = n < f->left ? n : f->left;
 	n = n < INFLATE_WINDOW - f->at ? n : INFLATE_WINDOW - f->at;
 	memcpy(f->window + f->at, f->in, n);
 	f->in += n;
 	f->at += (unsigned)n;
 	f->left -= (unsigned)n;
-	if (f->left > 0)
-		return inflate_wait;
-	f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
-	return NULL;
-}
-
-static const char *inflate_counts(struct inflate *f)
-{
-	uint32_t v;
-
-	if (!inflate_take(f, 14, &v))
-		return inflate_wait;
-	f->literals = (v & 31) + 257;
-	f->distances = (v >> 5 & 31) + 1;
-	f->orders = (v >> 10) + 4;
-	f->known = 0;
-	memset(f->lengths, 0, sizeof f->lengths);
-	f->state = INFLATE_ORDER;
-	return f->literals <= 286 && f->distances <= 30 ? NULL : "a block with more symbols than there are";
-}
-
-/* The code in which the lengths of the other two are written. */
-static const char *inflate_order(struct inflate *f)
-{
-	static const uint8_t order[] = { 16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15 };
-	uint32_t v;
-
-	for (; f->known < f->orders; f->known++) {
-		if (!inflate_take(f, 3, &v))
-			return inflate_wait;
-		f->lengths[order[f->known]] = (uint8_t)v;
-	}
-	f->known = 0;
-	f->state = INFLATE_LENGTHS;
-	return huffman_make(&f->far, f->lengths, sizeof order) == 0 ? NULL : "code lengths without a code";
-}
-
-static const char *inflate_lengths(struct inflate *f)
-{
-	static const struct {
-		uint8_t bits, least;
-	} repeat[] = { { 2, 3 }, { 3, 3 }, { 7, 11 } };
-
-	while (f->known < f->literals + f->distances) {
-		unsigned length, symbol, more, times = 1;
-		uint32_t v;
-
-		inflate_refill(f);
-		symbol = huffman_find(&f->far, f->bits, &length);
-		more = symbol < 16 ? 0 : repeat[symbol - 16].bits;
-		if (!inflate_take(f, length + more, &v))
-			return inflate_wait;
-		if (symbol >= 16)
-			times = repeat[symbol - 16].least + (v >> length);
-		if ((symbol == 16 && f->known == 0) || f->known + times > f->literals + f->distances)
-			return "a length repeated too early or too often";
-		if (symbol >= 16)
-			symbol = symbol == 16 ? f->lengths[f->known - 1] : 0;
-		memset(f->lengths + f->known, (int)symbol, times);
-		f->known += times;
-	}
-	f->state = INFLATE_DATA;
-	if (f->lengths[INFLATE_END] == 0 || huffman_make(&f->literal, f->lengths, f->literals) < 0 ||
-	    huffman_make(&f->far, f->lengths + f->literals, f->distances) < 0)
-		return "lengths without a code";
-	return NULL;
+	if (f->left == 0)
+		f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
+	return true;
 }
 
 /* The part of a match that fits into the ring's end: it may overlap itself. Returns its octets. */
@@ -1021,108 +1003,86 @@ static inline unsigned inflate_base(unsigned symbol, unsigned log_group, unsigne
 	return *more == 0 ? symbol : (group | (symbol & (group - 1))) << *more;
 }
 
-/* Literals and matches: here the time goes, so what is in hand is kept in variables of its own. */
-static const char *inflate_data(struct inflate *f)
+/* The rest of a match whose length begins with this symbol (3.2.5). */
+static inline bool __attribute__((always_inline))
+inflate_pair(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned symbol, unsigned *n,
+	     unsigned *distance)
 {
-	const char *wrong = inflate_wait;
+	unsigned more, v;
+
+	if (symbol > 285)
+		return inflate_fail(f, "a symbol without a meaning");
+	*n = inflate_base(symbol - INFLATE_END - 1, 2, &more) + 3;
+	if (symbol == 285) { /* the longest has a symbol for itself */
+		*n = 258;
+		more = 0;
+	}
+	if (!inflate_bits(f, bits, n_bits, more, &v) || !inflate_symbol(f, bits, n_bits, &f->far, &symbol))
+		return false;
+	*n += v;
+	if (symbol > 29)
+		return inflate_fail(f, "a symbol without a meaning");
+	*distance = inflate_base(symbol, 1, &more) + 1;
+	if (!inflate_bits(f, bits, n_bits, more, &v))
+		return false;
+	*distance += v;
+	return true;
+}
+
+/* Literals and matches: here the time goes, so what is in hand is kept in variables of its own. */
+static bool inflate_data(struct inflate *f)
+{
 	size_t bits = f->bits;
-	unsigned n_bits = f->n_bits, at = f->at, left = f->left, distance = f->distance, more = f->more;
-	const uint8_t *in = f->in, *const end = f->end;
+	unsigned n_bits = f->n_bits, at = f->at, left = f->left, distance = f->distance, symbol, n;
+	bool on = true;
 
-	while (at < INFLATE_WINDOW) {
-		unsigned symbol, length, value;
-
-		for (; n_bits < 25 && in < end; n_bits += 8)
-			bits |= (size_t)*in++ << n_bits;
+	/* Near the input's end, what is decoded goes out first: from there on more may be asked for. */
+	while (at < INFLATE_WINDOW && (f->end - f->in >= INFLATE_PAIR || at == f->at)) {
 		if (left == 0) {
-			symbol = huffman_find(&f->literal, bits, &length);
-			if (length > n_bits)
-				break;
-			if (symbol < INFLATE_END) {
+			on = inflate_symbol(f, &bits, &n_bits, &f->literal, &symbol);
+			if (on && symbol < INFLATE_END) {
 				f->window[at++] = (uint8_t)symbol;
-				bits >>= length;
-				n_bits -= length;
 				continue;
 			}
-			if (symbol > 285) {
-				wrong = "a symbol without a meaning";
-				break;
-			}
-			if (symbol == INFLATE_END) {
-				bits >>= length;
-				n_bits -= length;
+			if (on && symbol == INFLATE_END) {
 				f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
-				wrong = NULL;
 				break;
 			}
-			value = inflate_base(symbol - INFLATE_END - 1, 2, &more);
-			if (symbol == 285) { /* the longest has a symbol for itself */
-				value = 255;
-				more = 0;
-			}
-			if (length + more > n_bits)
+			on = on && inflate_pair(f, &bits, &n_bits, symbol, &left, &distance);
+			if (on && distance > (f->full ? INFLATE_WINDOW : at))
+				on = inflate_fail(f, "a distance to before its beginning");
+			if (!on)
 				break;
-			left = value + 3 + ((unsigned)(bits >> length) & ((1u << more) - 1));
-			length += more;
-			distance = more = 0;
-		} else if (distance == 0) {
-			symbol = huffman_find(&f->far, bits, &length);
-			if (length > n_bits)
-				break;
-			if (symbol > 29) {
-				wrong = "a symbol without a meaning";
-				break;
-			}
-			distance = inflate_base(symbol, 1, &more) + 1;
-		} else if (more > 0) {
-			if (more > n_bits)
-				break;
-			distance += (unsigned)bits & ((1u << more) - 1);
-			length = more;
-			more = 0;
-		} else if (distance > (f->full ? INFLATE_WINDOW : at)) {
-			wrong = "a distance to before its beginning";
-			break;
-		} else {
-			value = inflate_match(f->window, at, distance, left);
-			at += value;
-			left -= value;
-			continue;
 		}
-		bits >>= length;
-		n_bits -= length;
+		n = inflate_match(f->window, at, distance, left);
+		at += n;
+		left -= n;
 	}
 	f->bits = bits;
 	f->n_bits = n_bits;
 	f->at = at;
 	f->left = left;
 	f->distance = distance;
-	f->more = more;
-	f->in = in;
-	return wrong;
+	return on;
 }
 
 /* The last block has ended; its octet's other bits mean nothing. */
-static const char *inflate_over(struct inflate *f)
+static bool inflate_over(struct inflate *f)
 {
-	uint32_t v;
+	unsigned v;
 
-	inflate_take(f, f->n_bits % 8, &v);
-	return f->n_bits == 0 ? inflate_wait : "octets after its end";
+	return inflate_take(f, f->n_bits % 8, &v) && inflate_take(f, 8, &v) &&
+	       inflate_fail(f, "octets after its end");
 }
 
 /*
- * Decode until the input, from *in to 'end', is used up or the ring is full. *out and *n receive what
- * came of it: lent until the next call. Returns NULL, or what is wrong with the stream, in words.
+ * Decode until there is something to give out. *out and *n receive it: at least one octet, lent until
+ * the next call. Returns 0, or -1 if f->wrong says what is wrong, or else ask() had nothing.
  */
-static const char *inflate_run(struct inflate *f, const uint8_t **in, const uint8_t *end,
-			       const uint8_t **out, size_t *n)
+static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
 {
-	static const char *(*const steps[])(struct inflate *) = {
-		/* by state */
-		inflate_block, inflate_stored,  inflate_stored, inflate_copy, inflate_counts,
-		inflate_order, inflate_lengths, inflate_data,   inflate_over
-	};
+	static bool (*const steps[])(struct inflate *) = { inflate_block, inflate_stored, inflate_data,
+							   inflate_over }; /* by state */
 	unsigned from;
 
 	if (f->at == INFLATE_WINDOW) {
@@ -1130,16 +1090,11 @@ static const char *inflate_run(struct inflate *f, const uint8_t **in, const uint
 		f->at = 0;
 	}
 	from = f->at;
-	f->in = *in;
-	f->end = end;
-	while (f->wrong == NULL)
-		f->wrong = steps[f->state](f);
-	if (f->wrong == inflate_wait)
-		f->wrong = NULL;
-	*in = f->in;
+	while (f->at == from && f->wrong == NULL && steps[f->state](f))
+		;
 	*out = f->window + from;
 	*n = f->at - from;
-	return f->wrong;
+	return f->at > from ? 0 : -1;
 }
 
 /* ======== stream: octets to and from one server ======== */
@@ -1183,19 +1138,19 @@ struct stream {
 	int fd, parent;                /* the parent's pipe: if it closes, so do we; or -1 */
 	const struct account *account; /* borrowed */
 	unsigned timeout_sec;
-	struct tls *tls;                    /* owned; NULL: in the clear */
-	struct err err;                     /* the first error; sticks */
-	const uint8_t *at, *end;            /* what has arrived and is not consumed */
-	size_t lent;                        /* octets of the TLS engine's that 'end' ends */
-	uint8_t *plain;                     /* owned; without TLS they are here */
-	struct inflate *inflate;            /* owned; NULL: nothing is compressed */
-	const uint8_t *packed, *packed_end; /* what has arrived and is not inflated */
-	uint64_t in, out;                   /* octets of payload, as they are on the line */
-	unsigned waits;                     /* how often it was our turn to wait for an answer */
-	int64_t waited_ms;                  /* how long, for that and for what followed */
-	int64_t earned_ms;                  /* of that, what DRIP_RATE allows for what came */
-	bool sent;                          /* something was sent since the last wait */
-	int64_t connect_ms;                 /* what the TCP handshake took: one round trip */
+	struct tls *tls;         /* owned; NULL: in the clear */
+	struct err err;          /* the first error; sticks */
+	const uint8_t *at, *end; /* what has arrived and is not consumed */
+	size_t lent;             /* octets of the TLS engine's that 'end' ends */
+	uint8_t *plain;          /* owned; without TLS they are here */
+	struct inflate *inflate; /* owned; NULL: nothing is compressed */
+	uint64_t fed;            /* 'in' as it was when it last gave something out */
+	uint64_t in, out;        /* octets of payload, as they are on the line */
+	unsigned waits;          /* how often it was our turn to wait for an answer */
+	int64_t waited_ms;       /* how long, for that and for what followed */
+	int64_t earned_ms;       /* of that, what DRIP_RATE allows for what came */
+	bool sent;               /* something was sent since the last wait */
+	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
 };
 
 static bool der_next(const uint8_t **p, const uint8_t *end, unsigned tag, const uint8_t **value, size_t *n)
@@ -1912,10 +1867,20 @@ static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end
 	return 0;
 }
 
+/* What inflate asks for: compressed octets as they come over the line. */
+static int stream_feed(struct inflate *f)
+{
+	struct stream *s = f->context;
+
+	if (s->in - s->fed > COMPRESS_EMPTY_MAX)
+		return stream_fail(s, E_PROTO, "the server's compressed data stands for nothing");
+	return stream_take(s, &f->in, &f->end);
+}
+
 /* Have at least one octet between s->at and s->end. Pointers into what was there before die. */
 static int stream_fill(struct stream *s)
 {
-	const uint64_t before = s->in;
+	size_t n;
 
 	if (s->err.code != E_NONE)
 		return -1;
@@ -1923,20 +1888,15 @@ static int stream_fill(struct stream *s)
 		return 0;
 	if (s->inflate == NULL)
 		return stream_take(s, &s->at, &s->end);
-	for (;;) {
-		size_t n;
-		const char *wrong = inflate_run(s->inflate, &s->packed, s->packed_end, &s->at, &n);
-
+	s->fed = s->in;
+	if (inflate_run(s->inflate, &s->at, &n) == 0) {
 		s->end = s->at + n;
-		if (n > 0) /* what is wrong is told again by the next call */
-			return 0;
-		if (wrong != NULL)
-			return stream_fail(s, E_PROTO, "the server's compressed data is wrong: %s", wrong);
-		if (s->in - before > COMPRESS_EMPTY_MAX)
-			return stream_fail(s, E_PROTO, "the server's compressed data stands for nothing");
-		if (stream_take(s, &s->packed, &s->packed_end) != 0)
-			return -1;
+		return 0;
 	}
+	return s->inflate->wrong == NULL
+		       ? -1
+		       : stream_fail(s, E_PROTO, "the server's compressed data is wrong: %s",
+				     s->inflate->wrong);
 }
 
 /*
@@ -1959,8 +1919,10 @@ static bool stream_is_slow(const struct stream *s)
 static void stream_compress(struct stream *s)
 {
 	s->inflate = allocate(sizeof *s->inflate);
-	s->packed = s->at;
-	s->packed_end = s->end;
+	s->inflate->ask = stream_feed;
+	s->inflate->context = s;
+	s->inflate->in = s->at;
+	s->inflate->end = s->end;
 	s->at = s->end;
 }
 

@@ -18,36 +18,55 @@ enum { OUT_MAX = 1 << 20 }; /* a stream of little more may stand for a thousand 
 
 static uint8_t one[OUT_MAX], other[OUT_MAX];
 
-/* Returns the octets that came out; *wrong as of inflate_run(). Each piece is memory of its own. */
+struct food { /* what is not given yet, and in what pieces; each is memory of its own */
+	const uint8_t *stream;
+	size_t size, piece, total; /* octets that came out */
+	uint8_t *copy;
+};
+
+static int feed(struct inflate *f)
+{
+	struct food *food = f->context;
+	size_t part = food->piece < food->size ? food->piece : food->size;
+
+	must(f->in == f->end && f->at % INFLATE_WINDOW == food->total % INFLATE_WINDOW);
+	free(food->copy);
+	food->copy = NULL;
+	if (part == 0)
+		return -1;
+	food->copy = malloc(part);
+	must(food->copy != NULL);
+	memcpy(food->copy, food->stream, part);
+	food->stream += part;
+	food->size -= part;
+	f->in = food->copy;
+	f->end = food->copy + part;
+	return 0;
+}
+
+/* Returns the octets that came out; *wrong is f->wrong. */
 static size_t decode(const uint8_t *stream, size_t size, size_t piece, uint8_t *to, const char **wrong)
 {
 	struct inflate *f = calloc(1, sizeof *f);
-	size_t total = 0;
+	struct food food = { stream, size, piece, 0, NULL };
+	const uint8_t *out;
+	size_t n;
 
 	must(f != NULL);
-	*wrong = NULL;
-	for (size_t at = 0, part; at < size && *wrong == NULL; at += part) {
-		const uint8_t *in, *out;
-		uint8_t *copy;
-		size_t n;
-
-		part = piece < size - at ? piece : size - at;
-		in = copy = malloc(part);
-		must(copy != NULL);
-		memcpy(copy, stream + at, part);
-		do {
-			*wrong = inflate_run(f, &in, copy + part, &out, &n);
-			must(n <= INFLATE_WINDOW && out >= f->window && out + n <= f->window + INFLATE_WINDOW);
-			must(total + n <= OUT_MAX);
-			memcpy(to + total, out, n);
-			total += n;
-		} while (*wrong == NULL && n > 0);
-		must(*wrong != NULL || in == copy + part);
-		must(*wrong == NULL || inflate_run(f, &in, copy + part, &out, &n) == *wrong);
-		free(copy);
+	f->ask = feed;
+	f->context = &food;
+	while (inflate_run(f, &out, &n) == 0) {
+		must(n > 0 && n <= INFLATE_WINDOW && out >= f->window && out + n <= f->window + INFLATE_WINDOW);
+		must(food.total + n <= OUT_MAX);
+		memcpy(to + food.total, out, n);
+		food.total += n;
 	}
+	*wrong = f->wrong;
+	must(*wrong != NULL || (food.size == 0 && f->in == f->end));
+	must(*wrong == NULL || (inflate_run(f, &out, &n) != 0 && f->wrong == *wrong));
+	free(food.copy);
 	free(f);
-	return total;
+	return food.total;
 }
 
 #ifdef ZLIB

@@ -26,7 +26,7 @@ static void complain(const char *what, const char *format, ...)
 	va_end(ap);
 }
 
-/* -- decoding, as stream_fill() does it -- */
+/* -- decoding, as the stream does it -- */
 
 struct text {
 	uint8_t *octets;
@@ -44,29 +44,52 @@ static void text_add(struct text *t, const void *octets, size_t n)
 	t->n += n;
 }
 
-/* Decode in pieces of so many octets, each in memory of its own. Returns what was wrong, or NULL. */
+/* What is fed, in pieces of so many octets; each is in memory of its own. */
+struct food {
+	const uint8_t *stream;
+	size_t n, piece;
+	uint8_t *copy;
+	size_t fed, given; /* octets that went in; that have come out */
+	bool held_back;    /* where k octets hold k - 1 of what they stand for */
+};
+
+static int feed(struct inflate *f)
+{
+	struct food *food = f->context;
+	size_t part = food->piece < food->n ? food->piece : food->n;
+
+	free(food->copy);
+	food->copy = NULL;
+	food->held_back = food->held_back || food->given + 1 < food->fed;
+	if (part == 0)
+		return -1;
+	food->copy = malloc(part);
+	memcpy(food->copy, food->stream, part);
+	food->stream += part;
+	food->n -= part;
+	food->fed += part;
+	f->in = food->copy;
+	f->end = food->copy + part;
+	return 0;
+}
+
+/* Decode in pieces of so many octets. Returns what was wrong, or NULL. */
 static const char *decode(const uint8_t *stream, size_t n, size_t piece, struct text *out)
 {
 	struct inflate *f = calloc(1, sizeof *f);
-	const char *wrong = NULL;
+	struct food food = { .stream = stream, .n = n, .piece = piece };
+	const char *wrong;
+	const uint8_t *octets;
+	size_t got;
 
-	out->n = 0;
-	for (size_t at = 0, part; at < n && wrong == NULL; at += part) {
-		const uint8_t *in, *octets;
-		uint8_t *copy;
-		size_t got;
-
-		part = piece < n - at ? piece : n - at;
-		in = copy = malloc(part);
-		memcpy(copy, stream + at, part);
-		do {
-			wrong = inflate_run(f, &in, copy + part, &octets, &got);
-			text_add(out, octets, got);
-		} while (wrong == NULL && got > 0);
-		if (wrong == NULL && in != copy + part)
-			complain("decode", "input is left over");
-		free(copy);
-	}
+	f->ask = feed;
+	f->context = &food;
+	for (out->n = 0; inflate_run(f, &octets, &got) == 0;)
+		text_add(out, octets, got);
+	wrong = f->wrong;
+	if (wrong == NULL && (food.n > 0 || f->in < f->end))
+		complain("decode", "input is left over");
+	free(food.copy);
 	free(f);
 	return wrong;
 }
@@ -136,6 +159,17 @@ static void check_all(void)
 	free(wanted.octets);
 }
 
+static int feed_once(struct inflate *f)
+{
+	struct text *t = f->context;
+
+	if (f->end != NULL)
+		return -1;
+	f->in = t->octets;
+	f->end = t->octets + t->n;
+	return 0;
+}
+
 static void speed(unsigned times)
 {
 	struct text t = { 0 };
@@ -149,14 +183,15 @@ static void speed(unsigned times)
 		text_add(&t, octets, n);
 	began = clock();
 	for (unsigned i = 0; i < times; i++) {
-		const uint8_t *in = t.octets, *out;
+		const uint8_t *out;
 
 		memset(f, 0, sizeof *f);
-		do {
-			if (inflate_run(f, &in, t.octets + t.n, &out, &n) != NULL)
-				abort();
+		f->ask = feed_once;
+		f->context = &t;
+		while (inflate_run(f, &out, &n) == 0)
 			total += n;
-		} while (n > 0);
+		if (f->wrong != NULL)
+			abort();
 	}
 	printf("%.1f MB/s\n", (double)total / 1e6 * CLOCKS_PER_SEC / (double)(clock() - began + 1));
 	free(t.octets);
@@ -227,6 +262,30 @@ static void check_by_hand(void)
 	printf("%zu streams by hand\n", sizeof by_hand / sizeof *by_hand);
 }
 
+/* A fixed block of literals, eight bits each, behind its own first three bits. */
+static void check_held_back(void)
+{
+	uint8_t stream[100];
+	const uint8_t *octets;
+	size_t got;
+
+	for (size_t piece = 1; piece < 40; piece++) {
+		struct inflate *f = calloc(1, sizeof *f);
+		struct food food = { .stream = stream, .n = sizeof stream, .piece = piece };
+
+		memset(stream, 0xAA, sizeof stream); /* 0 10, 10101010, 10101010 ... */
+		f->ask = feed;
+		f->context = &food;
+		while (inflate_run(f, &octets, &got) == 0)
+			food.given += got;
+		if (food.held_back || f->wrong != NULL || food.given != sizeof stream - 1)
+			complain("held back", "pieces of %zu: %zu octets, %s", piece, food.given,
+				 f->wrong != NULL ? f->wrong : "well");
+		free(food.copy);
+		free(f);
+	}
+}
+
 /* -- which lines are slow -- */
 
 static void check_lines(void)
@@ -262,6 +321,7 @@ int main(int argc, char **argv)
 		check_all();
 	else {
 		check_by_hand();
+		check_held_back();
 		check_lines();
 	}
 	printf("%u failures\n", failures);
