@@ -79,7 +79,8 @@ enum {
 	COMPRESS_RATE = 6000,           /* octets a ms, 50 Mbit/s: a slower line is worth it */
 	COMPRESS_OCTETS = 1 << 20,      /* that show it; fewer are not worth a round trip */
 	COMPRESS_CONNECT_MS = 5,        /* the round trip of a LAN is shorter */
-	COMPRESS_EMPTY_MAX = 64 << 10,  /* compressed octets in a row that stand for none */
+	EMPTY_MAX = 64 << 10,           /* octets in a row, on the line, that stand for none */
+	STOP_MS = 3000,                 /* for what is on the way when the run is to stop */
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
@@ -295,6 +296,14 @@ static void on_stop_signal(int number)
 {
 	(void)number;
 	stop_asked = 1;
+}
+
+static pid_t parent_pid; /* the process whose end is ours too; 0: none */
+
+/* Return true if the run is to end: a signal has come, or the parent process is gone. */
+static bool stop_due(void)
+{
+	return stop_asked || (parent_pid != 0 && getppid() != parent_pid);
 }
 
 /* ======== config: the configuration file ======== */
@@ -1135,7 +1144,7 @@ struct tls {
 };
 
 struct stream {
-	int fd, parent;                /* the parent's pipe: if it closes, so do we; or -1 */
+	int fd;
 	const struct account *account; /* borrowed */
 	unsigned timeout_sec;
 	struct tls *tls;         /* owned; NULL: in the clear */
@@ -1144,11 +1153,13 @@ struct stream {
 	size_t lent;             /* octets of the TLS engine's that 'end' ends */
 	uint8_t *plain;          /* owned; without TLS they are here */
 	struct inflate *inflate; /* owned; NULL: nothing is compressed */
-	uint64_t fed;            /* 'in' as it was when it last gave something out */
 	uint64_t in, out;        /* octets of payload, as they are on the line */
 	unsigned waits;          /* how often it was our turn to wait for an answer */
 	int64_t waited_ms;       /* how long, for that and for what followed */
-	int64_t earned_ms;       /* of that, what DRIP_RATE allows for what came */
+	int64_t owed_ms;         /* of that, what came too slowly for DRIP_RATE */
+	int64_t quiet_ms;        /* of that, since anything came that stands for octets */
+	size_t empty;            /* octets on the line since then */
+	int64_t stop_ms;         /* when it was first seen that the run is to end; 0: not yet */
 	bool sent;               /* something was sent since the last wait */
 	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
 };
@@ -1445,33 +1456,47 @@ static int stream_fail(struct stream *s, enum err_code code, const char *format,
 }
 
 /*
- * Wait until the socket can be read (POLLIN) or written (POLLOUT). A stop that was asked for, or a
- * parent that is gone, ends the wait as soon as the line is silent for a second.
+ * Return -1 if the run is to end, else 0. A signal leaves STOP_MS to the mail that is on its way, as
+ * long as the line is not silent.
  */
+static int stream_stop(struct stream *s, bool silent)
+{
+	if (!stop_due())
+		return 0;
+	if (s->stop_ms == 0)
+		s->stop_ms = now_ms();
+	if (stop_asked && !silent && now_ms() - s->stop_ms < STOP_MS)
+		return 0;
+	return stream_fail(s, E_STOPPED, stop_asked ? "stopped by a signal" : "the parent process is gone");
+}
+
+/* Wait until the socket can be read (POLLIN) or written (POLLOUT), in all for so many seconds. */
 static int stream_wait(struct stream *s, short events, unsigned seconds, const char *what)
 {
-	int64_t began = now_ms(), deadline = began + (int64_t)seconds * 1000;
+	int64_t began = now_ms(), quiet_ms = events == POLLIN ? s->quiet_ms : 0;
 
 	if (events == POLLIN && s->sent) {
 		s->waits++;
 		s->sent = false;
 	}
 	for (;;) {
-		struct pollfd fds[] = { { .fd = s->fd, .events = events }, { .fd = s->parent } };
-		int64_t left = deadline - now_ms();
-		int n = poll(fds, s->parent >= 0 ? 2 : 1, left < 1000 ? left < 0 ? 0 : (int)left : 1000);
+		struct pollfd fd = { .fd = s->fd, .events = events };
+		int64_t left = (int64_t)seconds * 1000 - quiet_ms - (now_ms() - began);
+		int n = poll(&fd, 1, left < 1000 ? left < 0 ? 0 : (int)left : 1000);
 
 		if (n < 0 && errno != EINTR)
 			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
-		if (n > 0 && fds[1].revents != 0 && s->parent >= 0)
-			return stream_fail(s, E_STOPPED, "the parent process is gone");
-		if (n > 0) {
-			s->waited_ms += now_ms() - began;
+		if (stream_stop(s, n == 0) != 0)
+			return -1;
+		if (n > 0 && left > 0) {
+			int64_t waited_ms = now_ms() - began;
+
+			s->waited_ms += waited_ms;
+			s->owed_ms += waited_ms;
+			s->quiet_ms += waited_ms;
 			return 0;
 		}
-		if (n == 0 && stop_asked)
-			return stream_fail(s, E_STOPPED, "stopped by a signal");
-		if (n == 0 && left <= 1000)
+		if (left <= (n == 0 ? 1000 : 0))
 			return stream_fail(s, E_NET, "%s: nothing for %u seconds", what, seconds);
 	}
 }
@@ -1479,16 +1504,26 @@ static int stream_wait(struct stream *s, short events, unsigned seconds, const c
 static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 {
 	for (;;) {
-		ssize_t got = recv(s->fd, to, n, 0);
+		ssize_t got;
 
-		if (got > 0)
+		/* Records without content, or compressed data without output, could go on for ever. */
+		if (s->empty > EMPTY_MAX)
+			return stream_fail(s, E_PROTO,
+					   "more than %d octets from the server stand for nothing",
+					   EMPTY_MAX);
+		if (stream_stop(s, false) != 0)
+			return -1;
+		got = recv(s->fd, to, n, 0);
+		if (got > 0) {
+			s->empty += (size_t)got;
 			return got;
+		}
 		if (got == 0)
 			return stream_fail(s, E_NET,
 					   s->tls != NULL ? "connection cut without a TLS close"
 							  : "connection closed by the server");
 		if (errno == EAGAIN || errno == EWOULDBLOCK) {
-			if (s->waited_ms - s->earned_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
+			if (s->owed_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
 				return stream_fail(s, E_NET,
 						   "the server sends less than %d octets a second",
 						   DRIP_RATE);
@@ -1704,6 +1739,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 		return stream_fail(s, E_PROTO, "the server talked before the TLS handshake");
 	t = allocate(sizeof *t);
 	s->tls = t;
+	s->quiet_ms = 0;
+	s->empty = 0;
 	br_ssl_client_init_full(&t->client, &t->chain, trust != NULL ? trust->anchors : NULL,
 				trust != NULL ? trust->n : 0);
 	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
@@ -1788,16 +1825,16 @@ static void stream_close(struct stream *s)
 
 /*
  * Connect to the account's host, trying its addresses in turn (IPv6 and IPv4, as the system orders
- * them). With SSL_ON TLS begins at once. 'parent' is a pipe to watch, or -1.
+ * them). With SSL_ON TLS begins at once.
  */
 static int stream_open(struct stream *s, const struct account *account, const struct trust *trust,
-		       unsigned timeout_sec, int parent)
+		       unsigned timeout_sec)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG }, *list = NULL;
 	char port[8];
 	int error;
 
-	*s = (struct stream){ .fd = -1, .parent = parent, .account = account, .timeout_sec = timeout_sec };
+	*s = (struct stream){ .fd = -1, .account = account, .timeout_sec = timeout_sec };
 	snprintf(port, sizeof port, "%u", account->port);
 	error = getaddrinfo(account->host, port, &hints, &list);
 	if (error == EAI_BADFLAGS || error == EAI_NONAME) { /* ADDRCONFIG hides the loopback's address */
@@ -1805,7 +1842,7 @@ static int stream_open(struct stream *s, const struct account *account, const st
 		error = getaddrinfo(account->host, port, &hints, &list);
 	}
 	if (error != 0)
-		return stream_fail(s, E_NET, "%s: %s", account->host,
+		return stream_fail(s, E_NET, "%s: the name cannot be looked up: %s", account->host,
 				   error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error));
 	for (const struct addrinfo *address = list; address != NULL; address = address->ai_next) {
 		bool last = address->ai_next == NULL;
@@ -1836,6 +1873,22 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	return 0;
 }
 
+/* Return true if the server is on this machine, so that nobody can listen on the way. */
+static bool stream_is_local(const struct stream *s)
+{
+	struct sockaddr_storage own, peer;
+	socklen_t n = sizeof own, m = sizeof peer;
+
+	if (getsockname(s->fd, (struct sockaddr *)&own, &n) != 0 ||
+	    getpeername(s->fd, (struct sockaddr *)&peer, &m) != 0 || own.ss_family != peer.ss_family)
+		return false;
+	if (own.ss_family == AF_INET)
+		return memcmp(&((struct sockaddr_in *)&own)->sin_addr,
+			      &((struct sockaddr_in *)&peer)->sin_addr, sizeof(struct in_addr)) == 0;
+	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr, &((struct sockaddr_in6 *)&peer)->sin6_addr,
+		      sizeof(struct in6_addr)) == 0;
+}
+
 /* At least one octet as it comes over the line, lent until the next call. */
 static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end)
 {
@@ -1861,9 +1914,9 @@ static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end
 	}
 	*end = *at + n;
 	s->in += n;
-	s->earned_ms += (int64_t)n * 1000 / DRIP_RATE;
-	if (s->earned_ms > s->waited_ms)
-		s->earned_ms = s->waited_ms;
+	s->owed_ms -= (int64_t)n * 1000 / DRIP_RATE;
+	if (s->owed_ms < 0)
+		s->owed_ms = 0;
 	return 0;
 }
 
@@ -1872,8 +1925,6 @@ static int stream_feed(struct inflate *f)
 {
 	struct stream *s = f->context;
 
-	if (s->in - s->fed > COMPRESS_EMPTY_MAX)
-		return stream_fail(s, E_PROTO, "the server's compressed data stands for nothing");
 	return stream_take(s, &f->in, &f->end);
 }
 
@@ -1886,9 +1937,10 @@ static int stream_fill(struct stream *s)
 		return -1;
 	if (s->at < s->end)
 		return 0;
+	s->quiet_ms = 0;
+	s->empty = 0;
 	if (s->inflate == NULL)
 		return stream_take(s, &s->at, &s->end);
-	s->fed = s->in;
 	if (inflate_run(s->inflate, &s->at, &n) == 0) {
 		s->end = s->at + n;
 		return 0;
@@ -3254,22 +3306,6 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 	return imap_know_capabilities(im);
 }
 
-/* Is the server on this machine, so that nobody can listen on the way? */
-static bool stream_is_local(const struct stream *s)
-{
-	struct sockaddr_storage own, peer;
-	socklen_t n = sizeof own, m = sizeof peer;
-
-	if (getsockname(s->fd, (struct sockaddr *)&own, &n) != 0 ||
-	    getpeername(s->fd, (struct sockaddr *)&peer, &m) != 0 || own.ss_family != peer.ss_family)
-		return false;
-	if (own.ss_family == AF_INET)
-		return memcmp(&((struct sockaddr_in *)&own)->sin_addr,
-			      &((struct sockaddr_in *)&peer)->sin_addr, sizeof(struct in_addr)) == 0;
-	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr, &((struct sockaddr_in6 *)&peer)->sin6_addr,
-		      sizeof(struct in6_addr)) == 0;
-}
-
 /* The greeting, and STARTTLS where it is to be had; else refuse to talk in the clear unasked. */
 static int imap_greet(struct imap *im, const struct trust *trust)
 {
@@ -3317,14 +3353,14 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 
 /* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
 static int imap_open(struct imap *im, const struct account *account, const char *password,
-		     const struct trust *trust, unsigned timeout_sec, int parent)
+		     const struct trust *trust, unsigned timeout_sec)
 {
 	unsigned tag;
 
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
 	im->status_flight = IMAP_FLIGHT_MAX;
-	if (stream_open(&im->s, account, trust, timeout_sec, parent) != 0 || imap_greet(im, trust) != 0)
+	if (stream_open(&im->s, account, trust, timeout_sec) != 0 || imap_greet(im, trust) != 0)
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password) != 0)
 		return -1;
@@ -4984,7 +5020,7 @@ static int desk_connect(struct desk *d, struct err *e)
 		return 0;
 	pair_write(d->fd, &note, sizeof note);
 	d->connected = imap_open(&d->im, account, password, run_trust(d->run, account->ca_file),
-				 d->run->config->timeout_sec, d->fd) == 0;
+				 d->run->config->timeout_sec) == 0;
 	*e = d->im.s.err;
 	return d->connected ? 0 : -1;
 }
@@ -5637,7 +5673,7 @@ static int worker_start(struct run *run, struct task *task)
 	bool listing = task->state == TASK_NEW;
 	struct worker *w = &run->workers[run->n_workers];
 	int pair[2];
-	pid_t pid;
+	pid_t self = getpid(), pid;
 
 	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0)
 		return -1;
@@ -5651,6 +5687,7 @@ static int worker_start(struct run *run, struct task *task)
 	if (pid == 0) {
 		struct desk *d = allocate(sizeof *d);
 
+		parent_pid = self;
 		close(pair[0]);
 		for (unsigned i = 0; i < run->n_workers; i++) /* else they would not see the parent go */
 			close(run->workers[i].fd);

@@ -321,7 +321,7 @@ def test_damaged_streams(t):
     for i, (damage, words) in enumerate((
             (lambda self, data: b'\x06' + data, 'no known type'),
             (lambda self, data: b'\x03\x00' + data, 'after its end'),
-            (lambda self, data: b'\0\0\0\xff\xff' * 20000 + data, 'stands for nothing'),
+            (lambda self, data: b'\0\0\0\xff\xff' * 20000 + data, 'stand for nothing'),
             (spoil(3000, b'\xff' * 30), r'compressed data is wrong|IMAP|server sent|connection|expected'))):
         t.dest = os.path.join(t.folder, 'backup%d' % i)
         with imapd.Server(boxes(), session=type('S', (Session,), {'damage': damage})) as server:

@@ -5,12 +5,16 @@ is not safe no password may have been sent.
 """
 import os
 import re
+import signal
 import socket
 import ssl
+import subprocess
+import threading
+import time
 
 import archive
 from imapd import BARE, FULL, Mailbox, Server, Session
-from run import Skip
+from run import PROGRAM, Skip
 from test_wire import held, letters, run
 
 
@@ -68,6 +72,18 @@ def walk(t, ways, env=None, **more):
     return servers
 
 
+def records(record, pause=0):
+    """Instead of a handshake: the same record for ever."""
+    def start_tls(self):
+        try:
+            while True:
+                self.raw.sendall(record * (1 if pause else 1000))
+                time.sleep(pause)
+        except OSError:
+            self.drop('rst')
+    return start_tls
+
+
 def test_certificates(t):
     pin = t.certs.fingerprint
     crlf, cut, junk, empty = (os.path.join(t.folder, n) for n in ('crlf.pem', 'cut.pem', 'junk.pem', 'empty.pem'))
@@ -120,6 +136,10 @@ def test_certificates(t):
         'only13': Way('speaks only TLS 1.3', context=only_tls13),
         'plain': Way('speaks no TLS 1.2 here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
         'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
+        'alerts': Way('more than 65536 octets from the server stand for nothing',
+                      start_tls=records(b'\x15\3\3\0\2\1\x5a')),
+        'alerts-slow': Way('nothing for 3 seconds', start_tls=records(b'\x15\3\3\0\2\1\x5a', .7)),
+        'records': Way('stand for nothing', start_tls=records(b'\x16\3\3\0\0')),
         'closes': Way('cut without a TLS close|connection lost: Connection reset',
                       start_tls=lambda self: self.drop('close')),
     })
@@ -204,6 +224,36 @@ def test_truncation_is_not_a_goodbye(t):
         account['port'] = server.port
         status, said, err = run(t, [account], retries=0)
         assert status == 1 and text in err, err
+
+
+def test_data_that_never_cease(t):
+    """A mail without end, as fast as the line, or an octet now and then: a signal, and the parent's death, end it."""
+    for pause in (0, .1):
+        for number, victim in ((signal.SIGTERM, 'stopped'), (signal.SIGKILL, '')):
+            begun, over = threading.Event(), threading.Event()
+
+            def fetch(self, args, pause=pause, begun=begun, over=over):
+                try:
+                    self.put('* 1 FETCH (UID 1 BODY[] {4000000000}\r\n')
+                    self.flush()
+                    while True:
+                        self.raw.sendall(b'x\r\n' * (1 if pause else 10000))
+                        begun.set()
+                        time.sleep(pause)
+                except OSError:
+                    over.set()
+                    self.drop('rst')
+            server = Server({'INBOX': Mailbox(letters(1))}, session={'fetch': fetch})
+            t.cleanups.append(server.stop)
+            account = {'email': 'a@x', 'host': '127.0.0.1', 'port': server.port, 'ssl': False, 'password': 'secret'}
+            t.config(account, retries=0)
+            process = subprocess.Popen([PROGRAM, t.path], stderr=subprocess.PIPE)
+            assert begun.wait(30)
+            process.send_signal(number)
+            assert over.wait(60), 'goes on after signal %d' % number
+            err = process.communicate(timeout=30)[1].decode()
+            assert victim in err, err
+            server.stop()
 
 
 def test_ipv6(t):
