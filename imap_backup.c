@@ -2067,24 +2067,23 @@ static void set_free(struct set *set)
 static bool set_add(struct set *set, uint32_t low, uint32_t high)
 {
 	struct range *last = set->n > set->taken ? &set->ranges[set->n - 1] : NULL;
-	bool before = last != NULL && low < last->low;
 
 	if (last != NULL && low >= last->low && low - 1 <= last->high) {
 		last->high = high > last->high ? high : last->high;
 		return true;
 	}
-	if (set->n == SET_RANGES_MAX)
-		return false;
+	set->unsorted = set->unsorted || (last != NULL && low < last->low);
 	if (set->n == set->room) {
 		size_t room = set->room + set->room / 4 + 64;
-		struct range *ranges;
+		struct range *ranges = realloc(set->ranges, room * sizeof *ranges);
 
-		if ((ranges = realloc(set->ranges, room * sizeof *ranges)) == NULL)
+		if (ranges == NULL)
 			return false;
 		set->ranges = ranges;
 		set->room = room;
 	}
-	set->unsorted = set->unsorted || before; /* 'last' may have moved */
+	if (set->n == SET_RANGES_MAX)
+		return false;
 	set->ranges[set->n++] = (struct range){ low, high };
 	return true;
 }
@@ -2099,13 +2098,11 @@ static int range_compare(const void *a, const void *b)
 /* Put the ranges in order and join those that touch. */
 static void set_sort(struct set *set)
 {
-	struct set sorted = *set;
+	struct set sorted = { .ranges = set->ranges, .room = set->room };
 
 	if (!set->unsorted)
 		return;
 	qsort(set->ranges + set->taken, set->n - set->taken, sizeof *set->ranges, range_compare);
-	sorted.n = sorted.taken;
-	sorted.unsorted = false;
 	for (size_t i = set->taken; i < set->n; i++) /* never grows past where it reads */
 		set_add(&sorted, set->ranges[i].low, set->ranges[i].high);
 	*set = sorted;
@@ -2120,7 +2117,7 @@ static uint64_t set_count(const struct set *set)
 	return count;
 }
 
-/* The smallest UID in a sorted set that is at least 'uid', or 0. */
+/* Return the smallest UID in a sorted set that is at least 'uid', or 0. */
 static uint32_t set_next(const struct set *set, uint32_t uid)
 {
 	size_t low = set->taken, high = set->n;
@@ -2140,32 +2137,35 @@ static uint32_t set_next(const struct set *set, uint32_t uid)
 
 static bool set_has(const struct set *set, uint32_t uid)
 {
-	return set_next(set, uid) == uid && uid != 0;
+	return uid != 0 && set_next(set, uid) == uid;
 }
 
-static unsigned digits(uint32_t number)
+/* Write a range as a sequence set does (RFC 3501 9), closed with NUL; returns its length. */
+static size_t range_text(char out[24], const struct range *r)
 {
-	unsigned n = 1;
+	int n = sprintf(out, "%lu", (unsigned long)r->low);
 
-	for (; number >= 10; number /= 10)
-		n++;
-	return n;
+	if (r->high > r->low)
+		n += sprintf(out + n, ":%lu", (unsigned long)r->high);
+	return (size_t)n;
 }
 
 /* Take up to 'count' UIDs out of a sorted set, lowest first, as many as a command's line holds. */
 static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH_RANGES])
 {
-	unsigned n = 0, octets = 0;
+	unsigned n = 0;
+	size_t octets = 0;
+	char text[24];
 
 	while (n < BATCH_RANGES && count > 0 && set->taken < set->n) {
 		struct range *range = &set->ranges[set->taken];
 		uint32_t part = range->high - range->low;
 
-		octets += digits(range->low) + digits(range->high) + 2;
-		if (octets > SET_TEXT_OCTETS)
-			break;
 		part = part < count - 1 ? part : count - 1;
-		out[n++] = (struct range){ range->low, range->low + part };
+		out[n] = (struct range){ range->low, range->low + part };
+		if ((octets += range_text(text, &out[n]) + 1) > SET_TEXT_OCTETS)
+			break;
+		n++;
 		count -= part + 1;
 		if (range->low + part == range->high)
 			set->taken++;
@@ -2177,18 +2177,16 @@ static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH
 	return n;
 }
 
-/* Write ranges as a sequence set (RFC 3501 9), ascending; returns its length. */
+/* Write ranges as a sequence set, ascending; returns its length. */
 static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
 {
 	size_t length = 0;
 
 	for (unsigned i = 0; i < n; i++) {
-		length += (size_t)sprintf(out + length, "%s%lu", i > 0 ? "," : "",
-					  (unsigned long)ranges[i].low);
-		if (ranges[i].high > ranges[i].low)
-			length += (size_t)sprintf(out + length, ":%lu", (unsigned long)ranges[i].high);
+		length += range_text(out + length, &ranges[i]);
+		out[length++] = i + 1 < n ? ',' : '\0';
 	}
-	return length;
+	return length - (n > 0);
 }
 
 /* ======== imap: commands and responses ======== */
