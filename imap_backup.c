@@ -87,7 +87,6 @@ enum {
 	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
 	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
-	IMAP_DEPTH_MAX = 64,            /* parentheses in what we skip */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,                    /* of UIDs in one command */
@@ -2198,18 +2197,40 @@ static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
  * Responses that belong to no command go to the same place as all others, the struct's callbacks.
  * An error sticks, in im->s.err.
  */
+/* In the order of the words in imap_capabilities(). */
 enum imap_capability {
-	CAP_STARTTLS = 1,
-	CAP_LOGINDISABLED = 2,
-	CAP_AUTH_PLAIN = 4,
-	CAP_SASL_IR = 8,
-	CAP_LIST_STATUS = 16,
-	CAP_ESEARCH = 32,
-	CAP_CONDSTORE = 64,
-	CAP_LITERAL_PLUS = 128,
-	CAP_ID = 256,
-	CAP_STATUS_SIZE = 512,
-	CAP_COMPRESS = 1024,
+	CAP_STARTTLS = 1 << 0,
+	CAP_LOGINDISABLED = 1 << 1,
+	CAP_AUTH_PLAIN = 1 << 2,
+	CAP_SASL_IR = 1 << 3,
+	CAP_LIST_STATUS = 1 << 4,
+	CAP_ESEARCH = 1 << 5,
+	CAP_CONDSTORE = 1 << 6,
+	CAP_LITERAL_PLUS = 1 << 7,
+	CAP_ID = 1 << 8,
+	CAP_STATUS_SIZE = 1 << 9,
+	CAP_COMPRESS = 1 << 10,
+	CAP_LITERAL_MINUS = 1 << 11,
+	CAP_SPECIAL_USE = 1 << 12,
+	CAP_NAMESPACE = 1 << 13,
+	CAP_UIDPLUS = 1 << 14,
+	CAP_XOAUTH2 = 1 << 15,
+	CAP_OAUTHBEARER = 1 << 16,
+	CAP_QRESYNC = 1 << 17,
+	CAP_REV1 = 1 << 18,
+	CAP_REV2 = 1 << 19,
+	CAP_IN_REV2 = CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH | CAP_LITERAL_MINUS | CAP_SPECIAL_USE |
+		      CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE /* RFC 9051 appendix E */
+};
+
+/* What a mailbox is there for (RFC 6154), whatever it is called; in the order of imap_list_response(). */
+enum special {
+	SPECIAL_ALL = 1,
+	SPECIAL_ARCHIVE = 2,
+	SPECIAL_DRAFTS = 4,
+	SPECIAL_JUNK = 8,
+	SPECIAL_SENT = 16,
+	SPECIAL_TRASH = 32
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -2255,13 +2276,18 @@ struct imap {
 	bool trace;
 	char line[300]; /* of the response in hand, for -vv */
 	size_t line_octets;
+	bool over;             /* the response in hand: its line end was consumed too early */
+	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
+	uint32_t limited_uid;  /* the lowest UID that was looked at, as MESSAGELIMIT last said (RFC 9738) */
 
-	bool selected; /* a mailbox is; then, as EXAMINE and what came since said: */
-	uint32_t exists, uidvalidity, uidnext;
+	bool selected;   /* a mailbox is; then, as EXAMINE and what came since said: */
+	uint32_t exists; /* UINT32_MAX: unknown */
+	uint32_t uidvalidity, uidnext;
 	uint64_t highestmodseq;
 
 	void *context; /* for the callbacks; each returns -1 to give up the connection */
-	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable);
+	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable,
+		       unsigned attributes /* enum special */);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
 	int (*on_uids)(void *context, uint32_t low, uint32_t high);
 	/* A literal begins (returns 1 if it is wanted), comes, and the response that it stands in ends.
@@ -2277,6 +2303,11 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
 }
 
 /* -- reading tokens -- */
+
+/*
+ * Blanks are passed over in front of every token, wherever they stand and however many there are;
+ * control characters count as such. Only a line feed and what stands within strings and texts do not.
+ */
 
 /* Octets have come that may be of no use to anybody; what is of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
@@ -2302,7 +2333,7 @@ static int imap_fill(struct imap *im)
 	return stream_fill(&im->s) != 0 ? -1 : imap_noise(im, (uint64_t)(im->s.end - im->s.at));
 }
 
-/* The next octet, not consumed; -1 at an error. */
+/* Return the next octet without consuming it; -1 at an error. */
 static int imap_peek(struct imap *im)
 {
 	return im->s.at < im->s.end || imap_fill(im) == 0 ? *im->s.at : -1;
@@ -2317,69 +2348,55 @@ static void imap_next(struct imap *im)
 		im->line[im->line_octets++] = (char)c;
 }
 
+/* Return the first octet of the next token, or the line feed, without consuming it; -1 at an error. */
+static int imap_blanks(struct imap *im)
+{
+	int c;
+
+	while ((c = imap_peek(im)) <= ' ' && c >= 0 && c != '\n')
+		imap_next(im);
+	return c;
+}
+
+/* Consume the octet c if the next token begins with it. */
 static bool imap_is(struct imap *im, int c)
 {
-	if (imap_peek(im) != c)
+	if (imap_blanks(im) != c)
 		return false;
 	imap_next(im);
 	return true;
 }
 
-static int imap_expect(struct imap *im, int c)
-{
-	char found[16], expected[16];
-	int next = imap_peek(im);
-
-	if (next == c) {
-		imap_next(im);
-		return 0;
-	}
-	if (next < 0)
-		return -1;
-	snprintf(found, sizeof found, next > 0x20 && next < 0x7F ? "'%c'" : "octet 0x%02x", next);
-	snprintf(expected, sizeof expected, "'%c'", c);
-	return imap_proto(im, found, expected);
-}
-
-/* The end of a response's line; a bare LF is taken too. */
-static int imap_line_end(struct imap *im)
-{
-	while (imap_is(im, ' ') || imap_is(im, '\r'))
-		;
-	if (!imap_is(im, '\n'))
-		return imap_expect(im, '\n');
-	if (im->trace && im->line_octets > 0) {
-		char visible[sizeof im->line + 100];
-
-		log_visible(visible, sizeof visible, im->line, im->line_octets);
-		log_write(LOG_TRACE, "S: %s", visible);
-	}
-	im->line_octets = 0;
-	return 0;
-}
-
+/* Return true if an atom goes on with c. Brackets end it: "BODY[", "[UIDNEXT 5]". */
 static bool imap_atom_char(int c)
 {
-	return c > 0x20 && c != 0x7F && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' &&
-	       c != ']';
+	return c > ' ' && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
 }
 
-/* An atom, upper case; what is too long is read but cut. Brackets end it. Returns its length. */
-static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
+/*
+ * Read an atom, or with 'keyword' all up to a blank or closing parenthesis, whatever octets a keyword may
+ * be made of; upper case; what is too long is read but cut. Returns its length.
+ */
+static size_t imap_word(struct imap *im, char out[IMAP_ATOM_MAX], bool keyword)
 {
 	size_t n = 0;
 
-	for (int c; imap_atom_char(c = imap_peek(im)); imap_next(im))
+	for (int c = imap_blanks(im); keyword ? c > ' ' && c != ')' : imap_atom_char(c);
+	     c = imap_peek(im)) {
+		imap_next(im);
 		if (n < IMAP_ATOM_MAX - 1)
 			out[n++] = (char)(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+	}
 	out[n] = '\0';
 	return n;
 }
 
-/*
- * A number; what is none (mail.ru prints 9.37e+06, Zoho -1) or does not fit counts as 0,
- * "unknown".
- */
+static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
+{
+	return imap_word(im, out, false);
+}
+
+/* A number; one that is none (mail.ru prints 9.37e+06, Zoho -1) or does not fit counts as 0, "unknown". */
 static uint64_t imap_number(struct imap *im)
 {
 	char text[IMAP_ATOM_MAX];
@@ -2399,28 +2416,29 @@ static uint32_t imap_number32(struct imap *im)
 	return number <= UINT32_MAX ? (uint32_t)number : 0;
 }
 
-/* "{n}" or "~{n+}" up to the line end: the length of a literal. */
+/*
+ * Read "{n}" or "{n+}" with the line end behind it, the length of a literal; the next octet is '{'.
+ * Returns 1; 0 if there is no literal but something that begins like one, which then is passed over;
+ * -1 at an error.
+ */
 static int imap_literal(struct imap *im, uint64_t *octets)
 {
-	char text[IMAP_ATOM_MAX];
-	char *end;
+	char text[IMAP_ATOM_MAX], *end;
 
-	imap_is(im, '~');
-	if (imap_expect(im, '{') != 0)
-		return -1;
+	imap_next(im);
 	imap_atom(im, text);
 	errno = 0;
 	*octets = strtoumax(text, &end, 10);
-	if (text[0] < '0' || text[0] > '9' || errno != 0 ||
-	    (*end != '\0' && strcmp(end, "+}") != 0 && strcmp(end, "}") != 0))
-		return imap_proto(im, "a literal without a length", "{number}");
-	if (*octets > UINT32_MAX)
-		return stream_fail(&im->s, E_PROTO,
-				   "the server announces a literal of %llu octets; more than "
-				   "4294967295 is no mail",
-				   (unsigned long long)*octets);
-	imap_is(im, '\r');
-	return imap_expect(im, '\n');
+	if (text[0] < '0' || text[0] > '9' || (strcmp(end, "+}") != 0 && strcmp(end, "}") != 0) ||
+	    !imap_is(im, '\n')) {
+		*octets = 0;
+		return im->s.err.code != E_NONE ? -1 : 0;
+	}
+	if (errno == 0 && *octets <= UINT32_MAX)
+		return 1;
+	return stream_fail(&im->s, E_PROTO,
+			   "the server announces a literal of %.*s octets; more than 4294967295 is no mail",
+			   (int)(end - text), text);
 }
 
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
@@ -2446,16 +2464,16 @@ static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *
 }
 
 /*
- * A string in any form (atom, quoted, literal) into out, cut at size - 1 and closed with NUL.
+ * Read a string in any form (atom, quoted, literal) into out, cut at size - 1 and closed with NUL.
  * Returns the length it really has, -1 at an error.
  */
 static int64_t imap_string(struct imap *im, char *out, size_t size)
 {
 	uint64_t n = 0, octets = 0;
-	int c = imap_peek(im);
+	int c = imap_blanks(im);
 	bool quoted = c == '"', literal = c == '{';
 
-	if (literal && imap_literal(im, &octets) != 0)
+	if (literal && imap_literal(im, &octets) < 0)
 		return -1;
 	if (quoted)
 		imap_next(im);
@@ -2478,94 +2496,124 @@ static int64_t imap_string(struct imap *im, char *out, size_t size)
 	return (int64_t)n;
 }
 
-/* Pass over one value: an atom, a string, or a list with all that is in it. */
-static int imap_skip(struct imap *im)
+/* Pass over one octet, or over a literal with all that is in it. */
+static int imap_pass(struct imap *im)
 {
-	unsigned depth = 0;
+	uint64_t octets;
+	int literal;
 
-	do {
-		uint64_t octets;
-		char ignored[8];
-		int c = imap_peek(im);
-
-		if (c < 0)
-			return -1;
-		if (c == '(' || c == '[') {
-			if (++depth > IMAP_DEPTH_MAX)
-				return stream_fail(&im->s, E_PROTO,
-						   "the server nests parentheses more than "
-						   "%d deep",
-						   IMAP_DEPTH_MAX);
+	if (imap_peek(im) != '{') {
+		if (im->s.err.code == E_NONE)
 			imap_next(im);
-		} else if (c == ')' || c == ']') {
-			if (depth == 0)
-				return 0;
-			depth--;
-			imap_next(im);
-		} else if (c == '{') {
-			if (imap_literal(im, &octets) != 0 || imap_pour(im, octets, NULL) != 0)
-				return -1;
-		} else if (c == '"') {
-			if (imap_string(im, ignored, sizeof ignored) < 0)
-				return -1;
-		} else if (c == '\r' || c == '\n') {
-			return depth == 0 ? 0 : imap_proto(im, "a line's end", "a closing parenthesis");
-		} else {
-			imap_next(im);
-			if (depth == 0 && c != ' ')
-				for (; (c = imap_peek(im)) >= 0 && imap_atom_char(c); imap_next(im))
-					;
-		}
-	} while (depth > 0);
-	return im->s.err.code != E_NONE ? -1 : 0;
+		return im->s.err.code != E_NONE ? -1 : 0;
+	}
+	literal = imap_literal(im, &octets);
+	return literal > 0 ? imap_pour(im, octets, NULL) : literal;
 }
 
-/* Pass over the rest of a response, literals included. */
-static int imap_skip_line(struct imap *im)
+/*
+ * Pass over one value: an atom, a string, or a list with all that is in it; over nothing where the line
+ * or the list that it should stand in ends.
+ */
+static int imap_skip(struct imap *im)
 {
-	for (int c; (c = imap_peek(im)) != '\n';) {
-		if (c < 0)
+	uint64_t depth = 0;
+
+	do {
+		char word[IMAP_ATOM_MAX];
+		int c = imap_blanks(im);
+
+		if (c == '\n' || (c == ')' && depth == 0))
+			return 0;
+		depth += c == '(';
+		depth -= c == ')';
+		if (c == '"' ? imap_string(im, word, sizeof word) < 0
+			     : imap_atom(im, word) == 0 && imap_pass(im) != 0)
 			return -1;
-		if (c == '"' || c == '(' || c == '{' || c == '[' || imap_atom_char(c)) {
-			if (imap_skip(im) != 0)
-				return -1;
-		} else {
-			imap_next(im);
-		}
+	} while (depth > 0);
+	return 0;
+}
+
+/* Return true at the end of a response, or at an error. */
+static bool imap_at_end(struct imap *im)
+{
+	int c = im->over ? '\n' : imap_blanks(im);
+
+	return c == '\n' || c < 0;
+}
+
+/* Pass over what is left of a response, literals included. */
+static int imap_line_end(struct imap *im)
+{
+	char visible[sizeof im->line + 100];
+
+	while (!imap_at_end(im))
+		if (imap_pass(im) != 0)
+			return -1;
+	if (!im->over && !imap_is(im, '\n'))
+		return -1;
+	if (im->trace && im->line_octets > 0) {
+		log_visible(visible, sizeof visible, im->line, im->line_octets);
+		log_write(LOG_TRACE, "S: %s", visible);
 	}
-	return imap_line_end(im);
+	im->line_octets = 0;
+	return 0;
+}
+
+/*
+ * Read the next word of a list in parentheses, upper case. Returns false behind the closing one, at an
+ * error, and where the response is over without one: a line end is passed over in front of more of
+ * the list only (some servers send an empty line behind a literal).
+ */
+static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
+{
+	while (imap_atom(im, word) == 0 && !imap_is(im, ')')) {
+		bool line_end = imap_peek(im) == '\n';
+
+		if (imap_pass(im) != 0)
+			return false;
+		im->over = line_end && strchr("*+Aa", imap_blanks(im)) != NULL;
+		if (im->over)
+			return false;
+	}
+	return *word != '\0';
 }
 
 /* -- reading responses -- */
 
-static void imap_capability_word(struct imap *im, const char *word)
+/* Return 1 << i if this word is words[i], 0 if it is none of them; the list ends with NULL. */
+static unsigned imap_bit(const char *const *words, const char *word)
 {
-	static const struct {
-		const char *word;
-		unsigned capability;
-	} known[] = {
-		{ "STARTTLS", CAP_STARTTLS },       { "LOGINDISABLED", CAP_LOGINDISABLED },
-		{ "AUTH=PLAIN", CAP_AUTH_PLAIN },   { "SASL-IR", CAP_SASL_IR },
-		{ "LIST-STATUS", CAP_LIST_STATUS }, { "ESEARCH", CAP_ESEARCH },
-		{ "CONDSTORE", CAP_CONDSTORE },     { "QRESYNC", CAP_CONDSTORE },
-		{ "LITERAL+", CAP_LITERAL_PLUS },   { "ID", CAP_ID },
-		{ "STATUS=SIZE", CAP_STATUS_SIZE }, { "COMPRESS=DEFLATE", CAP_COMPRESS },
-	};
-
-	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-		if (strcmp(word, known[i].word) == 0)
-			im->capabilities |= known[i].capability;
+	for (unsigned i = 0; words[i] != NULL; i++)
+		if (strcmp(words[i], word) == 0)
+			return 1u << i;
+	return 0;
 }
 
 static int imap_capabilities(struct imap *im)
 {
+	static const char *const words[] = { "STARTTLS",     "LOGINDISABLED",    "AUTH=PLAIN",
+					     "SASL-IR",      "LIST-STATUS",      "ESEARCH",
+					     "CONDSTORE",    "LITERAL+",         "ID",
+					     "STATUS=SIZE",  "COMPRESS=DEFLATE", "LITERAL-",
+					     "SPECIAL-USE",  "NAMESPACE",        "UIDPLUS",
+					     "AUTH=XOAUTH2", "AUTH=OAUTHBEARER", "QRESYNC",
+					     "IMAP4REV1",    "IMAP4REV2",        NULL };
 	char word[IMAP_ATOM_MAX];
 
 	im->capabilities = 0;
+	im->append_limit = 0;
 	im->capabilities_known = true;
-	while (imap_is(im, ' ') || imap_atom_char(imap_peek(im)))
-		if (imap_atom(im, word) > 0)
-			imap_capability_word(im, word);
+	while (imap_atom(im, word) > 0) {
+		im->capabilities |= imap_bit(words, word);
+		if (strncmp(word, "APPENDLIMIT=", 12) == 0)
+			im->append_limit = strtoumax(word + 12, NULL, 10);
+	}
+	if (im->capabilities & CAP_QRESYNC)
+		im->capabilities |= CAP_CONDSTORE;
+	/* A server of both is one of IMAP4rev1, as nobody enables the other, and says itself what it can. */
+	if ((im->capabilities & (CAP_REV1 | CAP_REV2)) == CAP_REV2)
+		im->capabilities |= CAP_IN_REV2;
 	return im->s.err.code != E_NONE ? -1 : 0;
 }
 
@@ -2574,38 +2622,43 @@ static int imap_text(struct imap *im, struct imap_result *result)
 {
 	size_t n = 0;
 	char word[IMAP_ATOM_MAX];
+	uint32_t number;
 	int c;
 
 	result->code[0] = '\0';
 	result->numbers[0] = result->numbers[1] = 0;
 	if (imap_is(im, '[')) {
+		bool list = false; /* its brackets count for nothing: "[PERMANENTFLAGS (a] \*)] words" */
+		int last = 0;
+
 		imap_atom(im, word);
 		snprintf(result->code, sizeof result->code, "%.31s", word);
 		if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
 			return -1;
-		for (int i = 0; i < 2 && imap_is(im, ' '); i++)
-			if ((c = imap_peek(im)) >= '0' && c <= '9')
-				result->numbers[i] = imap_number(im);
-		while ((c = imap_peek(im)) >= 0 && c != ']' && c != '\r' && c != '\n')
-			if (c == '(' || c == '"' || c == '{') {
-				if (imap_skip(im) != 0)
-					return -1;
-			} else {
-				imap_next(im);
-			}
+		for (int i = 0; i < 2 && (c = imap_blanks(im)) >= '0' && c <= '9'; i++)
+			result->numbers[i] = imap_number(im);
+		for (; (c = imap_blanks(im)) != '\n' && (c != ']' || (list && last != ')')); last = c) {
+			list = list || c == '(';
+			if (imap_pass(im) != 0)
+				return -1;
+		}
 		imap_is(im, ']');
-		imap_is(im, ' ');
 	}
-	for (; (c = imap_peek(im)) >= 0 && c != '\r' && c != '\n'; imap_next(im))
-		if (n < sizeof result->text - 1)
+	for (c = imap_blanks(im); c >= 0 && c != '\n'; c = imap_peek(im)) {
+		if (n < sizeof result->text - 1 && c != '\r')
 			result->text[n++] = (char)c;
+		imap_next(im);
+	}
 	result->text[n] = '\0';
+	number = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
 	if (strcmp(result->code, "UIDVALIDITY") == 0)
-		im->uidvalidity = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
+		im->uidvalidity = number;
 	else if (strcmp(result->code, "UIDNEXT") == 0)
-		im->uidnext = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
+		im->uidnext = number;
 	else if (strcmp(result->code, "HIGHESTMODSEQ") == 0)
 		im->highestmodseq = result->numbers[0];
+	else if (strcmp(result->code, "MESSAGELIMIT") == 0)
+		im->limited_uid = result->numbers[1] <= UINT32_MAX ? (uint32_t)result->numbers[1] : 0;
 	else if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
 		log_info("the server says: %s", result->text);
 	return imap_line_end(im);
@@ -2645,117 +2698,108 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 	return 0;
 }
 
-/* INTERNALDATE: "17-Jul-1996 02:44:25 -0700" (RFC 3501 9), the day may be one digit. */
+/* Read up to 'most' digits and what stands between them and the next token of a date; -1: there are none. */
+static long date_number(const char **p, int most, const char *between)
+{
+	long number = isdigit((unsigned char)**p) ? 0 : -1;
+
+	for (; most > 0 && isdigit((unsigned char)**p); most--, (*p)++)
+		number = number * 10 + (**p - '0');
+	*p += strspn(*p, between);
+	return number;
+}
+
+/*
+ * Read a date: "17-Jul-1996 02:44:25 -0700" (INTERNALDATE, RFC 3501 9) or "Wed, 17 Jul 96 02:44 PDT"
+ * (RFC 5322 3.3 and 4.3, without comments in it). False if there is no such time.
+ */
 static bool parse_date(const char *text, int64_t *sec)
 {
-	static const char form[] = "-aaa-dddd dd:dd:dd sdddd";
-	unsigned day = 0, month;
-	long hour, minute, second, zone;
+	static const char blanks[] = " \t\r\n", zones[] = "ECMP";
+	const char *p = text + strspn(text, blanks), *name;
+	long day, year, hour, minute, second = 0, zone = 0, sign;
+	unsigned month;
 
-	while (*text == ' ')
-		text++;
-	for (; *text >= '0' && *text <= '9' && day < 100; text++)
-		day = day * 10 + (unsigned)(*text - '0');
-	for (size_t i = 0; form[i] != '\0'; i++)
-		if (form[i] == 'd'   ? !isdigit((unsigned char)text[i])
-		    : form[i] == 'a' ? !isalpha((unsigned char)text[i])
-		    : form[i] == 's' ? text[i] != '+' && text[i] != '-'
-				     : text[i] != form[i])
-			return false;
-	month = month_of(text + 1);
-	hour = strtol(text + 10, NULL, 10);
-	minute = strtol(text + 13, NULL, 10);
-	second = strtol(text + 16, NULL, 10);
-	zone = strtol(text + 20, NULL, 10);
-	if (month == 0 || day < 1 || day > 31 || hour > 23 || minute > 59 || second > 60 || zone > 9999)
+	if (isalpha((unsigned char)*p)) /* the day of the week */
+		p += strcspn(p, ", ");
+	p += strspn(p, ", \t\r\n");
+	day = date_number(&p, 2, "- \t\r\n");
+	month = month_of(p);
+	p += strcspn(p, "- \t\r\n");
+	p += strspn(p, "- \t\r\n");
+	year = date_number(&p, 4, blanks);
+	year += year >= 1000 || year < 0 ? 0 : year < 50 ? 2000 : 1900;
+	hour = date_number(&p, 2, ":");
+	minute = date_number(&p, 2, ":");
+	if (isdigit((unsigned char)*p))
+		second = date_number(&p, 2, "");
+	p += strspn(p, blanks);
+	sign = *p == '-' ? -1 : 1;
+	if (*p == '+' || *p == '-') {
+		p++;
+		zone = date_number(&p, 4, "");
+	} else if (*p != '\0' && (name = strchr(zones, *p)) != NULL && (p[1] == 'S' || p[1] == 'D') &&
+		   p[2] == 'T') {
+		sign = -1; /* EST is -0500, PDT -0700; other names tell nothing and count as UTC */
+		zone = 100 * (5 + (name - zones) - (p[1] == 'D'));
+	}
+	if (month == 0 || day < 1 || year < 1900 || hour < 0 || hour > 23 || minute < 0 || minute > 59 ||
+	    second > 60 || zone < 0 || zone > 1400 || zone % 100 > 59 ||
+	    days_of(year, month, (unsigned)day) >= days_of(year + month / 12, month % 12 + 1, 1))
 		return false;
 	zone = zone / 100 * 3600 + zone % 100 * 60;
-	*sec = days_of(strtol(text + 5, NULL, 10), month, day) * 86400 + hour * 3600 + minute * 60 +
-	       second - (text[19] == '+' ? zone : -zone);
+	*sec = days_of(year, month, (unsigned)day) * 86400 + hour * 3600 + minute * 60 + second -
+	       sign * zone;
 	return true;
 }
 
-static int imap_flags(struct imap *im, struct imap_fetch *fetch)
+/* Return what a flag is to us: MBOX_SEEN ..., or 0. */
+static unsigned imap_flag(const char *word)
 {
-	static const struct {
-		const char *word;
-		unsigned flag;
-	} known[] = {
-		{ "\\SEEN", MBOX_SEEN },
-		{ "\\ANSWERED", MBOX_ANSWERED },
-		{ "\\FLAGGED", MBOX_FLAGGED },
-		{ "$FORWARDED", MBOX_FORWARDED },
-	};
-	char word[IMAP_ATOM_MAX];
+	static const char *const words[] = { "\\SEEN", "\\ANSWERED", "\\FLAGGED", "$FORWARDED", NULL };
+	unsigned bit = imap_bit(words, word);
 
-	if (imap_expect(im, '(') != 0)
-		return -1;
-	fetch->has_flags = true;
-	fetch->flags = 0;
-	while (!imap_is(im, ')')) {
-		if (imap_is(im, ' '))
-			continue;
-		if (imap_peek(im) < 0 || imap_peek(im) == '\n')
-			return imap_proto(im, "a line's end", "the flags' closing parenthesis");
-		if (imap_atom(im, word) == 0) /* an odd octet, in an odd keyword */
-			imap_next(im);
-		for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-			if (strcmp(word, known[i].word) == 0)
-				fetch->flags |= known[i].flag;
-	}
-	return 0;
+	return bit < 8 ? bit : MBOX_FORWARDED; /* the first three are MBOX_SEEN, _ANSWERED, _FLAGGED */
 }
 
 /* What stands in the brackets of BODY[...], and perhaps <0> behind them: which literal is this? */
-static int imap_section(struct imap *im, enum imap_section *section)
+static enum imap_section imap_section(struct imap *im)
 {
-	char text[200];
+	char text[200], part[IMAP_ATOM_MAX];
+	uint64_t ignored;
 	size_t n = 0;
 	int c;
 
-	while ((c = imap_peek(im)) >= 0 && c != ']') {
-		char name[64];
-
-		if (c == '"' || c == '{') { /* a field's name is an astring */
-			if (imap_string(im, name, sizeof name) < 0)
-				return -1;
-			for (const char *p = name; *p != '\0' && n < sizeof text - 1; p++)
-				text[n++] = (char)toupper((unsigned char)*p);
-			continue;
-		}
-		if (c == '\r' || c == '\n')
-			return imap_proto(im, "a line's end", "']'");
-		if (n < sizeof text - 1)
-			text[n++] = (char)toupper(c);
-		imap_next(im);
-	}
-	text[n] = '\0';
-	if (imap_expect(im, ']') != 0)
-		return -1;
-	*section = n == 0 ? SECTION_MAIL : SECTION_NONE;
-	if (strncmp(text, "HEADER.FIELDS (", 15) == 0)
-		*section = strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
-			   : strstr(text, "SUBJECT") != NULL  ? SECTION_MADE
-							      : SECTION_NONE;
-	if (imap_peek(im) == '<') {
-		*section = SECTION_NONE; /* a part of it: nothing that we asked for */
-		while ((c = imap_peek(im)) >= 0 && c != ' ' && c != ')' && c != '\n')
+	while ((c = imap_blanks(im)) >= 0 && c != '\n' && c != ']')
+		if (c == '{') { /* a field's name may be a literal; it comes with the next octets */
+			imap_literal(im, &ignored);
+		} else {
 			imap_next(im);
-	}
-	return 0;
+			if (n < sizeof text - 1)
+				text[n++] = (char)toupper(c);
+		}
+	text[n] = '\0';
+	if (!imap_is(im, ']') || (imap_blanks(im) == '<' && imap_atom(im, part) > 0))
+		return SECTION_NONE; /* a part of it: nothing that we asked for */
+	if (strncmp(text, "HEADER.FIELDS(", 14) == 0)
+		return strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
+		       : strstr(text, "SUBJECT") != NULL  ? SECTION_MADE
+							  : SECTION_NONE;
+	return n == 0 ? SECTION_MAIL : SECTION_NONE;
 }
 
-/* The value of BODY[...]: a literal, a quoted string, or NIL. */
+/* Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. */
 static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
 {
-	int c = imap_peek(im), wanted = 0;
+	int c, wanted = 0;
 	char text[IMAP_LINE_MAX];
 	uint64_t octets = 0;
 	int64_t n;
 
-	if (c == '{' || c == '~') {
-		if (imap_literal(im, &octets) != 0)
-			return -1;
+	imap_is(im, '~');
+	if ((c = imap_blanks(im)) == '{') {
+		if ((n = imap_literal(im, &octets)) <= 0)
+			return n < 0 ? -1 : imap_proto(im, "a literal without a length", "{number}");
 	} else if (c == '"') { /* short ones may come so */
 		if ((n = imap_string(im, text, sizeof text)) < 0)
 			return -1;
@@ -2763,7 +2807,7 @@ static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_sectio
 			return imap_proto(im, "a mail as a long quoted string", "a literal");
 		octets = (uint64_t)n;
 	} else {
-		return c == ')' ? 0 : imap_skip(im); /* NIL; Yandex sends nothing at all */
+		return c == 'N' || c == 'n' ? imap_skip(im) : 0;
 	}
 	if (section != SECTION_NONE && fetch->section == SECTION_NONE) {
 		fetch->section = section;
@@ -2771,53 +2815,52 @@ static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_sectio
 		if ((wanted = im->on_literal(im->context, fetch)) < 0)
 			return -1;
 	}
-	if (c != '"')
+	if (c == '{')
 		return imap_pour(im, octets, wanted ? fetch : NULL);
 	return wanted && octets > 0 ? im->on_octets(im->context, fetch, text, (size_t)octets) : 0;
 }
 
+/*
+ * "* 12 FETCH (UID 5 FLAGS (\Seen) BODY[] {3}...)". What follows a parenthesis that closes too early, because
+ * one stands in a keyword or because the server thinks so, is of the same response.
+ */
 static int imap_fetch_response(struct imap *im, uint32_t uid)
 {
 	struct imap_fetch fetch = { .uid = uid };
 	char word[IMAP_ATOM_MAX], text[64];
 
-	if (imap_expect(im, '(') != 0)
-		return -1;
-	while (!imap_is(im, ')')) {
-		enum imap_section section;
-		int result = 0;
+	do {
+		while (imap_item(im, word)) {
+			enum imap_section section;
+			int result = 0;
 
-		if (imap_is(im, ' '))
-			continue;
-		if (imap_atom(im, word) == 0)
-			return imap_expect(im, ')');
-		if (strcmp(word, "BODY") == 0 && imap_is(im, '[')) {
-			if (imap_section(im, &section) != 0)
+			if (imap_is(im, '[')) {
+				section = imap_section(im);
+				result = imap_body(im, &fetch,
+						   strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
+			} else if (strcmp(word, "UID") == 0) {
+				fetch.uid = imap_number32(im);
+			} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
+				fetch.has_flags = true;
+				fetch.flags = 0;
+				while (imap_word(im, word, true) > 0)
+					fetch.flags |= imap_flag(word);
+				imap_is(im, ')');
+			} else if (strcmp(word, "RFC822.SIZE") == 0) {
+				fetch.size = imap_number(im);
+				fetch.has_size = true;
+			} else if (strcmp(word, "INTERNALDATE") == 0) {
+				result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
+				fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
+			} else if (word[0] == '\\') {
+				fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
+			} else {
+				result = imap_skip(im);
+			}
+			if (result != 0)
 				return -1;
-			imap_is(im, ' ');
-			if (imap_body(im, &fetch, section) != 0)
-				return -1;
-			continue;
 		}
-		if (imap_peek(im) == '[' && imap_skip(im) != 0) /* "BINARY[1]" and the like */
-			return -1;
-		imap_is(im, ' ');
-		if (strcmp(word, "UID") == 0) {
-			fetch.uid = imap_number32(im);
-		} else if (strcmp(word, "FLAGS") == 0) {
-			result = imap_flags(im, &fetch);
-		} else if (strcmp(word, "RFC822.SIZE") == 0) {
-			fetch.size = imap_number(im);
-			fetch.has_size = true;
-		} else if (strcmp(word, "INTERNALDATE") == 0) {
-			result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
-			fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
-		} else {
-			result = imap_skip(im);
-		}
-		if (result != 0 || im->s.err.code != E_NONE)
-			return -1;
-	}
+	} while (!imap_at_end(im));
 	if (im->s.err.code != E_NONE || im->on_fetch(im->context, &fetch) != 0)
 		return -1;
 	return imap_line_end(im);
@@ -2828,27 +2871,28 @@ static uint32_t imap_uid(struct imap *im)
 {
 	uint64_t uid = 0;
 
-	for (int c; uid <= UINT32_MAX && (c = imap_peek(im)) >= '0' && c <= '9'; imap_next(im))
+	for (int c = imap_blanks(im); c >= '0' && c <= '9' && uid <= UINT32_MAX; c = imap_peek(im)) {
 		uid = uid * 10 + (unsigned)(c - '0');
+		imap_next(im);
+	}
 	if (uid > 0 && uid <= UINT32_MAX)
 		return (uint32_t)uid;
 	imap_proto(im, uid > 0 ? "a number over 4294967295" : "something else", "a UID");
 	return 0;
 }
 
-/* "1:5,9", as in ESEARCH and VANISHED. */
+/* "1:5,9", as in ESEARCH. */
 static int imap_uid_set(struct imap *im)
 {
-	for (;;) {
+	do {
 		uint32_t low = imap_uid(im), high = low;
 
 		if (low == 0 || (imap_is(im, ':') && (high = imap_uid(im)) == 0))
 			return -1;
 		if (im->on_uids(im->context, low < high ? low : high, low < high ? high : low) != 0)
 			return -1;
-		if (!imap_is(im, ','))
-			return 0;
-	}
+	} while (imap_is(im, ','));
+	return 0;
 }
 
 /* "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731) */
@@ -2856,87 +2900,81 @@ static int imap_esearch(struct imap *im)
 {
 	char word[IMAP_ATOM_MAX];
 
-	for (int c; (c = imap_peek(im)) != '\r' && c != '\n';) {
-		if (c < 0)
+	while (!imap_at_end(im))
+		if (imap_atom(im, word) == 0 ? imap_pass(im) != 0
+					     : strcmp(word, "ALL") == 0 && imap_uid_set(im) != 0)
 			return -1;
-		if (imap_is(im, ' '))
-			continue;
-		if (c == '(' || c == '"' || c == '{') {
-			if (imap_skip(im) != 0)
-				return -1;
-		} else if (imap_atom(im, word) == 0) {
-			return imap_expect(im, ' ');
-		} else if (strcmp(word, "ALL") == 0 && imap_is(im, ' ') && imap_uid_set(im) != 0) {
-			return -1;
-		}
-	}
 	return imap_line_end(im);
 }
 
 /* "* SEARCH 1 2 5"; a CONDSTORE server may end it with (MODSEQ n). */
 static int imap_search(struct imap *im)
 {
-	for (int c; (c = imap_peek(im)) != '\r' && c != '\n';) {
-		if (c < 0 || (c == '(' && imap_skip(im) != 0))
+	while (!imap_at_end(im))
+		if (imap_peek(im) == '(' ? imap_skip(im) != 0 : imap_uid_set(im) != 0)
 			return -1;
-		if (c >= '0' && c <= '9') {
-			if (imap_uid_set(im) != 0)
-				return -1;
-		} else if (c != '(' && imap_expect(im, ' ') != 0) {
-			return -1;
-		}
-	}
 	return imap_line_end(im);
 }
 
 /* "* LIST (\HasNoChildren) "/" INBOX" */
 static int imap_list_response(struct imap *im)
 {
+	static const char *const words[] = { "\\ALL",  "\\ARCHIVE", "\\DRAFTS", "\\JUNK",
+					     "\\SENT", "\\TRASH",   NULL };
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4];
 	bool selectable = true;
-	int64_t n;
+	unsigned attributes = 0;
+	int64_t n = 0;
+	int c;
 
-	if (imap_expect(im, ' ') != 0 || imap_expect(im, '(') != 0)
-		return -1;
-	while (!imap_is(im, ')')) {
-		if (imap_is(im, ' '))
-			continue;
-		if (imap_atom(im, word) == 0)
-			return imap_expect(im, ')');
+	while (imap_item(im, word)) {
 		if (strcmp(word, "\\NOSELECT") == 0 || strcmp(word, "\\NONEXISTENT") == 0)
 			selectable = false;
+		attributes |= imap_bit(words, word);
 	}
-	if (imap_expect(im, ' ') != 0)
+	if (im->over)
+		return imap_proto(im, "a line's end", "a mailbox's name");
+	if (imap_string(im, delimiter, sizeof delimiter) < 0)
 		return -1;
-	if (imap_peek(im) == 'N' || imap_peek(im) == 'n') {
-		imap_atom(im, word);
-		delimiter[0] = '\0'; /* NIL: there is no hierarchy */
-	} else if (imap_string(im, delimiter, sizeof delimiter) < 0) {
-		return -1;
+	if (strcasecmp(delimiter, "NIL") == 0)
+		delimiter[0] = '\0'; /* there is no hierarchy */
+	if ((c = imap_blanks(im)) == '"' || c == '{') {
+		n = imap_string(im, name, sizeof name);
+	} else { /* whatever it may be made of; RFC 5258 adds ("THINGS" ...) behind a name */
+		for (; c >= 0 && c != '\n'; c = imap_peek(im)) {
+			if (c == '"' && n >= 2 && memcmp(name + n - 2, " (", 2) == 0) {
+				n -= 2;
+				break;
+			}
+			if (n < (int64_t)sizeof name - 1)
+				name[n++] = (char)c;
+			imap_next(im);
+		}
+		while (n > 0 && (name[n - 1] == ' ' || name[n - 1] == '\r'))
+			n--;
+		name[n] = '\0';
 	}
-	if (imap_expect(im, ' ') != 0 || (n = imap_string(im, name, sizeof name)) < 0)
+	if (n < 0 || im->s.err.code != E_NONE)
 		return -1;
-	if (im->on_list(im->context, name, (size_t)n, delimiter[0], selectable) != 0)
+	if (im->on_list(im->context, name, (size_t)n, delimiter[0], selectable, attributes) != 0)
 		return -1;
-	return imap_skip_line(im); /* RFC 5258 adds things behind the name */
+	return imap_line_end(im);
 }
 
-/* "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)" */
+/*
+ * "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)". It only saves work: one that cannot be read, as that of an
+ * unquoted name with blanks, is passed over, and the mailbox is opened.
+ */
 static int imap_status_response(struct imap *im)
 {
 	struct imap_status status = { .unseen = UINT32_MAX, .known = true };
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX];
 
-	if (imap_expect(im, ' ') != 0 || imap_string(im, name, sizeof name) < 0 ||
-	    imap_expect(im, ' ') != 0 || imap_expect(im, '(') != 0)
+	if (imap_string(im, name, sizeof name) < 0)
 		return -1;
-	while (!imap_is(im, ')')) {
-		if (imap_is(im, ' '))
-			continue;
-		if (imap_atom(im, word) == 0)
-			return imap_expect(im, ')');
-		if (imap_expect(im, ' ') != 0)
-			return -1;
+	if (!imap_is(im, '('))
+		return imap_line_end(im);
+	while (imap_item(im, word))
 		if (strcmp(word, "MESSAGES") == 0)
 			status.messages = imap_number32(im);
 		else if (strcmp(word, "UIDNEXT") == 0)
@@ -2951,8 +2989,8 @@ static int imap_status_response(struct imap *im)
 			status.octets = imap_number(im);
 		else if (imap_skip(im) != 0)
 			return -1;
-	}
-	if (im->on_status != NULL && im->on_status(im->context, name, &status) != 0)
+	if (imap_at_end(im) && im->s.err.code == E_NONE && im->on_status != NULL &&
+	    im->on_status(im->context, name, &status) != 0)
 		return -1;
 	return imap_line_end(im);
 }
@@ -2972,44 +3010,36 @@ static int imap_untagged(struct imap *im)
 {
 	struct imap_result result = { 0 };
 	char word[IMAP_ATOM_MAX];
-	uint32_t number = 0;
-	bool leaving;
+	int c = imap_blanks(im);
 
-	if (imap_peek(im) == '[') /* home.pl: "* [COPYUID ...]" */
+	if (c == '[') /* home.pl: "* [COPYUID ...]" */
 		return imap_text(im, &result);
-	imap_atom(im, word);
-	if (word[0] >= '0' && word[0] <= '9') {
-		number = (uint32_t)strtoul(word, NULL, 10);
-		if (imap_expect(im, ' ') != 0)
-			return -1;
+	if (c >= '0' && c <= '9') {
+		uint32_t number = imap_number32(im);
+
 		imap_atom(im, word);
 		if ((strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0) && im->on_fetch != NULL)
-			return imap_expect(im, ' ') != 0
-				       ? -1
-				       : imap_fetch_response(im, word[0] == 'U' ? number : 0);
+			return imap_fetch_response(im, word[0] == 'U' ? number : 0);
 		if (strcmp(word, "EXISTS") == 0)
 			im->exists = number;
-		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0)
+		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0 && im->exists != UINT32_MAX)
 			im->exists--;
-		return imap_skip_line(im);
+		return imap_line_end(im);
 	}
+	imap_atom(im, word);
 	if (strcmp(word, "OK") == 0 || strcmp(word, "NO") == 0 || strcmp(word, "BAD") == 0 ||
 	    strcmp(word, "PREAUTH") == 0 || strcmp(word, "BYE") == 0) {
-		im->preauth = im->preauth || word[0] == 'P';
-		leaving = word[1] == 'Y';
-		imap_is(im, ' ');
 		if (imap_text(im, &result) != 0)
 			return -1;
+		im->preauth = im->preauth || word[0] == 'P';
 		/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
 		if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
 			im->one_at_a_time = true;
 		if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
 			im->status_flight = 20;
 		im->greeted = true;
-		return leaving ? imap_bye(im, &result) : 0;
+		return word[1] == 'Y' ? imap_bye(im, &result) : 0;
 	}
-	if (strcmp(word, "CAPABILITY") == 0)
-		return imap_capabilities(im) != 0 ? -1 : imap_skip_line(im);
 	if (strcmp(word, "LIST") == 0 && im->on_list != NULL)
 		return imap_list_response(im);
 	if (strcmp(word, "STATUS") == 0)
@@ -3018,7 +3048,9 @@ static int imap_untagged(struct imap *im)
 		return imap_search(im);
 	if (strcmp(word, "ESEARCH") == 0 && im->on_uids != NULL)
 		return imap_esearch(im);
-	return imap_skip_line(im);
+	if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
+		return -1;
+	return imap_line_end(im);
 }
 
 /* Read one response. Returns 0, 1 if it was a continuation request, -1 at an error. */
@@ -3030,14 +3062,13 @@ static int imap_response(struct imap *im)
 	unsigned long tag;
 
 	im->line_octets = 0;
-	if (imap_is(im, '*')) {
-		imap_is(im, ' ');
+	im->over = false;
+	while (imap_is(im, '\n')) /* an empty line */
+		;
+	if (imap_is(im, '*'))
 		return imap_untagged(im);
-	}
-	if (imap_is(im, '+')) {
-		imap_is(im, ' ');
+	if (imap_is(im, '+'))
 		return imap_text(im, &ignored) != 0 ? -1 : 1;
-	}
 	if (imap_peek(im) == '[') /* Office 365: a code without a status */
 		return imap_text(im, &ignored);
 	imap_atom(im, word);
@@ -3052,10 +3083,7 @@ static int imap_response(struct imap *im)
 		snprintf(found, sizeof found, "a line that begins with \"%.30s\"", word);
 		return imap_proto(im, found, "\"*\", \"+\" or the tag of a command");
 	}
-	if (imap_expect(im, ' ') != 0)
-		return -1;
 	imap_atom(im, word);
-	imap_is(im, ' ');
 	if (imap_text(im, result) != 0)
 		return -1;
 	if (strcmp(word, "OK") != 0 && strcmp(word, "NO") != 0 && strcmp(word, "BAD") != 0)
@@ -3134,11 +3162,15 @@ static unsigned imap_send(struct imap *im, const char *shown, const char *format
 	return tag;
 }
 
-/* Does a string need a literal, that is, can it not be quoted (RFC 3501 4.3)? */
-static bool imap_needs_literal(const char *text)
+/*
+ * Return true if a string must not be quoted (RFC 3501 4.3), or, unless 'strictly', if it had better not: some
+ * servers do not take a backslash in what is quoted.
+ */
+static bool imap_needs_literal(const char *text, bool strictly)
 {
 	for (; *text != '\0'; text++)
-		if (*text == '\r' || *text == '\n' || (unsigned char)*text >= 0x80)
+		if (*text == '\r' || *text == '\n' || (unsigned char)*text >= 0x80 ||
+		    (!strictly && (*text == '"' || *text == '\\')))
 			return true;
 	return false;
 }
@@ -3148,7 +3180,7 @@ static const char *imap_quote(const struct imap *im, char *out, size_t size, con
 {
 	size_t n = 0;
 
-	if (imap_needs_literal(text) && im->capabilities & CAP_LITERAL_PLUS) {
+	if (imap_needs_literal(text, false) && im->capabilities & (CAP_LITERAL_PLUS | CAP_LITERAL_MINUS)) {
 		snprintf(out, size, "{%zu+}\r\n%s", strlen(text), text);
 		return out;
 	}
@@ -3189,7 +3221,8 @@ static int imap_know_capabilities(struct imap *im)
 {
 	if (im->capabilities_known)
 		return 0;
-	return imap_do(im, "CAPABILITY", imap_send(im, NULL, "CAPABILITY"));
+	im->capabilities_known = true; /* refused: what the server told unasked counts */
+	return imap_wait(im, imap_send(im, NULL, "CAPABILITY")) != NULL ? 0 : -1;
 }
 
 /* Wait for "+ ", then send a line. The command's own answer may come instead. */
@@ -3273,7 +3306,7 @@ static int imap_login(struct imap *im, const char *user, const char *password)
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "the server allows no login with a password here "
 				   "(LOGINDISABLED)");
-	} else if (imap_needs_literal(user) || imap_needs_literal(password)) {
+	} else if (imap_needs_literal(user, true) || imap_needs_literal(password, true)) {
 		const char *parts[2] = { user, password };
 
 		snprintf(quoted_user, sizeof quoted_user, "LOGIN {%zu}", users);
@@ -4847,10 +4880,12 @@ static struct mailbox *boxes_more(struct mailbox **boxes, unsigned *n)
 	return &(*boxes)[(*n)++];
 }
 
-static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
+		   unsigned attributes)
 {
 	struct desk *d = context;
 
+	(void)attributes;
 	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL)
 		return err_set(&d->list_error, E_REFUSED,
 			       "the server lists a mailbox whose name is empty, has "

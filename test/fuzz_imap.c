@@ -71,11 +71,13 @@ static struct {
 	struct set uids;
 } seen;
 
-static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
+		    unsigned attributes)
 {
 	(void)context;
 	(void)delimiter;
 	(void)selectable;
+	must(attributes < 64);
 	must(strlen(name) <= n && strlen(name) <= MBOX_NAME_MAX + 1);
 	return 0;
 }

@@ -373,10 +373,12 @@ static void test_sets(void)
 
 /* ---- imap ---- */
 
-static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable)
+static int saw_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
+		    unsigned attributes)
 {
 	(void)context;
-	tell("list %zu %.30s %c%s|", n, name, delimiter != '\0' ? delimiter : '0', selectable ? "" : " no");
+	tell("list %zu %.30s %c%s", n, name, delimiter != '\0' ? delimiter : '0', selectable ? "" : " no");
+	tell(attributes != 0 ? " %x|" : "|", attributes);
 	return 0;
 }
 
@@ -456,7 +458,10 @@ static void test_responses(void)
 		{ "A99999999999999999999 OK\r\n", "", "a line that begins with" },
 		{ "A1 OK\r\nA1 OK\r\n", "OK", "a line that begins with \"A1\"" },
 		{ "A1 FINE\r\n", "", "sent FINE where OK, NO or BAD" },
-		{ "\r\n", "", "a line that begins with \"\"" },
+		{ "\r\n \r\n\n* OK\r\n \r\nA1  OK  [X]  y \r\n", "OK X", NULL },
+		{ "A1 OK [X\r\n", "OK X", NULL }, { "A1 NO [X]y\r\n", "NO X", NULL },
+		{ "* OK [PERMANENTFLAGS (\\Seen [work a] b{ \"c \\*)] limited\r\nA1 OK\r\n", "OK", NULL },
+		{ "* FLAGS (\\Seen [work a] b(c{ {1 \" %)\r\nA1 OK\r\n", "OK", NULL },
 		{ "HTTP/1.1 400 Bad\r\n", "", "a line that begins with \"HTTP/1.1\"" },
 		{ "* BYE Suggested Backoff Time: 9000 milliseconds\r\n", "", "ended the connection: Suggested" },
 		{ "* BYE\r\n", "", "no reason given" },
@@ -466,8 +471,14 @@ static void test_responses(void)
 		{ "* LIST () \"\\\\\" {3}\r\na\r\n (\"x\" (1))\r\n", "list 3 a\r\n \\|", NULL },
 		{ "* LIST () \".\" NIL\r\n", "list 3 NIL .|", NULL },
 		{ "* LIST () \".\" \"\"\r\n", "list 0  .|", NULL },
-		{ "* LIST () \"/\" a\tb c\r\n", "list 3 a\tb /|", NULL },
-		{ "* LIST (\\NonExistent\r\n", "", "octet 0x0d where ')'" },
+		{ "* LIST () \"/\" a\tb c\r\n", "list 5 a\tb c /|", NULL },
+		{ "* LIST (\\HasNoChildren) \"\\\\\" A (b)\\Year 1 \r\n", "list 12 A (b)\\Year 1 \\|", NULL },
+		{ "* LIST () \"/\" a b (\"CHILDINFO\" ({3}\r\n\r\n)))\r\n* LIST () \"/\" \"x\" y (z)\r\n",
+		  "list 3 a b /|list 1 x /|", NULL },
+		{ "*  LIST  ( \\All \\Archive\\x  \\sent \\Trash )  \"/\"  \" x\"  \r\n", "list 2  x / 31|", NULL },
+		{ "* LIST (\\Archive \\Drafts \\Junk) NIL Nil\r\n", "list 3 Nil 0 e|", NULL },
+		{ "* LIST (\\NonExistent\r\n* OK\r\n", "", "a line's end where a mailbox's name" },
+		{ "* LIST \"/\" INBOX\r\n* OK\r\n", "", "a line's end where a mailbox's name" },
 		{ "* LSUB () \"/\" x\r\n* XLIST ({2}\r\n)) x)\r\nA1 OK\r\n", "OK", NULL },
 
 		{ "* STATUS {1}\r\nx (MESSAGES 2 UIDNEXT 3 UIDVALIDITY 4 UNSEEN 5 HIGHESTMODSEQ 6 SIZE 7) \r\n",
@@ -479,19 +490,23 @@ static void test_responses(void)
 		  NULL },
 		{ "* STATUS x (HIGHESTMODSEQ 99999999999999999999)\r\n", "status x 0 0 0 0 0 0|", NULL },
 
+		{ "* STATUS Year 1 (MESSAGES 5)\r\n* STATUS a (1) (MESSAGES 5)\r\n* STATUS x MESSAGES 5\r\n"
+		  "* STATUS\r\n* STATUS \"a (MESSAGES 5)\r\n* STATUS {9 (MESSAGES 5) {3}\r\n)\r\n\r\nA1 OK\r\n", "OK", NULL },
+		{ "*  STATUS  x  (  MESSAGES  2  X  UIDNEXT  3  )  \r\n", "status x 2 0 0 0 0 0|", NULL },
+		{ "* STATUS x (MESSAGES 2 UIDNEXT 3\r\n* OK\r\n", "status x 2 3 0 0 0 0|", NULL },
+
 		{ "* SEARCH\r\n* SEARCH 1 2 4294967295 (MODSEQ 5)\r\n", "1:1|2:2|4294967295:4294967295|", NULL },
 		{ "* SEARCH 4294967296\r\n", "", "a number over 4294967295" },
 		{ "* SEARCH 99999999999999999999999999\r\n", "", "a number over 4294967295" },
 		{ "* SEARCH 0\r\n", "", "where a UID was" },
-		{ "* SEARCH x\r\n", "", "'x' where ' '" },
+		{ "* SEARCH x\r\n", "", "something else where a UID" },
+		{ "*  SEARCH  1  2 \t 3  \r\n", "1:1|2:2|3:3|", NULL },
 		{ "* ESEARCH (TAG \"A7\") UID ALL 1:5,9,8:7\r\n", "1:5|9:9|7:8|", NULL },
 		{ "* ESEARCH (TAG \"A7\") UID COUNT 5 MODSEQ 9\r\n", "", NULL },
 		{ "* ESEARCH UID PARTIAL (1:500 4:20) ALL 3\r\n", "3:3|", NULL },
 		{ "* ESEARCH UID ALL 1:\r\n", "", "where a UID was" },
 		{ "* ESEARCH UID ALL 1:*\r\n", "", "where a UID was" },
-		{ "* ESEARCH )\r\n", "", "')' where ' '" },
-		{ "* ESEARCH ALL 3]\r\n", "3:3|", "']' where ' '" },
-		{ "* ESEARCH \x7F\r\n", "", "octet 0x7f where ' '" },
+		{ "* ESEARCH ) {1}\r\n\n ALL  3 ]\x7F\r\nA1 OK\r\n", "3:3|OK", NULL },
 		{ "* CAPABILITY A \x7F B\r\n", "", NULL },
 
 		{ "* 3 FETCH (UID 7 FLAGS (\\Seen $forwarded \\* x) RFC822.SIZE 5)\r\n",
@@ -514,15 +529,27 @@ static void test_responses(void)
 		{ "* 3 FETCH (BINARY[1] {1}\r\nx UID 1)\r\n", "> fetch 1|", NULL },
 		{ "* 3 FETCH (UID 4294967296)\r\n", "> fetch 0|", NULL },
 		{ "* 3 FETCH (BODY[] {4294967296}\r\n", "", "announces a literal of 4294967296 octets" },
-		{ "* 3 FETCH (BODY[] {99999999999999999999999}\r\n", "", "a literal without a length" },
+		{ "* 3 FETCH (BODY[] {99999999999999999999999}\r\n", "", "of 99999999999999999999999 octets" },
+		{ "* 3 FETCH (BODY[] {1} \r\nx UID 7)\r\n", "1 1<x> fetch 7|", NULL },
 		{ "* 3 FETCH (BODY[] {-1}\r\n", "", "a literal without a length" },
 		{ "* 3 FETCH (BODY[] {1x}\r\n", "", "a literal without a length" },
-		{ "* 3 FETCH (BODY[HEADER\r\n", "", "a line's end where ']'" },
-		{ "* 3 FETCH (FLAGS (\\Seen\r\n", "", "a line's end where the flags'" },
-		{ "* 3 FETCH (X (\r\n", "", "a line's end where a closing" },
-		{ "* 3 FETCH (UID 1\r\n", "", "octet 0x0d where ')'" },
-		{ "* 3 FETCH UID 1\r\n", "", "'U' where '('" },
-		{ "* X ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((\r\n", "", "more than 64 deep" },
+		/* A line end in the middle, a missing parenthesis, one too early, one in a keyword. */
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n)\r\nA1 OK\r\n", "1 1<x> fetch 7|OK", NULL },
+		{ "* 3 FETCH (BODY[] {1}\r\nx \r\n\r\n FLAGS (\\Seen)\n UID 7 )\r\nA1 OK\r\n",
+		  "1 1<x> fetch 7 flags 1|OK", NULL },
+		{ "* 3 FETCH (BODY[HEADER\r\nA1 OK\r\n", "> fetch 0|OK", NULL },
+		{ "* 3 FETCH (FLAGS (\\Seen\r\n* 4 FETCH (X (\r\n+\r\n* 5 FETCH (UID 1\r\na1 OK\r\n",
+		  "> fetch 0 flags 1|> fetch 0|+|> fetch 1|OK", NULL },
+		{ "* 3 FETCH UID 1\r\n* OK\r\n", "> fetch 1|", NULL },
+		{ "* 3 FETCH (UID 7) FLAGS (\\Seen) BODY[] {1}\r\n)\r\n* 4 FETCH (UID 8) BODY[] {1}\r\nx)\r\n",
+		  "1 1<)> fetch 7 flags 1|1 1<x> fetch 8|", NULL },
+		{ "* 3 FETCH (FLAGS (\\Seen [a] ]b {c {2 \"d %e (f $forwarded) UID 7)\r\n", "> fetch 7 flags 1001|", NULL },
+		{ "* 3 FETCH (FLAGS (a(b) \\Seen \\X) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 1|", NULL },
+		{ "* 3 FETCH (FLAGS (a)b \\Draft) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 0|", NULL },
+		{ "*  3  FETCH  (  FLAGS  ( )  UID  7  BODY [ ]  {1}\r\nx  )  \r\n", "1 1<x> fetch 7 flags 0|", NULL },
+		{ "* 3 FETCH (FLAGS NIL X \"\\\")\" UID 7)\r\n", "> fetch 7|", NULL },
+		{ "* 3 FETCH (BODY[] UID 7)\r\n", "> fetch 7|", NULL },
+		{ "* X ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((\r\nA1 OK\r\n", "OK", NULL },
 		{ "+ go on\r\nA1 OK\r\n", "+|OK", NULL }, { "+\r\n", "+|", NULL },
 	};
 
@@ -550,9 +577,9 @@ static void test_responses(void)
 				tell(result->numbers[0] != 0 ? " %s %llu %llu" : " %s", result->code,
 				     (unsigned long long)result->numbers[0],
 				     (unsigned long long)result->numbers[1]);
-			check(strcmp(told, rows[i].seen) == 0, "response %zu (%zu): %s", i, pieces, told);
+			check(strcmp(told, rows[i].seen) == 0, "%s (%zu): %s", rows[i].text, pieces, told);
 			check(strstr(im.s.err.text, rows[i].error != NULL ? rows[i].error : "closed by the server")
-			      != NULL, "response %zu (%zu): %s", i, pieces, im.s.err.text);
+			      != NULL, "%s (%zu): %s", rows[i].text, pieces, im.s.err.text);
 			stream_close(&im.s);
 		}
 }
@@ -602,16 +629,25 @@ static void test_date(void)
 	static const struct { const char *text; bool is; int64_t sec; } rows[] = {
 		{ "17-Jul-1996 02:44:25 -0700", true, 837596665 }, { " 1-Jan-1970 00:00:00 +0000", true, 0 },
 		{ "1-jan-1970 00:00:00 +0000", true, 0 }, { "31-DEC-1969 23:59:59 +0000", true, -1 },
-		{ "29-Feb-2000 12:00:00 +0130", true, 951820200 }, { "01-Jan-0000 00:00:00 +0000", true, -62167219200 },
+		{ "29-Feb-2000 12:00:00 +0130", true, 951820200 }, { "29-Feb-1900 12:00:00 +0000", false, 0 },
 		{ "31-Dec-9999 23:59:60 +0000", true, 253402300800 }, { "1-Mar-1900 00:00:00 +0000", true, -2203891200 },
 		{ "1-Jan-1970 00:00:00 -0001", true, 60 }, { "1-Jan-1970 00:00:00 +0000 x", true, 0 },
-		{ "", false, 0 }, { "0-Jan-1970 00:00:00 +0000", false, 0 }, { "32-Jan-1970 00:00:00 +0000", false, 0 },
-		{ "1-Jam-1970 00:00:00 +0000", false, 0 }, { "1-Jan-70 00:00:00 +0000", false, 0 },
-		{ "1-Jan-1970 24:00:00 +0000", false, 0 }, { "1-Jan-1970 00:60:00 +0000", false, 0 },
-		{ "1-Jan-1970 00:00:61 +0000", false, 0 }, { "1-Jan-1970 00:00:00 0000", false, 0 },
-		{ "1-Jan-1970 00:00:00 +000", false, 0 }, { "1-Jan-1970 00:00:00 +9223372036854775807", false, 0 }, { "1-Jan-1970 00:00:00", false, 0 },
-		{ "1234-Jan-1970 00:00:00 +0000", false, 0 }, { "-1-Jan-1970 00:00:00 +0000", false, 0 },
-		{ "1-Jan-19700 00:00:00 +0000", false, 0 }, { "1 Jan 1970 00:00:00 +0000", false, 0 },
+		{ "", false, 0 }, { " ", false, 0 }, { "x", false, 0 }, { "NIL", false, 0 }, { "Wed", false, 0 }, { "1-", false, 0 },
+		{ "00-Jan-0000 00:00:00 +0000", false, 0 }, { "01-Jan-0000 00:00:00 +0000", true, 946684800 },
+		{ "0-Jan-1970 00:00:00 +0000", false, 0 }, { "32-Jan-1970 00:00:00 +0000", false, 0 },
+		{ "31-Feb-1970 00:00:00 +0000", false, 0 }, { "31-Apr-1970 00:00:00 +0000", false, 0 },
+		{ "31-Dec-1970 00:00:00 +0000", true, 31449600 }, { "1-Jan-1899 00:00:00 +0000", false, 0 },
+		{ "1-Jam-1970 00:00:00 +0000", false, 0 }, { "1-Jan-1970 24:00:00 +0000", false, 0 },
+		{ "1-Jan-1970 00:60:00 +0000", false, 0 }, { "1-Jan-1970 00:00:61 +0000", false, 0 },
+		{ "1-Jan-1970 00:00:00 +9999", false, 0 }, { "1-Jan-1970 00:00:00 -1401", false, 0 },
+		{ "1-Jan-1970 00:00:00 +0060", false, 0 }, { "1-Jan-1970 00:00:00 +", false, 0 },
+		{ "1-Jan-1970 00:00:00 +9223372036854775807", false, 0 }, { "1234-Jan-1970 00:00:00 +0000", false, 0 },
+		{ "-1-Jan-1970 00:00:00 +0000", false, 0 }, { "1-Jan-19700 00:00:00 +0000", false, 0 },
+		{ "1-Jan-1970 00", false, 0 }, { "1-Jan-1970 00:00:00", true, 0 }, { "1-Jan--1 00:00:00", true, 978307200 },
+		{ "Wed, 17 Jul 1996 02:44:25 -0700 (PDT)", true, 837596665 }, { "17 Jul 96 02:44 PDT", true, 837596640 },
+		{ "wed,17 july 1996  2:44:25 MST", true, 837596665 }, { "Wed 17 Jul 096 9:44:25 Z", true, 837596665 },
+		{ "\r\n Wed, 17\r\n Jul 1996 09:44:25 GMT", true, 837596665 }, { "1 Jan 49 0:0 EST", true, 2493090000 },
+		{ "1 Jan 1970 00:00:00 EDT", true, 14400 }, { "1 Jan 1970 00:00:00 E", true, 0 },
 	};
 
 	for (size_t i = 0; i < N(rows); i++) {
@@ -643,17 +679,71 @@ static void test_wait_asked(void)
 
 static void test_quote(void)
 {
-	static const struct { const char *text, *quoted; } rows[] = {
-		{ "", "\"\"" }, { "a b", "\"a b\"" }, { "\"\\", "\"\\\"\\\\\"" }, { "\xC3\xA9", "{2+}\r\n\xC3\xA9" },
-		{ "a\nb", "{3+}\r\na\nb" }, { "\"\"\"\"\"\"\"\"\"\"\"\"\"\"", "\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\"" },
+	static const struct { const char *text, *quoted; bool literal; } rows[] = {
+		{ "", "\"\"", false }, { "a b", "\"a b\"", false }, { "\"\\", "\"\\\"\\\\\"", true },
+		{ "\xC3\xA9", "\"\xC3\xA9\"", true }, { "&AOk-", "\"&AOk-\"", false },
+		{ "\"\"\"\"\"\"\"\"\"\"\"\"\"\"", "\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\\\"\"", true },
 	};
-	struct imap im = { .capabilities = CAP_LITERAL_PLUS };
-	char out[20];
+	static const unsigned able[] = { 0, CAP_LITERAL_PLUS, CAP_LITERAL_MINUS };
+	char out[20], literal[40];
 
 	for (size_t i = 0; i < N(rows); i++)
-		check(strcmp(imap_quote(&im, out, sizeof out, rows[i].text), rows[i].quoted) == 0, "quoted: %s", out);
-	im.capabilities = 0;
-	check(strcmp(imap_quote(&im, out, sizeof out, "\xC3\xA9"), "\"\xC3\xA9\"") == 0, "quoted: %s", out);
+		for (size_t k = 0; k < N(able); k++) {
+			struct imap im = { .capabilities = able[k] };
+			const char *wanted = able[k] != 0 && rows[i].literal ? literal : rows[i].quoted;
+
+			snprintf(literal, sizeof literal, "{%zu+}\r\n%s", strlen(rows[i].text), rows[i].text);
+			check(strncmp(imap_quote(&im, out, sizeof out, rows[i].text), wanted, sizeof out - 1) == 0, "quoted: %s", out);
+		}
+	check(imap_needs_literal("a\nb", true) && imap_needs_literal("\xC3\xA9", true) && !imap_needs_literal("\"\\", true),
+	      "literals");
+}
+
+static void test_capabilities(void)
+{
+	static const struct { const char *said; unsigned capabilities; uint64_t append_limit; } rows[] = {
+		{ "* CAPABILITY\r\n", 0, 0 }, { "*  CAPABILITY  ID  literal-  x \x7F UIDPLUS\r\n", CAP_ID | CAP_LITERAL_MINUS | CAP_UIDPLUS, 0 },
+		{ "* OK [CAPABILITY IMAP4rev1 QRESYNC APPENDLIMIT=35651584]\r\n", CAP_REV1 | CAP_QRESYNC | CAP_CONDSTORE, 35651584 },
+		{ "* CAPABILITY IMAP4rev2 IMAP4rev1 APPENDLIMIT\r\n", CAP_REV1 | CAP_REV2, 0 },
+		{ "* CAPABILITY IMAP4rev2 AUTH=PLAIN\r\n", CAP_REV2 | CAP_IN_REV2 | CAP_AUTH_PLAIN, 0 },
+		{ "* CAPABILITY STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ STATUS=SIZE "
+		  "COMPRESS=DEFLATE SPECIAL-USE NAMESPACE AUTH=XOAUTH2 AUTH=OAUTHBEARER\r\n",
+		  CAP_STARTTLS | CAP_LOGINDISABLED | CAP_AUTH_PLAIN | CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH |
+		  CAP_CONDSTORE | CAP_LITERAL_PLUS | CAP_STATUS_SIZE | CAP_COMPRESS | CAP_SPECIAL_USE | CAP_NAMESPACE |
+		  CAP_XOAUTH2 | CAP_OAUTHBEARER, 0 },
+	};
+	struct imap im;
+
+	for (size_t i = 0; i < N(rows); i++) {
+		serve(&im, rows[i].said, strlen(rows[i].said), 3);
+		check(imap_response(&im) == 0 && im.capabilities == rows[i].capabilities && im.capabilities_known &&
+		      im.append_limit == rows[i].append_limit, "capabilities %zu: %x", i, im.capabilities);
+		stream_close(&im.s);
+	}
+	serve(&im, "* OK [CAPABILITY ID]\r\nA1 BAD what?\r\n", 37, 9);
+	check(imap_response(&im) == 0, "greeting");
+	im.capabilities_known = false;
+	check(imap_know_capabilities(&im) == 0 && im.capabilities == CAP_ID && im.s.err.code == E_NONE,
+	      "what the greeting told counts: %s", im.s.err.text);
+	stream_close(&im.s);
+}
+
+/* What is said beside the answers: counts that are not known, and a limit. */
+static void test_beside(void)
+{
+	static const char text[] = "* 3 EXPUNGE\r\n*  5  EXISTS\r\n* 1 EXPUNGE\r\n* NO [MESSAGELIMIT 1000 23221] x\r\n"
+		"* OK [UIDNEXT 4294967296]\r\n* OK [UIDVALIDITY  7 ]\r\n";
+	struct imap im;
+
+	serve(&im, text, sizeof text - 1, 1);
+	im.exists = UINT32_MAX;
+	im.uidnext = 9;
+	check(imap_response(&im) == 0 && im.exists == UINT32_MAX, "EXPUNGE of unknown: %u", im.exists);
+	while (imap_response(&im) >= 0)
+		;
+	check(im.exists == 4 && im.limited_uid == 23221 && im.uidnext == 0 && im.uidvalidity == 7, "%u %u %u %u",
+	      im.exists, im.limited_uid, im.uidnext, im.uidvalidity);
+	stream_close(&im.s);
 }
 
 static void test_login(void)
@@ -866,6 +956,8 @@ int main(void)
 	test_date();
 	test_wait_asked();
 	test_quote();
+	test_capabilities();
+	test_beside();
 	test_login();
 	test_names();
 	test_patterns();
