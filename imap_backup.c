@@ -2639,7 +2639,7 @@ static int imap_text(struct imap *im, struct imap_result *result)
 			result->numbers[i] = imap_number(im);
 		for (; (c = imap_blanks(im)) != '\n' && (c != ']' || (list && last != ')')); last = c) {
 			list = list || c == '(';
-			if (imap_pass(im) != 0)
+			if (c == '"' ? imap_string(im, word, sizeof word) < 0 : imap_pass(im) != 0)
 				return -1;
 		}
 		imap_is(im, ']');

@@ -459,6 +459,7 @@ static void test_responses(void)
 		{ "A1 OK\r\nA1 OK\r\n", "OK", "a line that begins with \"A1\"" },
 		{ "A1 FINE\r\n", "", "sent FINE where OK, NO or BAD" },
 		{ "\r\n \r\n\n* OK\r\n \r\nA1  OK  [X]  y \r\n", "OK X", NULL },
+		{ "* OK [X \"]\" {3}\r\n]\r\n (] \"]\")] y\r\nA1 OK [X \"]\r\n", "OK X", NULL },
 		{ "A1 OK [X\r\n", "OK X", NULL }, { "A1 NO [X]y\r\n", "NO X", NULL },
 		{ "* OK [PERMANENTFLAGS (\\Seen [work a] b{ \"c \\*)] limited\r\nA1 OK\r\n", "OK", NULL },
 		{ "* FLAGS (\\Seen [work a] b(c{ {1 \" %)\r\nA1 OK\r\n", "OK", NULL },
