@@ -2305,8 +2305,8 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
 /* -- reading tokens -- */
 
 /*
- * Blanks are passed over in front of every token, wherever they stand and however many there are;
- * control characters count as such. Only a line feed and what stands within strings and texts do not.
+ * Blanks are passed over in front of every token, wherever they stand and however many there are. A
+ * carriage return is one, so that a bare line feed ends a line as well.
  */
 
 /* Octets have come that may be of no use to anybody; what is of use sets im->noise back to 0. */
@@ -2348,12 +2348,17 @@ static void imap_next(struct imap *im)
 		im->line[im->line_octets++] = (char)c;
 }
 
+static bool imap_is_blank(int c)
+{
+	return c == ' ' || c == '\t' || c == '\r';
+}
+
 /* Return the first octet of the next token, or the line feed, without consuming it; -1 at an error. */
 static int imap_blanks(struct imap *im)
 {
 	int c;
 
-	while ((c = imap_peek(im)) <= ' ' && c >= 0 && c != '\n')
+	while (imap_is_blank(c = imap_peek(im)))
 		imap_next(im);
 	return c;
 }
@@ -2367,21 +2372,18 @@ static bool imap_is(struct imap *im, int c)
 	return true;
 }
 
-/* Return true if an atom goes on with c. Brackets end it: "BODY[", "[UIDNEXT 5]". */
-static bool imap_atom_char(int c)
-{
-	return c > ' ' && c != '(' && c != ')' && c != '{' && c != '"' && c != '[' && c != ']';
-}
-
 /*
- * Read an atom, or with 'keyword' all up to a blank or closing parenthesis, whatever octets a keyword may
- * be made of; upper case; what is too long is read but cut. Returns its length.
+ * Read an atom, or with 'keyword' all up to a blank or a closing parenthesis, whatever octets it is made
+ * of; upper case; what is too long is read but cut. Returns its length. Brackets end an atom:
+ * "BODY[", "[UIDNEXT 5]".
  */
 static size_t imap_word(struct imap *im, char out[IMAP_ATOM_MAX], bool keyword)
 {
 	size_t n = 0;
 
-	for (int c = imap_blanks(im); keyword ? c > ' ' && c != ')' : imap_atom_char(c);
+	for (int c = imap_blanks(im);
+	     c >= 0 && c != '\n' && c != ')' && !imap_is_blank(c) &&
+	     (keyword || (c != '(' && c != '{' && c != '"' && c != '[' && c != ']'));
 	     c = imap_peek(im)) {
 		imap_next(im);
 		if (n < IMAP_ATOM_MAX - 1)
@@ -2427,14 +2429,13 @@ static int imap_literal(struct imap *im, uint64_t *octets)
 
 	imap_next(im);
 	imap_atom(im, text);
-	errno = 0;
 	*octets = strtoumax(text, &end, 10);
 	if (text[0] < '0' || text[0] > '9' || (strcmp(end, "+}") != 0 && strcmp(end, "}") != 0) ||
 	    !imap_is(im, '\n')) {
 		*octets = 0;
 		return im->s.err.code != E_NONE ? -1 : 0;
 	}
-	if (errno == 0 && *octets <= UINT32_MAX)
+	if (*octets <= UINT32_MAX)
 		return 1;
 	return stream_fail(&im->s, E_PROTO,
 			   "the server announces a literal of %.*s octets; more than 4294967295 is no mail",

@@ -47,6 +47,7 @@ static ssize_t served(int fd, void *to, size_t n, int flags)
 	memcpy(to, said, n);
 	said += n;
 	said_octets -= n;
+	errno = ENOTTY; /* as any call may leave it */
 	return (ssize_t)n;
 }
 
