@@ -169,7 +169,17 @@ struct mbox_header {
 	enum { MBOX_ID_NONE, MBOX_ID_OWN, MBOX_ID_MADE } kind[2]; /* absent; the mail's; the original's */
 	char name[16]; /* of the field in hand, as it stands there */
 	size_t name_octets;
-	enum { MBOX_AT_LINE, MBOX_AT_NAME, MBOX_AT_ID, MBOX_AT_MADE, MBOX_AT_OTHER, MBOX_AT_BODY } at;
+	char date[64]; /* the first Date field, unfolded, cut, closed with NUL */
+	size_t date_octets;
+	enum {
+		MBOX_AT_LINE,
+		MBOX_AT_NAME,
+		MBOX_AT_ID,
+		MBOX_AT_DATE,
+		MBOX_AT_MADE,
+		MBOX_AT_OTHER,
+		MBOX_AT_BODY
+	} at;
 	bool line_start, space, cr;
 };
 
@@ -303,6 +313,9 @@ int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);
  * number after those of the mails with the same key that are stored. Returns 1, 0, or -1 as below.
  */
 int mbox_lacks_id(struct mbox *m, struct err *e);
+
+/* Return the text of the Date field of the mail in hand, as far as it has come, or "". */
+const char *mbox_date(const struct mbox *m);
 
 /*
  * The mail is whole: give it its UID, INTERNALDATE and flags, and note it in the index.

@@ -288,6 +288,8 @@ static void header_name_end(struct mbox_header *h)
 			h->space = false;
 			h->text_octets = h->id_octets = 0;
 			br_sha256_init(&h->hash);
+		} else if (n == 4 && strncasecmp(name, "date", n) == 0 && h->date_octets == 0) {
+			h->at = MBOX_AT_DATE;
 		}
 		return;
 	}
@@ -344,6 +346,11 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 			mbox_made_feed(h->made, p, run);
 			if (lf != NULL)
 				mbox_made_feed(h->made, cr ? "\n" : "\r\n", cr ? 1 : 2);
+		} else if (h->at == MBOX_AT_DATE) {
+			size_t room = sizeof h->date - 1 - h->date_octets, part = run < room ? run : room;
+
+			memcpy(h->date + h->date_octets, p, part);
+			h->date_octets += part;
 		} else if (h->at == MBOX_AT_ID) {
 			for (size_t i = 0; i < run; i++) {
 				if (is_space(p[i])) {
@@ -2123,6 +2130,11 @@ int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e)
 	if (put_quoted(m, octets, n, e) != 0)
 		return -1;
 	return mbox_header_feed(&m->header, octets, n) ? header_over(m, e) : 0;
+}
+
+const char *mbox_date(const struct mbox *m)
+{
+	return m->header.date;
 }
 
 int mbox_lacks_id(struct mbox *m, struct err *e)

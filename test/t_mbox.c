@@ -356,6 +356,30 @@ static void test_made(void)
 	}
 }
 
+static void test_date_field(void)
+{
+	static const struct { const char *text, *date; } rows[] = {
+		{ "Subject: x\r\nDATE : Wed,\r\n 17 Jul 1996\r\nDate: 2\r\n\r\nDate: 3\r\n", " Wed,\r 17 Jul 1996\r" },
+		{ "Dates: 1\nResent-Date: 1\nDate:\n\tx\n\n", "\tx" }, { "Date", "" }, { "Date: a", " a" }, { "\r\nDate: b\r\n", "" },
+		{ "Date:123456789012345678901234567890123456789012345678901234567890123456789\r\n\r\n",
+		  "123456789012345678901234567890123456789012345678901234567890123" },
+	};
+	struct mbox *m = fresh(0);
+	struct err e = { 0 };
+
+	for (size_t i = 0; i < N(rows); i++)
+		for (size_t piece = 1; piece < 99; piece += 49) {
+			const char *text = rows[i].text;
+
+			check(mbox_begin(m, 0, &e) == 0, "begin: %s", e.text);
+			for (size_t at = 0, n = strlen(text); at < n; at += piece)
+				mbox_write(m, text + at, n - at < piece ? n - at : piece, &e);
+			check(strcmp(mbox_date(m), rows[i].date) == 0, "date %zu: %s", i, mbox_date(m));
+			mbox_abort(m);
+		}
+	closed(m);
+}
+
 static void test_is_made(void)
 {
 	static const char key[] = "<0123456789abcdef0123456789abcdef01234567";
@@ -977,6 +1001,7 @@ int main(void)
 	test_identity();
 	test_made();
 	test_is_made();
+	test_date_field();
 	test_stored();
 	test_borders();
 	test_long_header();
