@@ -3366,6 +3366,7 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 		im->s.plain = NULL;
 		im->s.at = im->s.end = NULL;
 		free(plain);
+		im->capabilities = 0; /* nothing that was said in the clear counts any more */
 		im->capabilities_known = false;
 		return imap_know_capabilities(im);
 	}
