@@ -26,6 +26,7 @@
  * IDLE (it is run by cron), UTF8=ACCEPT (renames mailboxes on the wire), sequence numbers (they
  * shift), POP3.
  */
+#define _DEFAULT_SOURCE 1 /* MAP_ANONYMOUS, which came to POSIX in 2024 */
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -39,17 +40,16 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#ifdef __linux__
-#include <sys/vfs.h>
-#endif
 #include <time.h>
 #include <unistd.h>
 
@@ -59,6 +59,7 @@
 #include "imap_backup.h"
 
 #define VERSION "1.0"
+
 
 /*
  * Limits. What a server or a file contains never decides how much memory is taken: it is decided
@@ -90,8 +91,12 @@ enum {
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,                    /* of UIDs in one command */
-	AHEAD_MAILS = 20000,                   /* of an archive that is opened while another is open */
+	SESSION_BOXES_MAX = 24,                /* mailboxes on the wire at a time */
+	AHEAD_MAILS = 20000,                   /* of archives that are opened while another is open ... */
+	AHEAD_MAIL_OCTETS = 1000,              /* ... guessed by this size of a mail where there is no index */
 	MAILBOXES_MAX = 20000,                 /* of one account */
+	MAILBOX_NAMES_MAX = 3 << 20,           /* octets of their names */
+	BLAME_MAX = 64,                        /* mailboxes that a process died with */
 	ALERTS_MAX = 8,                        /* shown, of one connection */
 	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
 	POISON_ROW = 4,                        /* of these one after the other: it is not the mails */
@@ -323,7 +328,7 @@ struct account {
 	unsigned port, processes;
 	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
-	const struct json *ignore; /* an array, or NULL */
+	const struct json *ignore, *mailboxes; /* an array, or NULL */
 };
 
 struct config {
@@ -334,7 +339,7 @@ struct config {
 	unsigned header_batch, email_batch;
 	bool keep_duplicates, require_mount;
 	enum compress_mode compress;
-	const struct json *ignore; /* an array, or NULL */
+	const struct json *ignore, *mailboxes; /* an array, or NULL */
 	struct account *accounts;
 	unsigned n_accounts, complaints;
 };
@@ -2237,10 +2242,22 @@ enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
 
 struct imap_result { /* of a command */
 	enum imap_condition condition;
-	unsigned octets;     /* of the command, while it is pending */
 	char code[32];       /* the response code's name, upper case, or "" (RFC 5530) */
 	uint64_t numbers[2]; /* that follow it */
 	char text[200];
+};
+
+/* A command on the wire, or answered and not yet looked at. */
+struct command {
+	struct imap_result result;
+	unsigned octets;
+	bool ahead;    /* it was sent before an earlier one had its answer */
+	bool examines; /* it is EXAMINE: what comes right before its answer is of its owner's mailbox */
+	void *owner;   /* the mailbox that asks, NULL: the connection itself; with: */
+	unsigned kind; /* what is asked, in the owner's words */
+	bool single;   /* one UID, asked for again because it did not come before */
+	unsigned n;
+	struct range ranges[BATCH_RANGES]; /* the UIDs */
 };
 
 struct imap_status { /* of a mailbox; 0 is unknown but for messages */
@@ -2267,10 +2284,14 @@ struct imap {
 	unsigned capabilities; /* enum imap_capability */
 	bool greeted, capabilities_known, preauth;
 	bool one_at_a_time;     /* no second command before the first one's answer */
-	unsigned status_flight; /* STATUS commands at a time */
-	unsigned tag, done;     /* the last one given out; all up to this one have been answered */
-	struct imap_result results[IMAP_FLIGHT_MAX];
+	unsigned flight; /* commands at a time */
+	unsigned tag;           /* the last one given out */
+	unsigned done, taken;   /* all up to these have been answered; and looked at */
+	unsigned turned;        /* the one that imap_turn() looked at last */
+	unsigned compress_tag;  /* of COMPRESS without an answer: nothing may follow it; or 0 */
+	struct command ring[IMAP_FLIGHT_MAX];
 	unsigned in_flight; /* octets of commands without an answer */
+	bool pipelines;     /* a command that was sent ahead of an answer got its own */
 	unsigned alerts;    /* shown to the person */
 	uint64_t noise;     /* octets since something that we asked for came */
 	bool trace;
@@ -2278,14 +2299,16 @@ struct imap {
 	size_t line_octets;
 	bool over;             /* the response in hand: its line end was consumed too early */
 	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
-	uint32_t limited_uid;  /* the lowest UID that was looked at, as MESSAGELIMIT last said (RFC 9738) */
+	uint32_t limited_uid;  /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
 
+	void *wire;      /* the owner of the last EXAMINE that was sent */
 	bool selected;   /* a mailbox is; then, as EXAMINE and what came since said: */
 	uint32_t exists; /* UINT32_MAX: unknown */
 	uint32_t uidvalidity, uidnext;
 	uint64_t highestmodseq;
 
-	void *context; /* for the callbacks; each returns -1 to give up the connection */
+	/* For the callbacks; each returns -1 to give up the connection. With EXAMINE, its owner. */
+	void *context;
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable,
 		       unsigned attributes /* enum special */);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
@@ -2917,11 +2940,18 @@ static int imap_search(struct imap *im)
 	return imap_line_end(im);
 }
 
-/* "* LIST (\HasNoChildren) "/" INBOX" */
-static int imap_list_response(struct imap *im)
+/* The enum special of an attribute in upper case, or 0. */
+static unsigned imap_special(const char *word)
 {
 	static const char *const words[] = { "\\ALL",  "\\ARCHIVE", "\\DRAFTS", "\\JUNK",
 					     "\\SENT", "\\TRASH",   NULL };
+
+	return imap_bit(words, word);
+}
+
+/* "* LIST (\HasNoChildren) "/" INBOX" */
+static int imap_list_response(struct imap *im)
+{
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4];
 	bool selectable = true;
 	unsigned attributes = 0;
@@ -2931,7 +2961,7 @@ static int imap_list_response(struct imap *im)
 	while (imap_item(im, word)) {
 		if (strcmp(word, "\\NOSELECT") == 0 || strcmp(word, "\\NONEXISTENT") == 0)
 			selectable = false;
-		attributes |= imap_bit(words, word);
+		attributes |= imap_special(word);
 	}
 	if (im->over)
 		return imap_proto(im, "a line's end", "a mailbox's name");
@@ -3037,7 +3067,7 @@ static int imap_untagged(struct imap *im)
 		if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
 			im->one_at_a_time = true;
 		if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
-			im->status_flight = 20;
+			im->flight = 20;
 		im->greeted = true;
 		return word[1] == 'Y' ? imap_bye(im, &result) : 0;
 	}
@@ -3054,9 +3084,30 @@ static int imap_untagged(struct imap *im)
 	return imap_line_end(im);
 }
 
+/*
+ * If the oldest command without an answer is EXAMINE, untagged data from here on is of its owner's mailbox:
+ * a server opens it only behind all that came before.
+ */
+static void imap_turn(struct imap *im)
+{
+	const struct command *oldest = &im->ring[(im->done + 1) % IMAP_FLIGHT_MAX];
+
+	if (im->turned == im->done + 1)
+		return;
+	im->turned = im->done + 1;
+	if (im->done == im->tag || !oldest->examines)
+		return;
+	im->context = oldest->owner;
+	im->selected = false;
+	im->exists = UINT32_MAX;
+	im->uidvalidity = im->uidnext = 0;
+	im->highestmodseq = 0;
+}
+
 /* Read one response. Returns 0, 1 if it was a continuation request, -1 at an error. */
 static int imap_response(struct imap *im)
 {
+	struct command *command;
 	struct imap_result *result;
 	struct imap_result ignored;
 	char word[IMAP_ATOM_MAX], *end;
@@ -3064,6 +3115,7 @@ static int imap_response(struct imap *im)
 
 	im->line_octets = 0;
 	im->over = false;
+	imap_turn(im);
 	while (imap_is(im, '\n')) /* an empty line */
 		;
 	if (imap_is(im, '*'))
@@ -3076,7 +3128,8 @@ static int imap_response(struct imap *im)
 	if (im->s.err.code != E_NONE)
 		return -1;
 	tag = word[0] == 'A' && isdigit((unsigned char)word[1]) ? strtoul(word + 1, &end, 10) : 0;
-	result = &im->results[tag % IMAP_FLIGHT_MAX];
+	command = &im->ring[tag % IMAP_FLIGHT_MAX];
+	result = &command->result;
 	if (tag == 0 || *end != '\0' || tag > im->tag || tag + IMAP_FLIGHT_MAX <= im->tag ||
 	    result->condition != IMAP_PENDING) {
 		char found[60];
@@ -3090,22 +3143,42 @@ static int imap_response(struct imap *im)
 	if (strcmp(word, "OK") != 0 && strcmp(word, "NO") != 0 && strcmp(word, "BAD") != 0)
 		return imap_proto(im, word, "OK, NO or BAD");
 	result->condition = word[0] == 'O' ? IMAP_OK : word[0] == 'N' ? IMAP_NO : IMAP_BAD;
-	while (im->done < im->tag &&
-	       im->results[(im->done + 1) % IMAP_FLIGHT_MAX].condition != IMAP_PENDING)
-		im->done++;
-	im->in_flight -= result->octets;
+	if (im->limited_uid != 0 && result->code[0] == '\0') { /* it was told untagged */
+		strcpy(result->code, "MESSAGELIMIT");
+		result->numbers[1] = im->limited_uid;
+	}
+	im->limited_uid = 0;
+	im->in_flight -= command->octets;
+	im->pipelines = im->pipelines || command->ahead;
 	im->noise = 0;
+	if (command->examines)
+		im->selected = result->condition == IMAP_OK;
+	while (im->done < im->tag &&
+	       im->ring[(im->done + 1) % IMAP_FLIGHT_MAX].result.condition != IMAP_PENDING)
+		im->done++;
+	if (tag != im->compress_tag)
+		return 0;
+	im->compress_tag = 0;
+	if (result->condition == IMAP_OK)
+		stream_compress(&im->s);
+	else
+		log_detail("the server does not compress: %s", result->text);
 	return 0;
 }
 
 /* -- sending commands -- */
 
-/* Read until the command is done. Returns its result, or NULL at an error. */
-static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
+/*
+ * Wait for the answer to the oldest command that nobody has looked at. Returns the command, which stays
+ * as it is until the next one is sent; NULL if there is none, or at an error.
+ */
+static struct command *imap_answer(struct imap *im)
 {
-	struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_FLIGHT_MAX];
 
-	while (result->condition == IMAP_PENDING) {
+	if (im->taken == im->tag)
+		return NULL;
+	while (oldest->result.condition == IMAP_PENDING) {
 		int r = imap_response(im);
 
 		if (r > 0)
@@ -3115,17 +3188,27 @@ static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
 		if (r != 0)
 			return NULL;
 	}
-	return result;
+	im->taken++;
+	return oldest;
 }
 
-/* May one of many commands be sent now? Some room is left for those that are not asked about here. */
+/* Look at all answers up to a command's. Returns its result, or NULL at an error. */
+static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
+{
+	const struct command *command = NULL;
+
+	while (tag > 0 && im->taken < tag)
+		if ((command = imap_answer(im)) == NULL)
+			return NULL;
+	return command != NULL ? &command->result : NULL;
+}
+
+/* Return true if one of many commands may be sent now. Some room is left for those that do not ask. */
 static bool imap_may_send(const struct imap *im)
 {
-	unsigned pending = im->tag - im->done;
-
-	if (im->one_at_a_time)
-		return pending == 0;
-	return pending < IMAP_FLIGHT_MAX - 8 && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
+	if (im->compress_tag != 0 || (im->one_at_a_time && im->done < im->tag))
+		return false;
+	return im->tag - im->taken < im->flight && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
 }
 
 /*
@@ -3139,7 +3222,7 @@ static unsigned imap_send(struct imap *im, const char *shown, const char *format
 {
 	char line[IMAP_LINE_MAX * 5];
 	unsigned tag = ++im->tag;
-	struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+	struct command *command = &im->ring[tag % IMAP_FLIGHT_MAX];
 	va_list arguments;
 	int n, prefix;
 
@@ -3155,12 +3238,21 @@ static unsigned imap_send(struct imap *im, const char *shown, const char *format
 	if (im->trace)
 		log_write(LOG_TRACE, "C: A%u %s", tag, shown != NULL ? shown : line + prefix);
 	memcpy(line + n, "\r\n", 2);
-	*result = (struct imap_result){ .octets = (unsigned)n + 2 };
-	im->in_flight += result->octets;
+	memset(command, 0, offsetof(struct command, ranges));
+	command->octets = (unsigned)n + 2;
+	command->ahead = im->done + 1 < tag;
+	im->in_flight += command->octets;
 	if (stream_write(&im->s, line, (size_t)n + 2) != 0 || stream_flush(&im->s) != 0)
 		tag = 0;
-	memset(line, 0, shown != NULL ? sizeof line : 0); /* it was a secret */
+	if (shown != NULL) /* it was a secret */
+		wipe(line, sizeof line);
 	return tag;
+}
+
+/* Return true if the line was cut while a command was on it that an answer had not made room for. */
+static bool imap_was_cut_ahead(const struct imap *im)
+{
+	return !im->pipelines && im->done < im->tag && im->ring[im->tag % IMAP_FLIGHT_MAX].ahead;
 }
 
 /*
@@ -3196,28 +3288,32 @@ static const char *imap_quote(const struct imap *im, char *out, size_t size, con
 	return out;
 }
 
-/* A refused command as an error: wait, or give up what it was about. */
+/* Tell of a refused command as an error: E_WAIT, or E_REFUSED. */
 static int imap_refused(struct err *e, const struct imap_result *result, const char *what)
 {
 	unsigned sec = imap_wait_asked(result);
 
-	err_set(e, sec > 0 ? E_WAIT : E_REFUSED, "%s: the server says %s %s%s%s%s", what,
-		result->condition == IMAP_BAD ? "BAD" : "NO", result->code[0] != '\0' ? "[" : "",
-		result->code, result->code[0] != '\0' ? "] " : "", result->text);
-	e->wait_sec = sec;
-	return -1;
+	if (e->code == E_NONE)
+		e->wait_sec = sec;
+	return err_set(e, sec > 0 ? E_WAIT : E_REFUSED, "%s: the server says %s %s%s%s%s", what,
+		       result->condition == IMAP_BAD ? "BAD" : "NO", result->code[0] != '\0' ? "[" : "",
+		       result->code, result->code[0] != '\0' ? "] " : "", result->text);
 }
 
-/* Send one command and wait for it. Returns 0, or -1 with an error if it was not OK. */
-static int imap_do(struct imap *im, const char *what, unsigned tag)
+/* Send one command and wait for it. A refusal is an error in *e and leaves the line as it is. */
+static int imap_do(struct imap *im, const char *what, unsigned tag, struct err *e)
 {
-	const struct imap_result *result = tag > 0 ? imap_wait(im, tag) : NULL;
+	const struct imap_result *result = imap_wait(im, tag);
 
-	if (result == NULL)
+	if (result == NULL) {
+		if (e->code == E_NONE)
+			*e = im->s.err;
 		return -1;
-	return result->condition == IMAP_OK ? 0 : imap_refused(&im->s.err, result, what);
+	}
+	return result->condition == IMAP_OK ? 0 : imap_refused(e, result, what);
 }
 
+/* What the server can do. Where it refuses to say, what its greeting told counts. */
 static int imap_know_capabilities(struct imap *im)
 {
 	if (im->capabilities_known)
@@ -3229,7 +3325,7 @@ static int imap_know_capabilities(struct imap *im)
 /* Wait for "+ ", then send a line. The command's own answer may come instead. */
 static int imap_continue(struct imap *im, unsigned tag, const char *line)
 {
-	const struct imap_result *result = &im->results[tag % IMAP_FLIGHT_MAX];
+	const struct imap_result *result = &im->ring[tag % IMAP_FLIGHT_MAX].result;
 	int got = 0;
 
 	while (result->condition == IMAP_PENDING && (got = imap_response(im)) == 0)
@@ -3242,32 +3338,18 @@ static int imap_continue(struct imap *im, unsigned tag, const char *line)
 	return stream_flush(&im->s);
 }
 
-/* May the server be asked to compress? It can, was not asked yet, and the config does not say no. */
+/* Return true if the server can compress, was not asked yet, and the config does not say no. */
 static bool imap_may_compress(const struct imap *im)
 {
 	return (im->capabilities & CAP_COMPRESS) != 0 && !im->one_at_a_time &&
 	       im->s.account->compress != COMPRESS_OFF;
 }
 
-/*
- * Ask the server to compress (RFC 4978) if it may be asked. Nothing may be sent before its answer; so
- * commands that are on the wire are answered first, by the callbacks.
- */
-static int imap_compress(struct imap *im)
+/* Ask the server to compress (RFC 4978). Nothing is sent before its answer. Returns the tag. */
+static unsigned imap_compress(struct imap *im)
 {
-	const struct imap_result *result;
-
-	if (!imap_may_compress(im))
-		return 0;
 	im->capabilities &= ~(unsigned)CAP_COMPRESS; /* one NO is enough */
-	result = imap_wait(im, imap_send(im, NULL, "COMPRESS DEFLATE"));
-	if (result == NULL)
-		return -1;
-	if (result->condition == IMAP_OK)
-		stream_compress(&im->s);
-	else
-		log_detail("the server does not compress: %s", result->text);
-	return 0;
+	return im->compress_tag = imap_send(im, NULL, "COMPRESS DEFLATE");
 }
 
 /* AUTHENTICATE PLAIN (RFC 4616), else LOGIN. A refusal is E_ACCOUNT unless it asks to wait. */
@@ -3358,7 +3440,7 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	if (imap_know_capabilities(im) != 0)
 		return -1;
 	if (!im->preauth && im->capabilities & CAP_STARTTLS) {
-		if (imap_do(im, "STARTTLS", imap_send(im, NULL, "STARTTLS")) != 0)
+		if (imap_do(im, "STARTTLS", imap_send(im, NULL, "STARTTLS"), &im->s.err) != 0)
 			return -1;
 		plain = im->s.plain;
 		if (stream_start_tls(&im->s, trust) != 0)
@@ -3392,7 +3474,7 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
-	im->status_flight = IMAP_FLIGHT_MAX;
+	im->flight = IMAP_FLIGHT_MAX - 8;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0 || imap_greet(im, trust) != 0)
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password) != 0)
@@ -3403,20 +3485,16 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 		if (tag == 0 || (im->one_at_a_time && imap_wait(im, tag) == NULL))
 			return -1;
 	}
-	return account->compress == COMPRESS_ON ? imap_compress(im) : 0;
+	if (account->compress == COMPRESS_ON && imap_may_compress(im))
+		return imap_wait(im, imap_compress(im)) == NULL ? -1 : 0;
+	return 0;
 }
 
-/* Say goodbye and close. Nothing can go wrong any more. */
+/* Say goodbye and close. What the server answers is of no use to anybody. */
 static void imap_close(struct imap *im)
 {
-	unsigned tag;
-
-	if (im->s.fd >= 0 && im->s.err.code == E_NONE && (tag = imap_send(im, NULL, "LOGOUT")) != 0) {
-		im->s.timeout_sec = im->s.timeout_sec < 5 ? im->s.timeout_sec : 5;
-		while (im->s.err.code == E_NONE && imap_response(im) == 0 &&
-		       im->results[tag % IMAP_FLIGHT_MAX].condition == IMAP_PENDING)
-			;
-	}
+	if (im->s.fd >= 0 && im->s.err.code == E_NONE)
+		imap_send(im, NULL, "LOGOUT");
 	stream_close(&im->s);
 }
 
@@ -3504,24 +3582,31 @@ static int http_get(const char *url, const struct trust *trust, struct err *e)
 	return err_set(e, E_NET, "%s", *reason != '\0' ? reason : curl_easy_strerror(code));
 }
 
-/* ======== sync: makes one archive match one mailbox ======== */
+/* ======== mailboxes: names, files, and which of them have news ======== */
+
+/*
+ * What an account's mailboxes are called, on the wire, to a person, and on disk; and the listing of them,
+ * with what STATUS tells: no mailbox without news is opened.
+ */
 
 /* What a run has done, for the summary. */
 struct counts {
 	uint64_t mailboxes, unchanged, stored, gone, back, others, octets, failures;
 };
 
-/* One mailbox of an account, as the server lists it and as the parent plans it. */
+/* One mailbox of an account, as the server lists it. */
 struct mailbox {
 	char *name;     /* on the wire; owned */
-	char *file;     /* of the archive, without folder; owned */
 	char delimiter; /* '\0': none */
-	bool selectable, ignored;
+	unsigned special; /* enum special */
+	bool selectable, wanted, has_news;
+	bool alike;              /* another one spells the same name differently: see name_file() */
+	bool original_is_shared; /* the Python original put it where it put another one */
 	struct imap_status status;
-	enum { BOX_DONE, BOX_TODO, BOX_BUSY } state;
-	unsigned tries;  /* of workers that died of it */
 	uint32_t weight; /* mails that are probably new */
 };
+
+/* -- names -- */
 
 /*
  * Decode modified UTF-7 (RFC 3501 5.1.3). Returns the length, or 0 if it is no such text: then the
@@ -3596,8 +3681,11 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 	return length;
 }
 
-/* The parts of a mailbox name, one after the other: decoded, in 'part'. False: no more. */
-static bool name_part(const char **name, char delimiter, char *part, size_t size, size_t *n)
+/*
+ * The parts of a mailbox name, one after the other, in 'part': decoded, or as they are (*raw) where they
+ * are no modified UTF-7. False: no more.
+ */
+static bool name_part(const char **name, char delimiter, char *part, size_t size, size_t *n, bool *raw)
 {
 	const char *end;
 
@@ -3605,11 +3693,12 @@ static bool name_part(const char **name, char delimiter, char *part, size_t size
 		return false;
 	end = delimiter != '\0' ? strchr(*name, delimiter) : NULL;
 	*n = end != NULL ? (size_t)(end - *name) : strlen(*name);
-	if (*n > 0 && mutf7_decode(part, size, *name, *n) > 0) {
-		*n = mutf7_decode(part, size, *name, *n);
-	} else {
+	*raw = *n == 0 || mutf7_decode(part, size, *name, *n) == 0;
+	if (*raw) {
 		*n = *n < size ? *n : size - 1;
 		memcpy(part, *name, *n);
+	} else {
+		*n = mutf7_decode(part, size, *name, *n);
 	}
 	part[*n] = '\0';
 	*name = end != NULL ? end + 1 : NULL;
@@ -3622,9 +3711,9 @@ enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escap
 static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
 {
 	size_t length = 0, n;
-	bool first = true;
+	bool first = true, raw;
 
-	while (name_part(&name, delimiter, out + length + !first, NAME_OCTETS - length - 1, &n)) {
+	while (name_part(&name, delimiter, out + length + !first, NAME_OCTETS - length - 1, &n, &raw)) {
 		if (!first)
 			out[length] = '/';
 		length += n + !first;
@@ -3635,13 +3724,20 @@ static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
 	out[length] = '\0';
 }
 
-/* The archive's file name by the rule of DESIGN section 5, with ".mbox". */
-static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimiter)
+/*
+ * The archive's file name by the rule of DESIGN section 5, with ".mbox". 'alike': another mailbox spells
+ * the same name differently; a hash of the spelling keeps them apart, as it does where a name is too long.
+ */
+static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimiter, bool alike)
 {
 	char part[NAME_OCTETS], escaped[NAME_OCTETS * 3] = "";
+	const char *hashed = alike ? name : escaped, *rest = name;
 	size_t length = 0, n;
+	bool raw;
 
-	for (bool first = true; name_part(&name, delimiter, part, sizeof part, &n); first = false) {
+	for (bool first = true; name_part(&rest, delimiter, part, sizeof part, &n, &raw); first = false) {
+		size_t began = length;
+
 		if (!first) /* after an empty part it would hide the file */
 			length += (size_t)sprintf(escaped + length, length > 0 ? "." : "%%2E");
 		if (first && strcasecmp(part, "INBOX") == 0)
@@ -3649,18 +3745,24 @@ static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimi
 		if (n > 0)
 			length += mbox_escape(escaped + length, sizeof escaped - length, part, n,
 					      delimiter == '\0');
+		for (size_t i = began; raw && i < length; i++)
+			if (escaped[i] == '&') { /* decoded, it would be another name's */
+				memmove(escaped + i + 3, escaped + i + 1, length - i - 1);
+				memcpy(escaped + i, "%26", 3);
+				length += 2;
+			}
 	}
-	if (length > MBOX_FILE_MAX) {
+	if (length > MBOX_FILE_MAX || alike) {
 		uint8_t hash[br_sha256_SIZE];
 		br_sha256_context context;
 		size_t cut = 0;
 
 		br_sha256_init(&context);
-		br_sha256_update(&context, escaped, length);
+		br_sha256_update(&context, hashed, alike ? strlen(name) : length);
 		br_sha256_out(&context, hash);
-		for (size_t i = 0; i <= MBOX_FILE_MAX - 9; i += n) { /* at a character, or an escape */
+		for (size_t i = 0; i <= MBOX_FILE_MAX - 9 && i <= length; i += n) { /* at a character, or an escape */
 			cut = i;
-			n = escaped[i] == '%' ? 3 : utf8_char((const uint8_t *)escaped + i, length - i, NULL);
+			n = escaped[i] == '%' ? 3 : utf8_char((const uint8_t *)escaped + i, length - i + 1, NULL);
 			n = n > 0 ? n : 1;
 		}
 		length = cut + (size_t)snprintf(escaped + cut, 10, "~%02x%02x%02x%02x", hash[0], hash[1],
@@ -3683,21 +3785,38 @@ static void name_file_original(char out[MBOX_NAME_MAX + 8], const char *name, ch
 	memcpy(out + length, ".mbox", 6);
 }
 
-/* Does one of the patterns match the whole name, or any one part of it? INBOX in any case. */
-static bool name_matches(const struct json *patterns, const char *name, char delimiter)
+/* Return true if both names read the same. */
+static bool name_is_alike(const struct mailbox *a, const struct mailbox *b)
+{
+	char first[NAME_OCTETS], second[NAME_OCTETS];
+
+	name_text(first, a->name, a->delimiter);
+	name_text(second, b->name, b->delimiter);
+	return strcmp(first, second) == 0;
+}
+
+/*
+ * Return true if one of the patterns matches the whole name, or any one part of it (INBOX in any case), or
+ * is a special use that the mailbox has.
+ */
+static bool name_matches(const struct json *patterns, const struct mailbox *box)
 {
 	char text[NAME_OCTETS], part[NAME_OCTETS];
 	size_t n;
+	bool raw;
 
 	if (patterns == NULL)
 		return false;
-	name_text(text, name, delimiter);
+	name_text(text, box->name, box->delimiter);
 	for (const struct json *p = patterns->child; p != NULL; p = p->next) {
-		const char *rest = name, *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
+		const char *rest = box->name, *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
 
-		if (match(pattern, text))
+		for (n = 0; n < sizeof part - 1 && pattern[n] != '\0'; n++)
+			part[n] = (char)toupper((unsigned char)pattern[n]);
+		part[n] = '\0';
+		if (box->special & imap_special(part) || match(pattern, text))
 			return true;
-		while (name_part(&rest, delimiter, part, sizeof part, &n))
+		while (name_part(&rest, box->delimiter, part, sizeof part, &n, &raw))
 			if (match(pattern, part) ||
 			    (strcmp(pattern, "INBOX") == 0 && strcasecmp(part, "INBOX") == 0))
 				return true;
@@ -3705,7 +3824,226 @@ static bool name_matches(const struct json *patterns, const char *name, char del
 	return false;
 }
 
-/* Does the STATUS say anything that the archive does not know? Unknown values are always news. */
+/* -- the mailboxes of an account -- */
+
+/* All mailboxes that a server lists, and what is to be done with each. */
+struct mailboxes {
+	const struct config *config;
+	const struct account *account;
+	const struct json *only; /* -m: patterns, or NULL */
+	const char *folder;      /* of the archives */
+	struct imap *im;         /* while it lists */
+	bool folds;              /* the file system takes "a" and "A" for the same name */
+	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
+	uint32_t n, room, todo;
+	size_t name_octets;
+	uint32_t *table[3]; /* owned: of 2 * room places each, by enum mailbox_key */
+	struct err odd;  /* the first mailbox that cannot be backed up for its name */
+};
+
+static void mailboxes_free(struct mailboxes *l)
+{
+	for (uint32_t i = 0; i < l->n; i++)
+		free(l->boxes[i].name);
+	free(l->boxes);
+	for (int i = 0; i < 3; i++)
+		free(l->table[i]);
+	memset(l->table, 0, sizeof l->table);
+	l->boxes = NULL;
+	l->n = l->room = l->todo = 0;
+	l->name_octets = 0;
+}
+
+static void mailbox_path(const struct mailboxes *l, const char *file, char out[PATH_MAX_OCTETS + 300])
+{
+	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", l->folder, file);
+}
+
+/* The archive's file. Where another mailbox has the same name in another spelling, a hash tells them apart. */
+static void mailbox_file(const struct mailbox *box, char out[MBOX_FILE_MAX + 8])
+{
+	name_file(out, box->name, box->delimiter, box->alike);
+}
+
+/* The texts by which a mailbox can be found. */
+enum mailbox_key { BY_NAME, BY_FILE, BY_ORIGINAL };
+
+static void mailbox_text(const struct mailboxes *l, const struct mailbox *box, enum mailbox_key key,
+			 char out[MBOX_NAME_MAX + 8])
+{
+	if (key == BY_NAME)
+		snprintf(out, MBOX_NAME_MAX + 8, "%s",
+			 strcasecmp(box->name, "INBOX") == 0 ? "INBOX" : box->name);
+	else if (key == BY_FILE)
+		mailbox_file(box, out);
+	else
+		name_file_original(out, box->name, box->delimiter);
+	for (; key == BY_FILE && l->folds && *out != '\0'; out++)
+		*out = (char)tolower((unsigned char)*out);
+}
+
+/*
+ * Look a mailbox up by one of its texts. Returns the place in the table: its number from 1 stands there,
+ * or 0 if there is none; then one may be put there.
+ */
+static uint32_t *mailboxes_find(const struct mailboxes *l, enum mailbox_key key, const char *text)
+{
+	uint32_t *table = l->table[key], hash = 2166136261u, at; /* FNV-1a */
+	char other[MBOX_NAME_MAX + 8];
+
+	for (const char *p = text; *p != '\0'; p++)
+		hash = (hash ^ (uint8_t)*p) * 16777619u;
+	for (at = hash % (2 * l->room); table[at] != 0; at = (at + 1) % (2 * l->room)) {
+		mailbox_text(l, &l->boxes[table[at] - 1], key, other);
+		if (strcmp(text, other) == 0)
+			break;
+	}
+	return &table[at];
+}
+
+/* Make room for more mailboxes. */
+static void mailboxes_grow(struct mailboxes *l)
+{
+	struct mailbox *boxes;
+	char text[MBOX_NAME_MAX + 8];
+
+	l->room = l->room > 0 ? 2 * l->room : 16;
+	boxes = allocate(l->room * sizeof *boxes);
+	if (l->n > 0)
+		memcpy(boxes, l->boxes, l->n * sizeof *boxes);
+	free(l->boxes);
+	l->boxes = boxes;
+	for (int i = 0; i < 3; i++) {
+		free(l->table[i]);
+		l->table[i] = allocate(2 * l->room * sizeof **l->table);
+	}
+	for (uint32_t i = 0; i < l->n; i++) {
+		mailbox_text(l, &l->boxes[i], BY_NAME, text);
+		*mailboxes_find(l, BY_NAME, text) = i + 1;
+	}
+}
+
+static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
+		   unsigned special /* enum special */)
+{
+	struct mailboxes *l = context;
+	struct mailbox box = { .delimiter = delimiter, .selectable = selectable, .special = special };
+	char text[MBOX_NAME_MAX + 8];
+	uint32_t *place;
+
+	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL) {
+		err_set(&l->odd, E_REFUSED,
+			"the server lists a mailbox whose name is empty, has NUL octets or line ends, or "
+			"more than %d octets: \"%.100s\"",
+			MBOX_NAME_MAX, name);
+		return 0;
+	}
+	if (l->n == l->room && l->n < MAILBOXES_MAX)
+		mailboxes_grow(l);
+	box.name = copy_text(name);
+	mailbox_text(l, &box, BY_NAME, text);
+	place = mailboxes_find(l, BY_NAME, text);
+	if (*place > 0) { /* old Couriers list one twice */
+		l->boxes[*place - 1].selectable |= selectable;
+		l->boxes[*place - 1].special |= special;
+		free(box.name);
+		return 0;
+	}
+	if (l->n == MAILBOXES_MAX || l->name_octets + n > MAILBOX_NAMES_MAX) {
+		err_set(&l->odd, E_REFUSED,
+			"the server lists more than %d mailboxes, or more than %d octets of their names",
+			MAILBOXES_MAX, MAILBOX_NAMES_MAX);
+		free(box.name);
+		return 0;
+	}
+	l->name_octets += n;
+	l->im->noise = 0;
+	l->boxes[l->n++] = box;
+	*place = l->n;
+	return 0;
+}
+
+static int on_status(void *context, const char *name, const struct imap_status *status)
+{
+	struct mailboxes *l = context;
+	uint32_t i = *mailboxes_find(l, BY_NAME, strcasecmp(name, "INBOX") == 0 ? "INBOX" : name);
+
+	if (i > 0 && !l->boxes[i - 1].status.known)
+		l->im->noise = 0;
+	if (i > 0)
+		l->boxes[i - 1].status = *status;
+	return 0;
+}
+
+/* Mark the mailboxes that are to be backed up. Returns how many they are. */
+static uint32_t mailboxes_select(struct mailboxes *l)
+{
+	const struct json *only = l->account->mailboxes != NULL ? l->account->mailboxes
+								: l->config->mailboxes;
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < l->n; i++) {
+		struct mailbox *box = &l->boxes[i];
+
+		box->wanted = box->selectable && (l->only == NULL || name_matches(l->only, box)) &&
+			      (only == NULL || name_matches(only, box)) &&
+			      !name_matches(l->config->ignore, box) && !name_matches(l->account->ignore, box);
+		n += box->wanted;
+	}
+	return n;
+}
+
+/*
+ * List the account's mailboxes with their STATUS, in one command where the server can. 'sizes': ask for
+ * octets, too. STATUS only saves work: where it is refused, the mailbox will be opened.
+ */
+static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, struct err *e)
+{
+	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
+	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0;
+	const struct imap_result *result;
+
+	mailboxes_free(l);
+	mailboxes_grow(l);
+	l->im = im;
+	im->context = l;
+	im->on_list = on_list;
+	im->on_status = on_status;
+	snprintf(items, sizeof items, "(MESSAGES UIDNEXT UIDVALIDITY %s%s)",
+		 im->capabilities & CAP_CONDSTORE ? "HIGHESTMODSEQ" : "UNSEEN",
+		 sizes && im->capabilities & CAP_STATUS_SIZE ? " SIZE" : "");
+	if (with_status) {
+		result = imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\" RETURN (%sSTATUS %s)",
+						 im->capabilities & CAP_SPECIAL_USE ? "SPECIAL-USE " : "",
+						 items));
+		/* strato.de lists nothing this way */
+		with_status = result != NULL && result->condition == IMAP_OK &&
+			      *mailboxes_find(l, BY_NAME, "INBOX") > 0;
+	}
+	if (!with_status && im->s.err.code == E_NONE)
+		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""), e);
+	mailboxes_select(l);
+	for (uint32_t i = 0; !with_status && i < l->n && im->s.err.code == E_NONE; i++) {
+		if (!l->boxes[i].wanted)
+			continue;
+		while (!imap_may_send(im))
+			if (imap_answer(im) == NULL)
+				break;
+		imap_quote(im, quoted, sizeof quoted, l->boxes[i].name);
+		imap_send(im, NULL, "STATUS %s %s", quoted, items);
+	}
+	imap_wait(im, im->tag);
+	im->on_list = NULL;
+	im->on_status = NULL;
+	im->context = NULL;
+	if (e->code == E_NONE)
+		*e = im->s.err;
+	if (e->code == E_NONE && l->n == 0)
+		err_set(e, E_REFUSED, "the server lists no mailbox at all");
+	return e->code == E_NONE ? 0 : -1;
+}
+
+/* Return true if the STATUS says anything that the archive does not know. What is unknown is news. */
 static bool mailbox_has_news(const struct imap_status *status, const struct mbox_info *info,
 			     bool keep_duplicates)
 {
@@ -3720,13 +4058,202 @@ static bool mailbox_has_news(const struct imap_status *status, const struct mbox
 	return status->unseen == UINT32_MAX || status->unseen != claim->unseen;
 }
 
-/* A command that asks for mails, on the wire. */
-struct batch {
-	enum { BATCH_ASK, BATCH_ASK_MADE, BATCH_MAILS } kind;
-	unsigned tag, n;
-	bool single; /* one UID, asked for again because it did not come before */
-	struct range ranges[BATCH_RANGES];
+/*
+ * An archive of the Python original may stand under another name: give it ours, if it surely is
+ * one, is nobody else's, and there is none yet.
+ */
+static void mailbox_adopt_original(const struct mailboxes *l, const struct mailbox *box)
+{
+	char original[MBOX_NAME_MAX + 8], own[MBOX_FILE_MAX + 8], head[12] = "";
+	char from[PATH_MAX_OCTETS + 300], to[PATH_MAX_OCTETS + 300], index[PATH_MAX_OCTETS + 320];
+	uint32_t other;
+	ssize_t got = 0;
+	int fd;
+
+	mailbox_file(box, own);
+	name_file_original(original, box->name, box->delimiter);
+	if (strcmp(original, own) == 0 || strlen(original) > 250)
+		return;
+	mailbox_path(l, original, from);
+	mailbox_path(l, own, to);
+	snprintf(index, sizeof index, "%s.index", from);
+	if (access(to, F_OK) == 0 || access(index, F_OK) == 0 ||
+	    (fd = open(from, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK)) < 0)
+		return;
+	got = read(fd, head, sizeof head);
+	close(fd);
+	if (got != sizeof head || memcmp(head, "From nobody ", 12) != 0)
+		return;
+	other = *mailboxes_find(l, BY_FILE, original);
+	if (box->original_is_shared || (other > 0 && &l->boxes[other - 1] != box))
+		log_warn("%s may be the archive of \"%s\" or of another mailbox: left alone", from, box->name);
+	else if (rename(from, to) == 0)
+		log_info("%s: renamed, it is now %s", from, own);
+	else
+		log_error("%s: cannot rename it to %s: %s", from, own, strerror(errno));
+}
+
+/* Name the archives whose mailbox the server no longer lists; their mails keep their marks. */
+static void mailboxes_name_orphans(const struct mailboxes *l)
+{
+	DIR *folder = opendir(l->folder);
+	const struct dirent *entry;
+
+	while (folder != NULL && (entry = readdir(folder)) != NULL) {
+		char text[sizeof entry->d_name + 1];
+		size_t n = strlen(entry->d_name);
+
+		if (n < 6 || strcmp(entry->d_name + n - 5, ".mbox") != 0)
+			continue;
+		for (size_t i = 0; i <= n; i++)
+			text[i] = (char)(l->folds ? tolower((unsigned char)entry->d_name[i])
+						  : entry->d_name[i]);
+		if (*mailboxes_find(l, BY_FILE, text) == 0)
+			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
+				 entry->d_name);
+	}
+	if (folder != NULL)
+		closedir(folder);
+}
+
+static int mailbox_compare(const void *a, const void *b)
+{
+	const struct mailbox *first = a, *second = b;
+
+	if (first->has_news != second->has_news)
+		return first->has_news ? -1 : 1;
+	if (first->weight != second->weight)
+		return first->weight > second->weight ? -1 : 1;
+	return strcmp(first->name, second->name);
+}
+
+/*
+ * Enter a mailbox into the table by its file. Where two spell the same name differently, one gets a file
+ * with a hash: the one whose archive the file is not, else the later one. Returns false, and complains,
+ * if they would share an archive all the same.
+ */
+static bool mailbox_claim_file(struct mailboxes *l, uint32_t i)
+{
+	struct mailbox *box = &l->boxes[i], *other;
+	char file[MBOX_NAME_MAX + 8], path[PATH_MAX_OCTETS + 300];
+	uint32_t *place;
+	struct mbox_info info;
+
+	mailbox_text(l, box, BY_FILE, file);
+	place = mailboxes_find(l, BY_FILE, file);
+	if (*place == 0) {
+		*place = i + 1;
+		return true;
+	}
+	other = &l->boxes[*place - 1];
+	if (!box->alike && !other->alike && name_is_alike(other, box)) {
+		mailbox_file(box, file);
+		mailbox_path(l, file, path);
+		mbox_peek(path, box->name, &info);
+		if (info.stored > 0) {
+			*place = i + 1;
+			box = other;
+		}
+		box->alike = true;
+		return mailbox_claim_file(l, (uint32_t)(box - l->boxes));
+	}
+	if (!box->wanted || !other->wanted) {
+		*place = box->wanted ? i + 1 : *place;
+		return true;
+	}
+	log_error("the mailboxes \"%s\" and \"%s\" would share the archive %s: the second is not backed up",
+		  other->name, box->name, file);
+	return false;
+}
+
+/*
+ * Find out which of the mailboxes have news, and put these first, the largest first. Mailboxes that
+ * would share an archive are counted as failures. 'dry': nothing is renamed.
+ */
+static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
+{
+	for (uint32_t i = 0; i < l->n; i++) {
+		struct mailbox *box = &l->boxes[i];
+		char original[MBOX_NAME_MAX + 8];
+		uint32_t *place;
+
+		name_file_original(original, box->name, box->delimiter);
+		place = mailboxes_find(l, BY_ORIGINAL, original);
+		if (*place > 0)
+			box->original_is_shared = l->boxes[*place - 1].original_is_shared = true;
+		else
+			*place = i + 1;
+		if (mailbox_claim_file(l, i))
+			continue;
+		counts->failures++;
+		counts->mailboxes++;
+		box->wanted = false;
+	}
+	for (uint32_t i = 0; i < l->n; i++) {
+		struct mailbox *box = &l->boxes[i];
+		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
+		struct mbox_info info;
+		uint32_t live;
+
+		if (!box->wanted)
+			continue;
+		counts->mailboxes++;
+		if (!dry)
+			mailbox_adopt_original(l, box);
+		mailbox_file(box, file);
+		mailbox_path(l, file, path);
+		mbox_peek(path, box->name, &info);
+		if (!mailbox_has_news(&box->status, &info, l->config->keep_duplicates)) {
+			counts->unchanged++;
+			counts->others += info.others;
+			continue;
+		}
+		live = info.stored - info.gone;
+		box->weight = box->status.messages > live ? box->status.messages - live : 0;
+		box->has_news = true;
+		l->todo++;
+	}
+	if (!dry && l->only == NULL)
+		mailboxes_name_orphans(l);
+	if (l->n > 0)
+		qsort(l->boxes, l->n, sizeof *l->boxes, mailbox_compare);
+}
+
+/* ======== sync: makes archives match their mailboxes ======== */
+
+/*
+ * As many mailboxes as the wire takes are in hand at a time. Each is a struct sync, with an archive, sets
+ * of UIDs and a stage; it only ever sends, and looks at the answers to its own commands. The engine,
+ * session_run(), asks the mailboxes in turn what they have to send (sync_due), has the server's answers
+ * handed to their owners (sync_answered), and closes those that are over.
+ *
+ * A server answers a connection's commands one mailbox after the other. When a mailbox has something to
+ * ask after the next one was opened, its EXAMINE goes in front once more.
+ */
+enum sync_kind {
+	KIND_NONE, /* nothing to be sent */
+	KIND_EXAMINE,
+	KIND_LISTING, /* which UIDs are there? */
+	KIND_FLAGS,
+	KIND_IDS,      /* Message-IDs of UIDs */
+	KIND_MADE_IDS, /* what made Message-IDs are made of */
+	KIND_MAILS,
+	KIND_STILL_LISTED /* which of the mails that did not come are there? */
 };
+
+enum sync_stage {
+	SYNC_CLOSED,  /* its turn has not come, or the line broke */
+	SYNC_LIST,    /* listing, flags, and what STATUS lets expect: the answers decide how it goes on */
+	SYNC_BIND,    /* UIDVALIDITY is new: all UIDs are bound to stored mails first */
+	SYNC_FETCH,   /* what is not stored is asked for */
+	SYNC_RECHECK, /* is what did not come still there? */
+	SYNC_MARK,    /* what the server has no more is marked */
+	SYNC_MOVED,   /* mails that live on under another UID get its flags */
+	SYNC_OVER
+};
+
+/* How to ask for the listing: ever more simply, where the server fails. */
+enum listing_way { LISTING_ESEARCH, LISTING_SEARCH, LISTING_FETCH };
 
 /* What is remembered of a mailbox from one connection to the next, within a worker. */
 struct attempt {
@@ -3735,81 +4262,103 @@ struct attempt {
 	bool careful_asks;           /* it broke at a header: those too */
 	uint32_t broken_uid;         /* the first that had not come when it broke */
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
+	bool reopened;               /* the archive did not fit, and was put in order */
+	bool literal;                /* the server does not take the name as a quoted string */
+	enum listing_way way;        /* the first that did not break the line */
+	unsigned vague;              /* single mails in a row that were refused with a request to wait */
 	unsigned poisons, row;       /* how many; of them, since a mail came */
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
 };
 
-struct sync {
-	const struct config *config;
-	struct imap *im;
-	struct mailbox box; /* its name is borrowed */
-	struct attempt *attempt;
-	struct counts *counts;
-	bool dry; /* say what would be done */
-	void (*progress)(void *context);
-	struct sync *(*ahead)(void *context); /* begin the next mailbox; NULL: there is none, or not now */
-	void (*settle)(void *context, struct sync *next); /* finish it before this one */
-	void *context;
-	struct mbox *m;
-	struct err *e;
-
-	/* set when the pass begins: */
-	struct mbox_claim old;   /* what the archive says of the last complete pass */
-	struct mbox_claim claim; /* what it may say after this one, as EXAMINE told it */
-	bool empty;              /* the archive is: nothing can be known already */
-	bool condstore;          /* changed flags are asked for by CHANGEDSINCE ... */
-	bool with_flags;         /* ... or all flags tell the listing too; else they come with the mails */
-	bool foreseen;           /* by STATUS, what is on the wire then is all that will be asked for */
-	unsigned examine_tag, listing_tag, changes_tag; /* of the commands for these; 0: not sent yet */
-	struct sync *next; /* the next mailbox: its commands are on the wire behind ours. Owned */
-	bool looked;       /* for it */
-
-	/* UIDs: of all mails on the server; to be asked about; that turned out to need a made ID; to be
-	 * fetched; again in order, for want of an ID; again singly, as they did not come; that never came */
-	struct set listing, ask, ask_made, want, late, again, failed;
-	struct batch flight[IMAP_FLIGHT_MAX];
-	unsigned first, pending; /* of the ring 'flight' */
-	bool searching;          /* the UIDs that come are the listing */
-	bool listing_now;        /* the FETCH responses that come are it */
-	bool rekeyed;            /* UIDVALIDITY is new: flags wait until the UIDs are bound */
-	uint32_t told;           /* flags of known mails since something else came */
-	bool window;             /* the server shows only the newest mails */
-	bool in_order;           /* mails came late for want of a Message-ID: one command at a time now */
-
-	struct mbox_header header; /* of a mail that is asked for by its header */
-	struct mbox_made made;
-	bool has_header, writing;
-	unsigned vague;          /* single mails in a row that were refused with a request to wait */
-	struct imap_fetch apart; /* the last one without a mail: flags and date may come apart from it */
+/* What a FETCH response has brought so far, and how it is taken in. */
+struct incoming {
+	enum { GETS_NOTHING, GETS_ID, GETS_MADE, GETS_MAIL, GOT_MAIL } gets; /* of the literal in hand */
+	struct mbox_header header; /* GETS_ID */
+	struct mbox_made made;     /* GETS_MADE */
+	struct imap_fetch apart;   /* the last response without a mail: flags and date may come so */
+	struct imap_fetch mail;    /* GOT_MAIL: it is whole, but its INTERNALDATE may yet come */
+	uint32_t told;             /* flags of known mails */
 };
+
+struct sync {
+	struct session *session;   /* borrowed */
+	const struct mailbox *box; /* borrowed */
+	struct sync *next;         /* begun after this one */
+	struct attempt attempt;
+	struct counts counts;
+	struct err err; /* why it cannot go on */
+	enum sync_stage stage;
+	struct mbox *m;
+	bool empty;                   /* the archive was: nothing can be known already */
+	bool rekeyed;                 /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	bool complete;                /* the listing was: what is not in it has gone */
+	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
+	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
+	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
+	uint32_t list_to;             /* the listing is to be asked for, up to this UID; or 0 */
+	struct range flags;           /* of these UIDs the flags are to be asked for; high 0: of none */
+	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
+	struct set listing, ask, ask_made, want, again, failed; /* UIDs; 'again' is asked for one by one */
+	struct incoming in;
+};
+
+/* A connection, and the mailboxes in hand on it. */
+struct session {
+	const struct config *config;
+	struct mailboxes *list; /* for the archives' places */
+	struct imap *im;
+	bool dry;           /* say what would be done */
+	struct sync *first; /* the mailboxes in hand, in the order in which they were begun. Owned */
+	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
+	struct sync *(*begin)(void *context, bool ahead);
+	void (*progress)(void *context, uint64_t mails, uint64_t octets); /* that came */
+	/* This one is over, for good or with y->err; it is unlinked, and freed behind this. */
+	void (*over)(void *context, struct sync *y);
+	void *context;
+};
+
+static int sync_fail(struct sync *y, const struct err *e)
+{
+	if (y->err.code == E_NONE)
+		y->err = *e;
+	return -1;
+}
 
 static int sync_out_of_room(struct sync *y)
 {
-	return err_set(y->e, E_FORMAT,
-		       "more than %d mails, or gaps between them: the most that one mailbox "
-		       "may have",
+	return err_set(&y->err, E_FORMAT,
+		       "more than %d mails, or gaps between them: the most that one mailbox may have",
 		       MBOX_MAILS_MAX);
 }
+
+static int sync_add(struct sync *y, struct set *set, uint32_t uid)
+{
+	return set_add(set, uid, uid) ? 0 : sync_out_of_room(y);
+}
+
+/* -- what comes -- */
 
 static int on_uids(void *context, uint32_t low, uint32_t high)
 {
 	struct sync *y = context;
 
-	if (!y->searching)
+	if (y == NULL || (y->awaited == 0 && y->stage != SYNC_RECHECK))
 		return 0;
 	if (high - low >= MBOX_MAILS_MAX || !set_add(&y->listing, low, high))
 		return sync_out_of_room(y);
 	return 0;
 }
 
-/* Is this UID among those that a command on the wire asks for? */
+/* Return true if a command on the wire asks for this UID's header or mail. */
 static bool sync_asked(const struct sync *y, uint32_t uid)
 {
-	for (unsigned i = 0; i < y->pending; i++) {
-		const struct batch *b = &y->flight[(y->first + i) % IMAP_FLIGHT_MAX];
+	const struct imap *im = y->session->im;
 
-		for (unsigned k = 0; k < b->n; k++)
-			if (uid >= b->ranges[k].low && uid <= b->ranges[k].high)
+	for (unsigned tag = im->taken + 1; y->pending > 0 && tag <= im->tag; tag++) {
+		const struct command *c = &im->ring[tag % IMAP_FLIGHT_MAX];
+
+		for (unsigned k = 0; c->owner == y && k < c->n; k++)
+			if (uid >= c->ranges[k].low && uid <= c->ranges[k].high)
 				return true;
 	}
 	return false;
@@ -3817,119 +4366,92 @@ static bool sync_asked(const struct sync *y, uint32_t uid)
 
 static bool sync_wants(const struct sync *y, uint32_t uid)
 {
-	return sync_asked(y, uid) && mbox_next_uid(y->m, uid) != uid;
+	return uid != 0 && mbox_next_uid(y->m, uid) != uid && sync_asked(y, uid);
+}
+
+/* A mail, or its header, has come: the line is not broken by it, nor by those before it. */
+static void sync_passed(struct sync *y, uint32_t uid, bool mail)
+{
+	y->session->im->noise = 0;
+	y->attempt.row = mail ? 0 : y->attempt.row;
+	if (uid >= y->attempt.careful_uid && (mail || y->attempt.careful_asks))
+		y->attempt.careful = false;
+}
+
+/* What one response tells of a mail, and another does not. */
+static void fetch_merge(struct imap_fetch *to, const struct imap_fetch *from)
+{
+	if (from->uid != to->uid)
+		return;
+	if (!to->has_date && from->has_date)
+		to->date_sec = from->date_sec;
+	if (!to->has_flags && from->has_flags)
+		to->flags = from->flags;
+	to->has_date = to->has_date || from->has_date;
+	to->has_flags = to->has_flags || from->has_flags;
+}
+
+/* Store the mail that has come as a whole, if there is one. */
+static int sync_store(struct sync *y)
+{
+	struct imap_fetch *mail = &y->in.mail;
+	int stored;
+
+	if (y->in.gets != GOT_MAIL)
+		return 0;
+	y->in.gets = GETS_NOTHING;
+	if (!mail->has_date && !parse_date(mbox_date(y->m), &mail->date_sec))
+		mail->date_sec = 0;
+	stored = mbox_end(y->m, mail->uid, mail->date_sec, mail->flags, &y->err);
+	if (stored < 0)
+		return -1;
+	y->counts.stored += (unsigned)stored;
+	if (stored == 0 && mail->has_flags && mbox_set_flags(y->m, mail->uid, mail->flags, &y->err) != 0)
+		return -1;
+	sync_passed(y, mail->uid, true);
+	y->attempt.vague = 0;
+	y->session->progress(y->session->context, (unsigned)stored, 0);
+	return stop_due() ? err_set(&y->err, E_STOPPED, "stopped by a signal") : 0;
 }
 
 static int on_literal(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
 
-	y->has_header = y->writing = false;
-	if (!y->im->selected || (fetch->uid != 0 ? !sync_wants(y, fetch->uid) : y->pending == 0))
+	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
+		return 0;
+	if (sync_store(y) != 0)
+		return -1;
+	if (fetch->uid != 0 ? !sync_wants(y, fetch->uid) : y->pending == 0)
 		return 0; /* nobody asked for it */
 	if (fetch->section == SECTION_ID) {
-		mbox_header_init(&y->header, NULL);
-		y->has_header = true;
+		mbox_header_init(&y->in.header, NULL);
+		y->in.gets = GETS_ID;
 	} else if (fetch->section == SECTION_MADE) {
-		mbox_made_init(&y->made);
-		y->has_header = true;
-	} else if (fetch->octets > 0 && !y->dry) {
-		if (mbox_begin(y->m, fetch->has_date ? fetch->date_sec : 0, y->e) != 0)
+		mbox_made_init(&y->in.made);
+		y->in.gets = GETS_MADE;
+	} else if (fetch->octets > 0 && !y->session->dry) {
+		if (mbox_begin(y->m, fetch->has_date ? fetch->date_sec : 0, &y->err) != 0)
 			return -1;
-		y->writing = true;
+		y->in.gets = GETS_MAIL;
 	}
-	return y->has_header || y->writing;
+	return y->in.gets != GETS_NOTHING;
 }
 
 static int on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
 {
 	struct sync *y = context;
 
-	if (y->writing) {
-		y->counts->octets += n;
-		if (mbox_write(y->m, octets, n, y->e) != 0)
-			return -1;
-		y->progress(y->context);
-	} else if (fetch->section == SECTION_ID) {
-		mbox_header_feed(&y->header, octets, n);
-	} else {
-		mbox_made_feed(&y->made, octets, n);
+	(void)fetch;
+	if (y->in.gets == GETS_MAIL) {
+		y->counts.octets += n;
+		y->session->progress(y->session->context, 0, n);
+		return mbox_write(y->m, octets, n, &y->err);
 	}
-	return 0;
-}
-
-/* A mail has come, or its header: was it the last of those that may have broken the line? */
-static void sync_passed(struct sync *y, uint32_t uid, bool mail)
-{
-	y->im->noise = 0;
-	y->attempt->row = mail ? 0 : y->attempt->row;
-	if (uid >= y->attempt->careful_uid && (mail || y->attempt->careful_asks))
-		y->attempt->careful = false;
-}
-
-/*
- * Are mails with lower UIDs still to come? Commands that run at a time may mix their answers (Dovecot),
- * but Message-IDs that we make are numbered by UID.
- */
-static bool sync_out_of_turn(struct sync *y, uint32_t uid)
-{
-	struct set *const waiting[] = { &y->late, &y->again };
-
-	for (int i = 0; i < 2; i++) {
-		uint32_t first;
-
-		set_sort(waiting[i]);
-		first = set_next(waiting[i], 1);
-		if (first != 0 && first < uid)
-			return true;
-	}
-	if (y->in_order && y->pending == 1)
-		return false; /* the server's own order, then: rather that than to ask for ever */
-	for (unsigned i = 0; i < y->pending; i++) {
-		const struct batch *b = &y->flight[(y->first + i) % IMAP_FLIGHT_MAX];
-
-		for (unsigned k = 0; k < b->n && b->kind == BATCH_MAILS; k++)
-			for (uint32_t other = b->ranges[k].low; other <= b->ranges[k].high && other < uid;
-			     other++)
-				if ((y->searching || y->listing_now || set_has(&y->listing, other)) &&
-				    mbox_next_uid(y->m, other) != other)
-					return true;
-	}
-	return false;
-}
-
-/* A mail has come as a whole: store it. */
-static int sync_store(struct sync *y, const struct imap_fetch *fetch)
-{
-	bool apart = fetch->uid == y->apart.uid;
-	const struct imap_fetch *dated = fetch->has_date || !apart ? fetch : &y->apart;
-	const struct imap_fetch *flagged = fetch->has_flags || !apart ? fetch : &y->apart;
-	int stored;
-
-	y->writing = false;
-	if (fetch->uid == 0 || !sync_wants(y, fetch->uid)) {
-		mbox_abort(y->m);
-		return imap_noise(y->im, fetch->octets);
-	}
-	if ((stored = mbox_lacks_id(y->m, y->e)) < 0)
-		return -1;
-	if (stored > 0 && sync_out_of_turn(y, fetch->uid)) {
-		mbox_abort(y->m);
-		y->in_order = true;
-		return set_add(&y->late, fetch->uid, fetch->uid) ? 0 : sync_out_of_room(y);
-	}
-	stored = mbox_end(y->m, fetch->uid, dated->has_date ? dated->date_sec : 0, flagged->flags, y->e);
-	if (stored < 0)
-		return -1;
-	y->counts->stored += (unsigned)stored;
-	if (stored == 0 && flagged->has_flags &&
-	    mbox_set_flags(y->m, fetch->uid, flagged->flags, y->e) != 0) /* as sync_bind() */
-		return -1;
-	sync_passed(y, fetch->uid, true);
-	y->vague = 0;
-	y->progress(y->context);
-	if (stop_asked)
-		return err_set(y->e, E_STOPPED, "stopped by a signal");
+	if (y->in.gets == GETS_ID)
+		mbox_header_feed(&y->in.header, octets, n);
+	else
+		mbox_made_feed(&y->in.made, octets, n);
 	return 0;
 }
 
@@ -3937,413 +4459,235 @@ static int sync_store(struct sync *y, const struct imap_fetch *fetch)
  * The answer to a question for a header has come: is the mail stored already? Then these are its
  * flags; whatever told them before it was known went past.
  */
-static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
+static int sync_bind(struct sync *y, const struct imap_fetch *response)
 {
-	bool apart = fetch->uid == y->apart.uid;
-	const struct imap_fetch *flagged = fetch->has_flags || !apart ? fetch : &y->apart;
+	struct imap_fetch fetch = *response;
+	uint64_t size = fetch.has_size ? fetch.size : 0;
+	bool made = y->in.gets == GETS_MADE;
 	struct mbox_id id;
 	uint8_t key[20];
 	int known;
 
-	if (fetch->uid == 0 || !sync_wants(y, fetch->uid))
-		return imap_noise(y->im, fetch->octets);
-	sync_passed(y, fetch->uid, false);
-	if (fetch->section == SECTION_MADE) {
-		mbox_made_end(&y->made, key);
-		known = mbox_bind_made(y->m, fetch->uid, key, y->e);
-	} else if (mbox_header_end(&y->header, &id)) {
-		known = mbox_bind(y->m, fetch->uid, &id, y->e);
-	} else {
-		return set_add(&y->ask_made, fetch->uid, fetch->uid) ? 0 : sync_out_of_room(y);
-	}
-	if (known > 0 && flagged->has_flags)
-		return mbox_set_flags(y->m, fetch->uid, flagged->flags, y->e);
+	y->in.gets = GETS_NOTHING;
+	fetch_merge(&fetch, &y->in.apart);
+	if (!sync_wants(y, fetch.uid))
+		return imap_noise(y->session->im, fetch.octets);
+	sync_passed(y, fetch.uid, false);
+	if (!made && !mbox_header_end(&y->in.header, &id))
+		return sync_add(y, &y->ask_made, fetch.uid);
+	if (made)
+		mbox_made_end(&y->in.made, key);
+	known = made ? mbox_bind_made(y->m, fetch.uid, key, size, &y->err)
+		     : mbox_bind(y->m, fetch.uid, &id, size, &y->err);
+	if (known == 0 && y->session->dry)
+		y->counts.octets += size;
+	if (known > 0 && fetch.has_flags)
+		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
 	return known < 0 ? -1 : 0;
 }
 
 static int on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
+	bool lists;
 
-	if (!y->im->selected)
+	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
 		return 0;
-	if (y->writing)
-		return sync_store(y, fetch);
-	if (fetch->section == SECTION_ID || fetch->section == SECTION_MADE)
-		return y->has_header ? sync_bind(y, fetch) : 0;
-	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size && fetch->size == 0 &&
-	    fetch->uid != 0 && !y->dry && sync_wants(y, fetch->uid)) {
-		/* Really empty: the server says so twice. */
-		if (mbox_begin(y->m, 0, y->e) != 0)
-			return -1;
-		return sync_store(y, fetch);
+	if (y->in.gets == GETS_MAIL) {
+		y->in.gets = sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
+		if (y->in.gets == GETS_NOTHING) {
+			mbox_abort(y->m);
+			return imap_noise(y->session->im, fetch->octets);
+		}
+		y->in.mail = *fetch;
+		fetch_merge(&y->in.mail, &y->in.apart);
+		return y->in.mail.has_date ? sync_store(y) : 0;
 	}
-	if (fetch->uid != 0)
-		y->apart = *fetch;
-	if (fetch->uid == 0 || !fetch->has_flags)
+	if (y->in.gets == GETS_ID || y->in.gets == GETS_MADE)
+		return sync_bind(y, fetch);
+	if (y->in.gets == GOT_MAIL) {
+		fetch_merge(&y->in.mail, fetch);
+		if (sync_store(y) != 0)
+			return -1;
+	}
+	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size && fetch->size == 0 &&
+	    !y->session->dry && sync_wants(y, fetch->uid)) {
+		/* Really empty: the server says so twice. */
+		if (mbox_begin(y->m, 0, &y->err) != 0)
+			return -1;
+		y->in.gets = GOT_MAIL;
+		y->in.mail = *fetch;
+		return sync_store(y);
+	}
+	if (fetch->uid == 0)
 		return 0;
-	if (y->listing_now && !set_add(&y->listing, fetch->uid, fetch->uid))
-		return sync_out_of_room(y);
-	if ((y->listing_now || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
-	    y->told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
-		imap_useful(y->im, IMAP_LINE_MAX);
-	if (y->rekeyed)
+	y->in.apart = *fetch;
+	lists = y->attempt.way == LISTING_FETCH && (y->awaited > 0 || y->stage == SYNC_RECHECK);
+	if (lists && sync_add(y, &y->listing, fetch->uid) != 0)
+		return -1;
+	if ((lists || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
+	    y->in.told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
+		imap_useful(y->session->im, IMAP_LINE_MAX);
+	if (!fetch->has_flags || y->rekeyed)
 		return 0;
-	return mbox_set_flags(y->m, fetch->uid, fetch->flags, y->e);
+	return mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err);
 }
 
-/* -- the conversation -- */
+/* -- what is asked -- */
 
-/* The connection's error becomes ours, unless one of the callbacks gave it up with one of its own. */
-static int sync_line_failed(struct sync *y)
+/* Send a command of the mailbox's; batches have their UIDs in the command's ranges already. */
+static int sync_send(struct sync *y, enum sync_kind kind, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+static int sync_send(struct sync *y, enum sync_kind kind, const char *format, ...)
 {
-	if (y->e->code == E_NONE)
-		*y->e = y->im->s.err;
-	return -1;
+	struct imap *im = y->session->im;
+	char line[IMAP_LINE_MAX * 3];
+	struct command *c;
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(line, sizeof line, format, arguments);
+	va_end(arguments);
+	if (imap_send(im, NULL, "%s", line) == 0)
+		return sync_fail(y, &im->s.err);
+	c = &im->ring[im->tag % IMAP_FLIGHT_MAX];
+	c->owner = y;
+	c->kind = kind;
+	y->pending++;
+	y->awaited += kind == KIND_LISTING || kind == KIND_FLAGS;
+	if (kind == KIND_EXAMINE) {
+		c->examines = true;
+		im->wire = y;
+	}
+	return 0;
 }
 
-/* What comes from now on is for this mailbox. */
-static void sync_listen(struct sync *y)
+/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
+static int sync_send_examine(struct sync *y)
 {
-	struct imap *im = y->im;
-
-	im->context = y;
-	im->on_list = NULL;
-	im->on_status = NULL;
-	im->on_uids = on_uids;
-	im->on_literal = on_literal;
-	im->on_octets = on_octets;
-	im->on_fetch = on_fetch;
-	im->selected = false;
-	im->exists = im->uidvalidity = im->uidnext = 0;
-	im->highestmodseq = 0;
-}
-
-/* What still comes is for nobody. */
-static void sync_deaf(struct imap *im)
-{
-	im->selected = false;
-	im->on_uids = NULL;
-	im->on_fetch = NULL;
-}
-
-static unsigned sync_send_examine(struct sync *y)
-{
+	struct imap *im = y->session->im;
+	const char *condstore = im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "";
 	char quoted[2 * MBOX_NAME_MAX + 20];
 
-	/* Only so asked does each server tell HIGHESTMODSEQ of each mailbox (RFC 7162 3.1.8). */
-	return imap_send(y->im, NULL, "EXAMINE %s%s", imap_quote(y->im, quoted, sizeof quoted, y->box.name),
-			 y->im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "");
-}
-
-/* Wait for it, and take in what the mailbox says of itself. */
-static int sync_examined(struct sync *y)
-{
-	const struct imap_result *result;
-
-	if (y->examine_tag == 0 || (result = imap_wait(y->im, y->examine_tag)) == NULL)
-		return sync_line_failed(y);
-	if (result->condition != IMAP_OK)
-		return imap_refused(y->e, result, "opening the mailbox");
-	y->im->selected = true;
+	if (!y->attempt.literal)
+		return sync_send(y, KIND_EXAMINE, "EXAMINE %s%s",
+				 imap_quote(im, quoted, sizeof quoted, y->box->name), condstore);
+	snprintf(quoted, sizeof quoted, "%s%s", y->box->name, condstore);
+	if (sync_send(y, KIND_EXAMINE, "EXAMINE {%zu}", strlen(y->box->name)) != 0 ||
+	    imap_continue(im, im->tag, quoted) != 0)
+		return sync_fail(y, &im->s.err);
 	return 0;
 }
 
-/* Close the archive and free all; the claim of a complete pass, or NULL. */
-static int sync_end(struct sync *y, const struct mbox_claim *claim, struct err *e)
+/* Ask which of these UIDs, a sequence set, the mailbox has. */
+static int sync_send_listing(struct sync *y, enum sync_kind kind, const char *uids)
 {
-	int r = mbox_close(y->m, claim, e);
+	bool esearch = y->attempt.way == LISTING_ESEARCH && y->session->im->capabilities & CAP_ESEARCH;
 
-	set_free(&y->listing);
-	set_free(&y->ask);
-	set_free(&y->ask_made);
-	set_free(&y->want);
-	set_free(&y->late);
-	set_free(&y->again);
-	set_free(&y->failed);
-	free(y);
-	return r;
+	if (y->attempt.way == LISTING_FETCH)
+		return sync_send(y, kind, "UID FETCH %s (UID)", uids);
+	return sync_send(y, kind, "UID SEARCH%s %s%s", esearch ? " RETURN (ALL)" : "",
+			 strcmp(uids, "1:*") != 0 ? "UID " : "", strcmp(uids, "1:*") != 0 ? uids : "ALL");
 }
 
-/* Look at what a command left undone. */
-static int sync_batch_done(struct sync *y)
-{
-	struct batch *b = &y->flight[y->first % IMAP_FLIGHT_MAX];
-	const struct imap_result *result = imap_wait(y->im, b->tag);
-	unsigned sec;
-
-	if (result == NULL)
-		return sync_line_failed(y);
-	y->first++;
-	y->pending--;
-	sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
-	/* Yahoo is "unavailable" for ever to a batch that holds a broken mail: wait once, then ask singly. */
-	if (sec > 0 && (sec != VAGUE_SEC || (b->single ? ++y->vague > VAGUE_MAX : !y->attempt->doubtful))) {
-		y->attempt->doubtful = true;
-		return imap_refused(y->e, result, "fetching mails");
-	}
-	if (result->condition == IMAP_BAD)
-		y->im->one_at_a_time = true;
-	set_sort(&y->ask_made);
-	set_sort(&y->late);
-	for (unsigned i = 0; i < b->n; i++)
-		for (uint32_t uid = b->ranges[i].low;; uid++) {
-			struct set *to = &y->want;
-
-			if (b->kind == BATCH_MAILS)
-				to = b->single ? &y->failed : &y->again;
-			if (set_has(&y->listing, uid) && mbox_next_uid(y->m, uid) != uid &&
-			    !set_has(&y->ask_made, uid) && !set_has(&y->late, uid) && !sync_asked(y, uid) &&
-			    !set_add(to, uid, uid))
-				return sync_out_of_room(y);
-			if (uid == b->ranges[i].high)
-				break;
-		}
-	if (b->single && result->condition != IMAP_OK)
-		log_detail("mail with UID %lu: %s %s", (unsigned long)b->ranges[0].low,
-			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
-	return 0;
-}
-
-/* The UIDs are still those of the EXAMINE; else the pass must begin anew. */
-static int sync_held(struct sync *y)
-{
-	if (y->im->uidvalidity == y->claim.uidvalidity)
-		return 0;
-	return err_set(y->e, E_NET, "UIDVALIDITY changed in the middle");
-}
-
-/* It was not all: have the next mailbox settled first, and open ours again. */
-static int sync_come_back(struct sync *y)
-{
-	if (y->next == NULL)
-		return 0;
-	while (y->pending > 0)
-		if (sync_batch_done(y) != 0)
-			return -1;
-	y->next->looked = true; /* no further one, before ours is over */
-	y->settle(y->context, y->next);
-	y->next = NULL;
-	sync_listen(y);
-	y->examine_tag = sync_send_examine(y);
-	return sync_examined(y) != 0 || sync_held(y) != 0 ? -1 : 0;
-}
-
-/*
- * Ask which of these UIDs ("ALL", "UID 1:7") the mailbox has; the answers enter y->listing. As with
- * sync_send_flags(), our mailbox is opened again for it, if the next one is.
- */
-static unsigned sync_send_search(struct sync *y, const char *which)
-{
-	if (sync_come_back(y) != 0)
-		return 0;
-	y->searching = true;
-	return imap_send(y->im, NULL, "UID SEARCH%s %s",
-			 y->im->capabilities & CAP_ESEARCH ? " RETURN (ALL)" : "", which);
-}
-
-/* Ask for the listing: with the flags, where CONDSTORE does not tell them more cheaply. */
-static unsigned sync_send_listing(struct sync *y, bool flags)
-{
-	set_clear(&y->listing);
-	y->listing_now = flags;
-	return flags ? imap_send(y->im, NULL, "UID FETCH 1:* (FLAGS)") : sync_send_search(y, "ALL");
-}
-
-/* Wait for the listing. 1: it is complete, 0: it is not, and proves nothing; -1: error. */
-static int sync_listed(struct sync *y, unsigned tag)
-{
-	const struct imap_result *result;
-	char below[40];
-
-	for (;;) {
-		result = tag > 0 ? imap_wait(y->im, tag) : NULL;
-		if (result == NULL)
-			return sync_line_failed(y);
-		if (result->condition != IMAP_OK)
-			return imap_refused(y->e, result, "listing the mails");
-		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
-			break;
-		/* Only the newest were searched (RFC 9738): go on below them, keeping what we have. */
-		snprintf(below, sizeof below, "UID 1:%lu", (unsigned long)result->numbers[1] - 1);
-		tag = sync_send_search(y, below);
-	}
-	y->searching = y->listing_now = false;
-	set_sort(&y->listing);
-	if (set_count(&y->listing) > MBOX_MAILS_MAX)
-		return sync_out_of_room(y);
-	return set_count(&y->listing) == y->im->exists;
-}
-
-/* Ask for the flags of UIDs from 'low' to 'high' (0: all), as far as they changed since then (0: ever). */
-static unsigned sync_send_flags(struct sync *y, uint32_t low, uint64_t high, uint64_t since)
-{
-	char last[24] = "*", changed[48] = "";
-
-	if (sync_come_back(y) != 0)
-		return 0;
-	if (high > 0)
-		snprintf(last, sizeof last, "%lu", (unsigned long)high);
-	if (since > 0)
-		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)since);
-	return imap_send(y->im, NULL, "UID FETCH %lu:%s (FLAGS)%s", (unsigned long)low, last, changed);
-}
-
-/* Wait for them: all of them, or the new HIGHESTMODSEQ would be a lie. */
-static int sync_flags(struct sync *y, unsigned tag, uint64_t since)
-{
-	for (;;) {
-		const struct imap_result *result = tag > 0 ? imap_wait(y->im, tag) : NULL;
-
-		if (result == NULL)
-			return sync_line_failed(y);
-		if (result->condition != IMAP_OK && (since == 0 || imap_wait_asked(result) > 0))
-			return imap_refused(y->e, result, "asking for flags");
-		if (result->condition != IMAP_OK) { /* what it offers, it does not have */
-			tag = sync_send_flags(y, 1, 0, since = 0);
-			continue;
-		}
-		if (strcmp(result->code, "MESSAGELIMIT") != 0 || result->numbers[1] <= 1)
-			return 0;
-		tag = sync_send_flags(y, 1, result->numbers[1] - 1, since); /* RFC 9738: go on below */
-	}
-}
-
-static int sync_send_batch(struct sync *y, struct batch *b)
+static int sync_send_batch(struct sync *y, enum sync_kind kind, bool single, const struct range *ranges,
+			   unsigned n)
 {
 	static const char *const items[] = {
-		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
-		"(UID FLAGS BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
-		"(UID FLAGS INTERNALDATE BODY.PEEK[])",
-		"(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])",
+		[KIND_IDS] = "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
+		[KIND_MADE_IDS] =
+			"(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
+		[KIND_MAILS] = "(UID FLAGS INTERNALDATE BODY.PEEK[])",
 	};
 	char uids[SET_TEXT_OCTETS + 1];
+	struct command *c;
 
-	ranges_text(uids, b->ranges, b->n);
-	b->tag = imap_send(y->im, NULL, "UID FETCH %s %s", uids, items[b->single ? 3 : b->kind]);
-	if (b->tag == 0)
-		return sync_line_failed(y);
-	y->pending++;
+	ranges_text(uids, ranges, n);
+	if (sync_send(y, kind, "UID FETCH %s %s", uids,
+		      single ? "(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])" : items[kind]) != 0)
+		return -1;
+	c = &y->session->im->ring[y->session->im->tag % IMAP_FLIGHT_MAX];
+	c->single = single;
+	c->n = n;
+	memcpy(c->ranges, ranges, n * sizeof *ranges);
 	return 0;
 }
 
 /*
- * Are enough mails on their way for now? They come before the answer to COMPRESS would: as long as the
- * line may turn out to be slow, they are two batches, or more if these are small.
+ * Return true if enough mails are on their way for now. They come before the answer to COMPRESS would:
+ * as long as the line may turn out to be slow, they are two batches, or more if these are small.
  */
 static bool sync_holds_back(const struct sync *y)
 {
-	const struct counts *c = y->counts;
-	uint64_t batch = c->stored > 0 ? c->octets / c->stored * y->config->email_batch : COMPRESS_OCTETS;
+	const struct counts *c = &y->counts;
+	const struct imap *im = y->session->im;
+	uint64_t batch = c->stored > 0 ? c->octets / c->stored * y->session->config->email_batch
+				       : COMPRESS_OCTETS;
 
 	return y->pending >= 2 && y->pending * batch >= COMPRESS_OCTETS &&
-	       y->im->s.connect_ms >= COMPRESS_CONNECT_MS && y->im->s.in < 4 * COMPRESS_OCTETS &&
-	       imap_may_compress(y->im);
+	       im->s.connect_ms >= COMPRESS_CONNECT_MS && im->s.in < 4 * COMPRESS_OCTETS &&
+	       imap_may_compress(im);
 }
 
-/* The next command: mails as long as there are enough of them to ask for, else headers. */
-static bool sync_next_batch(struct sync *y, bool only_ask, struct batch *b)
+/* Where STATUS is to be believed, the first UID that it lets expect: new, or of an archive without UIDs. */
+static uint32_t sync_foresees(const struct sync *y)
 {
-	const struct config *c = y->config;
-	/* What did not come is asked for again, singly, before what came out of turn. */
-	struct set *wanted = y->late.n > 0 && y->again.n == 0 ? &y->late : &y->want, *from;
-	bool mails = !only_ask && wanted->n > 0 && !(y->in_order ? y->pending > 0 : sync_holds_back(y));
-	bool asks = y->ask.n > 0 || (y->ask_made.n > 0 && y->pending == 0); /* these in order, too */
-	unsigned most = c->header_batch;
+	const struct imap_status *status = &y->box->status;
 
-	if (mails && (!asks || wanted == &y->late || set_count(wanted) >= 2 * (uint64_t)c->email_batch)) {
-		b->kind = BATCH_MAILS;
-		from = wanted;
-		most = c->email_batch;
-	} else if (asks) {
-		b->kind = y->ask.n > 0 ? BATCH_ASK : BATCH_ASK_MADE;
-		from = y->ask.n > 0 ? &y->ask : &y->ask_made;
-	} else if (!only_ask && y->pending == 0 && y->again.n > 0) {
-		b->kind = BATCH_MAILS;
-		from = &y->again;
-		most = 1;
-	} else {
-		return false;
-	}
-	b->single = from == &y->again || (y->attempt->careful && b->kind == BATCH_MAILS);
-	set_sort(from);
-	if (y->attempt->careful && (b->kind == BATCH_MAILS || y->attempt->careful_asks))
-		most = 1;
-	b->n = set_take(from, most, b->ranges);
-	return true;
+	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time || y->attempt.careful ||
+	    y->attempt.poisons > 0)
+		return 0;
+	if (!y->empty && y->old.uidvalidity == status->uidvalidity)
+		return y->old.uidnext < status->uidnext ? y->old.uidnext : 0;
+	return status->uidnext > 1;
 }
 
-static bool sync_has_all(const struct sync *y)
+/* Return true once EXAMINE has told of the mailbox. */
+static bool sync_is_open(const struct sync *y)
 {
-	return y->ask.n == 0 && y->ask_made.n == 0 && y->want.n == 0 && y->late.n == 0 && y->again.n == 0;
+	return y->claim.when_sec != 0;
 }
 
-/*
- * All that we will ask for is on the wire, as it seems: so that the line does not fall silent at each
- * mailbox's end, the next one's first commands go out behind ours.
- */
-static void sync_look_ahead(struct sync *y)
+/* Return true if no mail can be stored already, so that nothing is gained by asking for Message-IDs. */
+static bool sync_fetches_all(const struct sync *y)
 {
-	uint64_t octets;
-
-	if (y->looked || y->dry || y->im->one_at_a_time || !imap_may_send(y->im) || y->attempt->careful ||
-	    !sync_has_all(y) || y->failed.n > 0 || mbox_suspect(y->m, &octets) != 0)
-		return;
-	for (unsigned i = 0; i < y->pending; i++)
-		if (y->flight[(y->first + i) % IMAP_FLIGHT_MAX].kind != BATCH_MAILS)
-			return;
-	y->looked = true;
-	y->next = y->ahead(y->context);
+	return y->empty && !y->session->dry;
 }
 
-/* Ask and fetch until nothing is left to ask for; the next command is sent before the last ends. */
-static int sync_pump(struct sync *y, bool only_ask)
+/* Return true if the server shows only the newest mails, as it seems: some show no more than these. */
+static bool sync_has_window(const struct sync *y)
 {
-	for (;;) {
-		if (y->next == NULL || (y->pending == 0 && !sync_has_all(y))) {
-			if (sync_come_back(y) != 0)
-				return -1;
-			if (y->want.n > 0 && stream_is_slow(&y->im->s) && imap_compress(y->im) != 0)
-				return sync_line_failed(y);
-			while (imap_may_send(y->im) && !(y->attempt->careful && y->pending > 0)) {
-				struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
+	uint32_t n = y->claim.messages;
 
-				if (!sync_next_batch(y, only_ask, b))
-					break;
-				if (sync_send_batch(y, b) != 0)
-					return -1;
-			}
-		}
-		if (y->pending == 0)
-			return 0;
-		if (!only_ask)
-			sync_look_ahead(y);
-		if (sync_batch_done(y) != 0)
-			return -1;
-	}
-}
-
-/* drop_uids' question. Below a window that the server shows nothing is proved. */
-static bool sync_lives(void *context, uint32_t uid)
-{
-	struct sync *y = context;
-
-	return set_has(&y->listing, uid) || (y->window && uid < set_next(&y->listing, 1));
+	return n == 1000 || n == 2000 || n == 5000 || n == 10000;
 }
 
 static bool sync_is_poison(const struct sync *y, uint32_t uid)
 {
-	for (unsigned i = 0; i < y->attempt->poisons; i++)
-		if (y->attempt->poison[i] == uid)
+	for (unsigned i = 0; i < y->attempt.poisons; i++)
+		if (y->attempt.poison[i] == uid)
 			return true;
 	return false;
 }
 
-/* The listed UIDs that the archive does not know: to be asked about, or at once to be fetched. */
-static int sync_find_unknown(struct sync *y, struct set *into)
+/* mbox_drop_uids()' question. Below a window that the server shows nothing is proved. */
+static bool sync_lives(void *context, uint32_t uid)
 {
-	uint32_t known = mbox_next_uid(y->m, 1);
+	struct sync *y = context;
 
+	return set_has(&y->listing, uid) || (sync_has_window(y) && uid < set_next(&y->listing, 1));
+}
+
+/* The listing and the flags are known: what is not stored is to be asked about, or at once to be fetched. */
+static int sync_plan(struct sync *y)
+{
+	struct set *into = sync_fetches_all(y) ? &y->want : &y->ask;
+	uint32_t known;
+
+	if (!y->rekeyed && y->complete)
+		mbox_drop_uids(y->m, sync_lives, y);
+	known = mbox_next_uid(y->m, 1);
 	for (size_t i = 0; i < y->listing.n; i++)
 		for (uint64_t u = y->listing.ranges[i].low; u <= y->listing.ranges[i].high; u++) {
 			uint32_t uid = (uint32_t)u;
@@ -4351,340 +4695,630 @@ static int sync_find_unknown(struct sync *y, struct set *into)
 			if (known != 0 && known < uid)
 				known = mbox_next_uid(y->m, uid);
 			if (uid != known && !sync_asked(y, uid) &&
-			    !set_add(sync_is_poison(y, uid) ? &y->failed : into, uid, uid))
-				return sync_out_of_room(y);
+			    sync_add(y, sync_is_poison(y, uid) ? &y->failed : into, uid) != 0)
+				return -1;
 		}
+	if (y->rekeyed && y->old.uidvalidity != 0)
+		log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
+	y->stage = y->rekeyed ? SYNC_BIND : SYNC_FETCH;
+	return 0;
+}
+
+/* All that did not come was asked about again: those that are still listed are failures. */
+static void sync_count_failures(struct sync *y)
+{
+	char visible[300];
+	unsigned n;
+
+	set_sort(&y->listing);
+	if (y->listing.n == 0)
+		return;
+	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
+	ranges_text(visible, y->listing.ranges, n);
+	y->counts.failures += set_count(&y->listing);
+	log_error("%llu mails listed that could not be fetched: UID %s%s",
+		  (unsigned long long)set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
+}
+
+/* Everything that is listed is stored, known, or failed: mark what has gone. */
+static int sync_mark(struct sync *y)
+{
+	struct mbox_info info;
+	uint32_t live, gone, moved[2];
+
+	mbox_tally(y->m, &info);
+	y->stage = SYNC_OVER;
+	/* Of a mail without a UID nobody knows whether it lies in the window. */
+	if (y->complete && !(sync_has_window(y) && info.unbound > 0)) {
+		if (mbox_mark_gone(y->m, &live, &gone, moved, &y->err) != 0)
+			return -1;
+		y->counts.gone += gone;
+		if (live >= 100 && gone > live / 2)
+			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
+				 (unsigned long)live);
+		if (moved[1] != 0) {
+			y->flags = (struct range){ moved[0], moved[1] };
+			y->since = 0;
+			y->stage = SYNC_MOVED;
+		}
+	}
 	return 0;
 }
 
 /*
- * The line broke with a command for mails on it. A line may break at any place; the mail that breaks
+ * Go on as far as no command is needed, and say what to send next: KIND_NONE if the answers must come
+ * first, or if the mailbox is over, or fails (y->err).
+ */
+static enum sync_kind sync_due(struct sync *y)
+{
+	struct session *s = y->session;
+
+	while (y->err.code == E_NONE)
+		switch (y->stage) {
+		case SYNC_LIST:
+			/* Without STATUS the mailbox itself must first tell of itself. */
+			if (!sync_is_open(y) && !y->box->status.known)
+				return s->im->wire != y ? KIND_EXAMINE : KIND_NONE;
+			if (y->list_to != 0 || y->flags.high != 0)
+				return y->list_to != 0 ? KIND_LISTING : KIND_FLAGS;
+			if (y->foresee != 0 && y->awaited > 0 && !sync_holds_back(y))
+				return sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
+			if (y->awaited > 0 || !sync_is_open(y))
+				return KIND_NONE;
+			y->foresee = 0;
+			sync_plan(y);
+			break;
+		case SYNC_BIND:
+		case SYNC_FETCH: {
+			bool mails = y->stage == SYNC_FETCH && !s->dry;
+			bool asks = y->ask.n > 0 || y->ask_made.n > 0;
+
+			if (y->attempt.careful && y->pending > 0)
+				return KIND_NONE;
+			if (mails && y->want.n > 0 && !sync_holds_back(y) &&
+			    (!asks || set_count(&y->want) >= 2 * (uint64_t)s->config->email_batch))
+				return KIND_MAILS;
+			if (asks)
+				return y->ask.n > 0 ? KIND_IDS : KIND_MADE_IDS;
+			if (y->pending > 0 || (mails && y->want.n > 0))
+				return KIND_NONE;
+			if (mails && y->again.n > 0)
+				return KIND_MAILS;
+			if (y->stage == SYNC_FETCH) {
+				y->counts.stored += s->dry ? set_count(&y->want) : 0;
+				set_clear(&y->listing);
+				y->stage = SYNC_RECHECK;
+				break;
+			}
+			/* The new UIDVALIDITY is committed together with all known UIDs. */
+			y->rekeyed = false;
+			y->stage = SYNC_FETCH;
+			if (!s->dry)
+				mbox_commit(y->m,
+					    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
+								  .unseen = UINT32_MAX },
+					    &y->err);
+			break;
+		}
+		case SYNC_RECHECK:
+			if (y->failed.n > 0 && !s->dry)
+				return KIND_STILL_LISTED;
+			if (y->pending > 0)
+				return KIND_NONE;
+			sync_count_failures(y);
+			y->stage = SYNC_MARK;
+			break;
+		case SYNC_MARK:
+			sync_mark(y);
+			break;
+		case SYNC_MOVED:
+			if (y->flags.high != 0 || y->awaited > 0)
+				return y->flags.high != 0 ? KIND_FLAGS : KIND_NONE;
+			y->stage = SYNC_OVER;
+			break;
+		default:
+			return KIND_NONE;
+		}
+	return KIND_NONE;
+}
+
+/* Send what is due, or EXAMINE in front of it. */
+static int sync_ask(struct sync *y, enum sync_kind kind)
+{
+	const struct config *config = y->session->config;
+	struct range ranges[BATCH_RANGES];
+	char uids[SET_TEXT_OCTETS + 1], changed[48];
+	unsigned n, most = kind == KIND_MAILS ? config->email_batch : config->header_batch;
+	struct set *from = kind == KIND_IDS ? &y->ask : kind == KIND_MADE_IDS ? &y->ask_made : &y->want;
+	bool single;
+
+	if (y->session->im->wire != y)
+		return sync_send_examine(y);
+	switch (kind) {
+	case KIND_LISTING:
+		snprintf(uids, sizeof uids, y->list_to == UINT32_MAX ? "1:*" : "1:%lu",
+			 (unsigned long)y->list_to);
+		y->list_to = 0;
+		return sync_send_listing(y, kind, uids);
+	case KIND_FLAGS:
+		snprintf(changed, sizeof changed, y->since > 0 ? " (CHANGEDSINCE %llu)" : "",
+			 (unsigned long long)y->since);
+		n = y->flags.high;
+		y->flags.high = 0;
+		return sync_send(y, kind, "UID FETCH %lu:%lu (FLAGS)%s", (unsigned long)y->flags.low,
+				 (unsigned long)n, changed);
+	case KIND_STILL_LISTED:
+		set_sort(&y->failed);
+		n = set_take(&y->failed, UINT_MAX, ranges);
+		ranges_text(uids, ranges, n);
+		return sync_send_listing(y, kind, uids);
+	default:
+		break;
+	}
+	if (y->stage == SYNC_LIST) {
+		const struct imap_status *status = &y->box->status;
+		uint32_t left = status->uidnext - y->foresee;
+		/* All UIDs are new? Then as many as may be on the wire, unless most of them are gaps. */
+		bool all = (y->empty || y->old.uidvalidity != status->uidvalidity) &&
+			   status->messages >= status->uidnext / 2;
+
+		most = left < most ? left : most;
+		ranges[0] = (struct range){ y->foresee, y->foresee + most - 1 };
+		y->foresee = all && left > most ? y->foresee + most : 0;
+		return sync_send_batch(y, kind, false, ranges, 1);
+	}
+	single = kind == KIND_MAILS && (y->want.n == 0 || y->attempt.careful);
+	if (kind == KIND_MAILS && y->want.n == 0)
+		from = &y->again;
+	if (single || (y->attempt.careful && y->attempt.careful_asks))
+		most = 1;
+	set_sort(from);
+	n = set_take(from, most, ranges);
+	return sync_send_batch(y, kind, single, ranges, n);
+}
+
+/* -- what was answered -- */
+
+/* EXAMINE was answered: take in what the mailbox says of itself. */
+static int sync_examined(struct sync *y, const struct imap_result *result)
+{
+	const struct imap *im = y->session->im;
+	const struct imap_status *status = &y->box->status;
+	uint32_t uidnext = im->uidnext != 0 ? im->uidnext : status->uidnext;
+
+	if (result->condition == IMAP_BAD && imap_needs_literal(y->box->name, false) && !y->attempt.literal) {
+		y->attempt.literal = true;
+		return err_set(&y->err, E_FORMAT, "the server does not take the name as a quoted string");
+	}
+	if (result->condition != IMAP_OK)
+		return imap_refused(&y->err, result, "opening the mailbox");
+	if (sync_is_open(y) && im->uidvalidity != y->claim.uidvalidity)
+		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
+	if (sync_is_open(y))
+		return 0;
+	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity,
+					.uidnext = uidnext,
+					.messages = im->exists,
+					.unseen = status->unseen,
+					.highestmodseq = im->highestmodseq,
+					.when_sec = time(NULL) };
+	/* A UIDNEXT that went back is a mailbox made anew, or a server restored from its backup. */
+	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity ||
+	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
+		mbox_forget_uids(y->m);
+		y->rekeyed = !y->empty;
+		y->flags.high = 0;
+	}
+	if (y->empty && !y->session->dry)
+		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
+							.unseen = UINT32_MAX });
+	return 0;
+}
+
+/* Where only the newest mails were looked at (RFC 9738), the first UID below them; else 0. */
+static uint32_t sync_below(const struct imap_result *result)
+{
+	return strcmp(result->code, "MESSAGELIMIT") == 0 && result->numbers[1] > 1 &&
+			       result->numbers[1] <= UINT32_MAX
+		       ? (uint32_t)result->numbers[1]
+		       : 0;
+}
+
+/* The listing has come. It is asked for again, more simply, where it cannot be right. */
+static int sync_listed(struct sync *y, const struct imap_result *result)
+{
+	const struct imap *im = y->session->im;
+	bool refused = result->condition != IMAP_OK;
+	uint32_t below = sync_below(result);
+
+	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
+		return imap_refused(&y->err, result, "listing the mails");
+	if (!refused && below > 0) { /* go on below them, keeping what we have */
+		y->list_to = below - 1;
+		return 0;
+	}
+	set_sort(&y->listing);
+	if (set_count(&y->listing) > MBOX_MAILS_MAX)
+		return sync_out_of_room(y);
+	y->complete = !refused && set_count(&y->listing) == im->exists;
+	/* Mail came or went meanwhile, or what is offered does not work (iCloud). */
+	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way == LISTING_ESEARCH)) {
+		y->attempt.way++;
+		set_clear(&y->listing);
+		y->list_to = UINT32_MAX;
+		return 0;
+	}
+	if (!y->complete && im->exists != UINT32_MAX) {
+		log_error("the server has %lu mails but lists %llu: none is marked as gone",
+			  (unsigned long)im->exists, (unsigned long long)set_count(&y->listing));
+		y->counts.failures++;
+	}
+	return 0;
+}
+
+/* Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. */
+static int sync_flagged(struct sync *y, const struct imap_result *result)
+{
+	uint32_t below = sync_below(result);
+
+	if (result->condition == IMAP_OK) { /* RFC 9738: go on below */
+		y->flags.high = below > 0 ? below - 1 : 0;
+		return 0;
+	}
+	if (y->since == 0 || imap_wait_asked(result) > 0)
+		return imap_refused(&y->err, result, "asking for flags");
+	y->since = 0; /* what it offers, it does not have */
+	y->flags.high = mbox_last_uid(y->m);
+	return 0;
+}
+
+/* A batch was answered: what it left undone is asked for again. */
+static int sync_batch_done(struct sync *y, const struct command *c)
+{
+	const struct imap_result *result = &c->result;
+	unsigned sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
+	struct set *to = c->kind != KIND_MAILS ? &y->want : c->single ? &y->failed : &y->again;
+
+	if (sec == VAGUE_SEC && c->single)
+		y->attempt.vague++;
+	/* Yahoo is "unavailable" for ever to a batch that holds a broken mail: wait once, then ask singly. */
+	if (sec > 0 && (sec != VAGUE_SEC || (c->single ? y->attempt.vague > VAGUE_MAX : !y->attempt.doubtful))) {
+		y->attempt.doubtful = true;
+		return imap_refused(&y->err, result, "fetching mails");
+	}
+	if (result->condition == IMAP_BAD)
+		y->session->im->one_at_a_time = true;
+	set_sort(&y->ask_made);
+	for (unsigned i = 0; i < c->n; i++)
+		for (uint32_t uid = set_next(&y->listing, c->ranges[i].low);
+		     uid != 0 && uid <= c->ranges[i].high;
+		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
+			if (mbox_next_uid(y->m, uid) != uid && !set_has(&y->ask_made, uid) &&
+			    !sync_asked(y, uid) && sync_add(y, to, uid) != 0)
+				return -1;
+	if (c->single && result->condition != IMAP_OK)
+		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
+			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
+	return 0;
+}
+
+/* Mails that may or may not be there for the server's limit count as being there. */
+static int sync_rechecked(struct sync *y, const struct command *c)
+{
+	if (c->result.condition != IMAP_OK)
+		return imap_refused(&y->err, &c->result, "listing the mails");
+	y->counts.failures += sync_below(&c->result) > 0;
+	return 0;
+}
+
+/* One of the mailbox's commands was answered. Returns 0, or -1 with y->err. */
+static int sync_answered(struct sync *y, const struct command *c)
+{
+	const struct imap *im = y->session->im;
+
+	y->pending--;
+	y->awaited -= c->kind == KIND_LISTING || c->kind == KIND_FLAGS;
+	if (y->err.code != E_NONE || sync_store(y) != 0)
+		return -1;
+	if (c->kind != KIND_EXAMINE && im->selected && im->uidvalidity != y->claim.uidvalidity)
+		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
+	switch (c->kind) {
+	case KIND_EXAMINE:
+		return sync_examined(y, &c->result);
+	case KIND_LISTING:
+		return sync_listed(y, &c->result);
+	case KIND_FLAGS:
+		return sync_flagged(y, &c->result);
+	case KIND_STILL_LISTED:
+		return sync_rechecked(y, c);
+	default:
+		return sync_batch_done(y, c);
+	}
+}
+
+/*
+ * The line broke at this command of the mailbox's. A line may break at any place; the mail that breaks
  * it twice, the second time alone, is left out.
  */
-static void sync_broken(struct sync *y)
+static void sync_broken(struct sync *y, const struct command *c)
 {
-	struct attempt *a = y->attempt;
-	const struct batch *b = &y->flight[y->first % IMAP_FLIGHT_MAX];
-	uint32_t low = b->ranges[0].low, high = b->ranges[b->n - 1].high;
+	struct attempt *a = &y->attempt;
+	uint32_t low = c->ranges[0].low, high;
 	uint64_t uid = low;
 
-	for (unsigned i = 0; i < b->n; i++) {
-		uid = b->ranges[i].low;
-		while (uid <= b->ranges[i].high && mbox_next_uid(y->m, (uint32_t)uid) == uid)
+	if (c->kind == KIND_LISTING && a->way < LISTING_FETCH)
+		a->way++;
+	if (c->kind != KIND_IDS && c->kind != KIND_MADE_IDS && c->kind != KIND_MAILS)
+		return;
+	high = c->ranges[c->n - 1].high;
+	for (unsigned i = 0; i < c->n; i++) {
+		uid = c->ranges[i].low;
+		while (uid <= c->ranges[i].high && mbox_next_uid(y->m, (uint32_t)uid) == uid)
 			uid++;
-		if (uid <= b->ranges[i].high)
+		if (uid <= c->ranges[i].high)
 			break;
 	}
 	if (a->careful && low == high && low == a->broken_uid && a->poisons < POISON_MAX) {
-		log_error(
-			"the mail with UID %lu breaks the connection again and again: left out in this run",
-			(unsigned long)low);
+		log_error("the mail with UID %lu breaks the connection again and again: left out in this run",
+			  (unsigned long)low);
 		a->poison[a->poisons++] = low;
 		a->row++;
 		a->careful = false;
 	} else {
 		a->careful = true;
 		a->careful_uid = high;
-		a->careful_asks = b->kind != BATCH_MAILS;
+		a->careful_asks = c->kind != KIND_MAILS;
 		a->broken_uid = (uint32_t)uid;
 	}
 }
 
-/* Of the mails that never came, which does the server still list? Only those are failures. */
-static int sync_still_listed(struct sync *y)
-{
-	char which[SET_TEXT_OCTETS + 8] = "UID ", visible[300];
-	struct range ranges[BATCH_RANGES];
-	unsigned n;
+/* -- the engine -- */
 
-	set_clear(&y->listing);
-	set_sort(&y->failed);
-	while ((n = set_take(&y->failed, UINT_MAX, ranges)) > 0) {
-		ranges_text(which + 4, ranges, n);
-		if (sync_listed(y, sync_send_search(y, which)) < 0)
-			return -1;
-	}
-	if (y->listing.n == 0)
-		return 0;
-	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
-	ranges_text(visible, y->listing.ranges, n);
-	y->counts->failures += set_count(&y->listing);
-	log_error("%llu mails listed that could not be fetched: UID %s%s",
-		  (unsigned long long)set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
-	return 0;
+/* Return true if the server lists the mailbox, but has never let us open it. */
+static bool sync_is_barred(const struct sync *y)
+{
+	return y->err.code == E_REFUSED && y->empty && y->old.uidvalidity == 0 && !sync_is_open(y);
 }
 
-/*
- * A mail from the end of a tail that was taken over: is it as long as the server's, but for the line
- * end that we may have added? Bare LFs are stored like CRLF: where it seems longer, parts may be missing
- * all the same.
- */
-static int sync_try_suspect(struct sync *y)
+/* Close the mailbox's archive, if it is open: with the claim of a complete pass, or as it is. */
+static void sync_close(struct sync *y, bool complete)
 {
-	uint64_t octets = 0;
-	uint32_t uid = mbox_suspect(y->m, &octets);
-	char which[80];
-
-	if (uid == 0)
-		return 0;
-	snprintf(which, sizeof which, "UID %lu LARGER %llu SMALLER %llu", (unsigned long)uid,
-		 (unsigned long long)(octets > 3 ? octets - 3 : 0), (unsigned long long)octets + 1);
-	set_clear(&y->listing);
-	if (sync_listed(y, sync_send_search(y, which)) < 0)
-		return -1;
-	if (set_has(&y->listing, uid))
-		return mbox_judge(y->m, false, y->e);
-	log_info("the last mail of the archive is not as long as on the server: fetched once more");
-	if (mbox_judge(y->m, true, y->e) != 0 || !set_add(&y->want, uid, uid))
-		return -1;
-	return sync_pump(y, false);
-}
-
-/*
- * STATUS told where the new UIDs begin: the first command for them goes along with EXAMINE, and where
- * all UIDs are new as many as may be on the wire, unless most are gaps. What the listing then does not
- * have of them was one. If STATUS was right, is that all that there is to be asked for?
- */
-static int sync_send_first_batches(struct sync *y)
-{
-	const struct imap_status *status = &y->box.status;
-	bool same = !y->empty && y->old.uidvalidity == status->uidvalidity;
-	bool more = !same && status->messages >= status->uidnext / 2;
-	uint32_t most = y->empty ? y->config->email_batch : y->config->header_batch;
-	uint32_t low = same ? y->old.uidnext : 1;
-
-	y->foreseen = (low != 0 && low == status->uidnext) || (y->empty && status->messages == 0);
-	if (y->foreseen || low == 0 || low > status->uidnext || status->messages == 0 ||
-	    (y->empty && y->dry))
-		return 0;
-	do {
-		struct batch *b = &y->flight[(y->first + y->pending) % IMAP_FLIGHT_MAX];
-
-		most = status->uidnext - low < most ? status->uidnext - low : most;
-		b->kind = y->empty ? BATCH_MAILS : BATCH_ASK;
-		b->single = false;
-		b->n = 1;
-		b->ranges[0] = (struct range){ low, low + most - 1 };
-		if (sync_send_batch(y, b) != 0)
-			return -1;
-		low += most;
-	} while (more && low < status->uidnext && imap_may_send(y->im) && !sync_holds_back(y));
-	y->foreseen = y->empty && low == status->uidnext;
-	return 0;
-}
-
-/*
- * Open the mailbox; the listing, the changed flags and the first batches go along in the same flight. To a
- * server that cannot do that, or without STATUS, they go later.
- */
-static int sync_send_first(struct sync *y)
-{
-	struct imap *im = y->im;
-
-	y->old = *mbox_claimed(y->m);
-	y->empty = mbox_count(y->m) == 0;
-	y->condstore = (im->capabilities & CAP_CONDSTORE) != 0 && y->old.highestmodseq > 0 &&
-		       mbox_last_uid(y->m) > 0;
-	y->with_flags = y->old.uidvalidity != 0 && mbox_last_uid(y->m) > 0 && !y->condstore;
-	y->examine_tag = sync_send_examine(y);
-	if (im->one_at_a_time || !y->box.status.known)
-		return 0;
-	y->listing_tag = sync_send_listing(y, y->with_flags && y->box.status.messages > 0);
-	if (y->condstore)
-		y->changes_tag = sync_send_flags(y, 1, mbox_last_uid(y->m), y->old.highestmodseq);
-	if (y->attempt->careful || y->attempt->poisons > 0)
-		return 0;
-	return sync_send_first_batches(y);
-}
-
-/* Have the mailbox open, and take in what it says of itself. */
-static int sync_examine(struct sync *y)
-{
-	struct imap *im = y->im;
-
-	if (sync_examined(y) != 0) {
-		if (im->s.err.code == E_NONE && /* what went along with it is of no use */
-		    ((y->listing_tag > 0 && imap_wait(im, y->listing_tag) == NULL) ||
-		     (y->changes_tag > 0 && imap_wait(im, y->changes_tag) == NULL) ||
-		     (y->pending > 0 && imap_wait(im, y->flight[y->pending - 1].tag) == NULL)))
-			y->e->code = E_NET;
-		return -1;
-	}
-	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity,
-					.uidnext = im->uidnext,
-					.messages = im->exists,
-					.unseen = y->box.status.unseen,
-					.highestmodseq = im->highestmodseq,
-					.when_sec = time(NULL) };
-	y->window = im->exists == 1000 || im->exists == 2000 || im->exists == 5000 || im->exists == 10000;
-	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity) {
-		mbox_forget_uids(y->m);
-		y->rekeyed = !y->empty;
-	}
-	return 0;
-}
-
-/* Have the listing and the changed flags. 1: the listing is complete, 0: it proves nothing; -1: error. */
-static int sync_list(struct sync *y)
-{
-	struct imap *im = y->im;
-	bool ahead = y->listing_tag > 0;
-	int complete;
-
-	if (!ahead)
-		y->listing_tag = sync_send_listing(y, y->with_flags && im->exists > 0);
-	complete = sync_listed(y, y->listing_tag);
-	if (complete < 0 && y->e->code == E_REFUSED && (y->listing_now || im->capabilities & CAP_ESEARCH)) {
-		*y->e = (struct err){ 0 };
-		complete = 0;
-		if (y->listing_now) { /* the flags of what is stored have not been told, perhaps */
-			y->claim.unseen = UINT32_MAX;
-			y->claim.highestmodseq = 0;
-		}
-	}
-	if (!ahead && y->condstore && complete >= 0)
-		y->changes_tag = sync_send_flags(y, 1, 0, y->old.highestmodseq);
-	if (complete < 0 ||
-	    (y->changes_tag > 0 && sync_flags(y, y->changes_tag, y->old.highestmodseq) != 0))
-		return sync_line_failed(y);
-	if (complete == 0) { /* mail came or went meanwhile, or what is offered does not work (iCloud) */
-		im->capabilities &= ~(unsigned)CAP_ESEARCH;
-		complete = sync_listed(y, sync_send_listing(y, false));
-	}
-	if (complete < 0 || sync_held(y) != 0)
-		return -1;
-	if (complete == 0) {
-		log_error("the server has %lu mails but lists %llu: none is marked as gone",
-			  (unsigned long)im->exists, (unsigned long long)set_count(&y->listing));
-		y->counts->failures++;
-	}
-	return complete;
-}
-
-/* Fetch what is listed and not stored; in a dry run, find out what that is. */
-static int sync_fetch(struct sync *y)
-{
-	struct mbox_claim only = { .uidvalidity = y->claim.uidvalidity, .unseen = UINT32_MAX };
-
-	if (sync_find_unknown(y, y->empty ? &y->want : &y->ask) != 0)
-		return -1;
-	if (y->rekeyed) { /* the new UIDVALIDITY is committed together with all known UIDs */
-		if (y->old.uidvalidity != 0)
-			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
-		y->rekeyed = false;
-		if (sync_pump(y, true) != 0 || (!y->dry && mbox_commit(y->m, &only, y->e) != 0))
-			return -1;
-	}
-	if (sync_pump(y, y->dry) != 0)
-		return -1;
-	if (!y->dry)
-		return sync_try_suspect(y) != 0 || sync_still_listed(y) != 0 ? -1 : 0;
-	y->counts->stored += set_count(&y->want);
-	return 0;
-}
-
-/* The listing was complete and everything in it is stored or known: what else there is has gone. */
-static int sync_mark_gone(struct sync *y)
-{
-	uint32_t live, gone, moved[2];
-
-	if (mbox_mark_gone(y->m, &live, &gone, moved, y->e) != 0)
-		return -1;
-	if (moved[1] != 0 && sync_flags(y, sync_send_flags(y, moved[0], moved[1], 0), 0) != 0)
-		return -1;
-	y->counts->gone += gone;
-	if (live >= 100 && gone > live / 2)
-		log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
-			 (unsigned long)live);
-	return 0;
-}
-
-/* Bring the open archive up to the mailbox. What may be said of it afterwards is in y->claim. */
-static int sync_pass(struct sync *y)
-{
-	struct mbox_claim only = { .unseen = UINT32_MAX };
-	struct mbox_info info;
-	int complete;
-
-	if (y->foreseen)
-		sync_look_ahead(y);
-	if (sync_examine(y) != 0)
-		return -1;
-	mbox_tally(y->m, &info);
-	only.uidvalidity = y->claim.uidvalidity;
-	if (y->empty && !y->dry && mbox_commit(y->m, &only, y->e) != 0)
-		return -1;
-	if ((complete = sync_list(y)) < 0)
-		return -1;
-	if (!y->rekeyed && complete > 0)
-		mbox_drop_uids(y->m, sync_lives, y);
-	if (sync_fetch(y) != 0 || sync_held(y) != 0)
-		return -1;
-	/* Of a mail without a UID nobody knows whether it lies in the window. */
-	if (complete > 0 && !(y->window && info.unbound > 0) && sync_mark_gone(y) != 0)
-		return -1;
-	y->counts->back += mbox_came_back(y->m);
-	return 0;
-}
-
-/*
- * Open one archive, and send what its mailbox is asked first. Nothing is waited for: commands for another
- * mailbox may still be on the wire. 'as' tells what and how. Returns NULL with an error as below, or what
- * sync_finish() takes.
- */
-static struct sync *sync_begin(const struct sync *as, const char *path, struct err *e)
-{
-	struct sync *y = allocate(sizeof *y);
-	unsigned how = (as->dry ? MBOX_LOOK : 0) | (as->config->keep_duplicates ? MBOX_DUPLICATES : 0);
-	struct err ignored = { 0 };
-
-	*y = *as;
-	y->e = e;
-	if (mbox_open(&y->m, path, y->box.name, how, e) == 0 && sync_send_first(y) == 0)
-		return y;
-	sync_end(y, NULL, &ignored);
-	return NULL;
-}
-
-/*
- * Bring the archive up to its mailbox, and free y. Returns 0, also when single mails failed (they are
- * counted), or -1: E_NET, E_PROTO, E_WAIT (try again on a new connection), E_REFUSED, E_FORMAT, E_SYSTEM,
- * E_LOCKED, E_STOPPED. What was stored before stays stored. *next: the next mailbox, if it was begun.
- */
-static int sync_finish(struct sync *y, struct sync **next, struct err *e)
-{
-	uint64_t failures = y->counts->failures;
-	struct counts *counts = y->counts;
-	struct mbox_info info;
+	struct set *const sets[] = { &y->listing, &y->ask, &y->ask_made, &y->want, &y->again, &y->failed };
+	char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 16];
 	struct err closing = { 0 };
-	int r;
+	struct mbox_info info;
 
-	y->e = e;
+	if (y->m != NULL) {
+		mbox_tally(y->m, &info);
+		y->counts.back += complete ? mbox_came_back(y->m) : 0;
+		y->counts.others = info.others;
+		if (mbox_close(y->m, complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
+			       &closing) != 0)
+			sync_fail(y, &closing);
+		if (complete && info.different > 0)
+			log_warn("%lu mails have the Message-ID of another mail and are left out: "
+				 "\"keep_duplicates\": true stores them",
+				 (unsigned long)info.different);
+	}
+	if (sync_is_barred(y) && !y->session->dry) { /* it leaves no archive */
+		mailbox_file(y->box, file);
+		mailbox_path(y->session->list, file, path);
+		unlink(path);
+		strcat(path, ".index");
+		unlink(path);
+	}
+	for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
+		set_free(sets[i]);
+	y->m = NULL;
+	y->stage = SYNC_CLOSED;
+	y->pending = y->awaited = 0;
+	memset(&y->in, 0, sizeof y->in);
+	if (!complete) /* it will be counted yet */
+		y->counts.failures = 0;
+}
+
+/* Open the mailbox's archive. Returns 0, or -1 with y->err. */
+static int sync_open(struct sync *y)
+{
+	struct session *s = y->session;
+	unsigned how = (s->dry ? MBOX_LOOK : 0) | (s->config->keep_duplicates ? MBOX_DUPLICATES : 0);
+	char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
+
+	mailbox_file(y->box, file);
+	mailbox_path(s->list, file, path);
+	y->rekeyed = y->complete = false;
+	y->claim.when_sec = 0;
+	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
+		return -1;
 	if (*mbox_mended(y->m) != '\0')
 		log_info("%s", mbox_mended(y->m));
-	sync_listen(y);
-	r = sync_pass(y);
-	if (r != 0 && (e->code == E_NET || e->code == E_PROTO) && y->pending > 0)
-		sync_broken(y);
-	sync_deaf(y->im);
-	mbox_tally(y->m, &info);
-	if (r == 0) /* else it will be counted yet */
-		counts->others = info.others;
-	*next = y->next;
-	if (sync_end(y, r == 0 && !y->dry && counts->failures == failures ? &y->claim : NULL,
-		     r == 0 ? e : &closing) != 0)
-		r = -1;
-	if (r != 0)
-		counts->failures = failures;
-	return r;
+	y->old = *mbox_claimed(y->m);
+	y->empty = mbox_count(y->m) == 0;
+	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
+	y->foresee = sync_foresees(y);
+	y->list_to = UINT32_MAX;
+	y->flags = (struct range){ 1, 0 };
+	if (y->old.uidvalidity != 0 && (!y->box->status.known || y->box->status.messages > 0))
+		y->flags.high = mbox_last_uid(y->m);
+	y->stage = SYNC_LIST;
+	return 0;
 }
 
-/* ======== workers: one process for each connection ======== */
+/* What is said from here on is of this mailbox, or, with NULL, of none. */
+static void session_speak(const struct session *s, const struct sync *y)
+{
+	char name[NAME_OCTETS] = "";
+
+	if (y != NULL)
+		name_text(name, y->box->name, y->box->delimiter);
+	log_context(s->list->account->email, name);
+}
+
+/* Return true if an error is of one mailbox only, so that the others can go on. */
+static bool err_is_local(const struct err *e)
+{
+	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_SYSTEM || e->code == E_LOCKED;
+}
+
+/* Take a mailbox out of the session; whoever gave it is told. An archive that was put in order is tried again. */
+static void session_finish(struct session *s, struct sync *y)
+{
+	struct sync **link = &s->first;
+	struct imap *im = s->im;
+
+	session_speak(s, y);
+	sync_close(y, y->err.code == E_NONE);
+	im->wire = im->wire == y ? NULL : im->wire;
+	im->context = im->context == y ? NULL : im->context;
+	if (y->err.code == E_FORMAT && !y->attempt.reopened) {
+		log_info("%s; trying again", y->err.text);
+		y->attempt.reopened = true;
+		y->err = (struct err){ 0 };
+		return;
+	}
+	while (*link != y)
+		link = &(*link)->next;
+	*link = y->next;
+	s->over(s->context, y);
+	session_speak(s, NULL);
+	free(y);
+}
+
+/* Return true if the mailbox knows of something to ask for, now or after the answers to come. */
+static bool sync_has_more(const struct sync *y)
+{
+	return y->attempt.careful || y->foresee != 0 || y->ask.n > 0 || y->ask_made.n > 0 || y->want.n > 0 ||
+	       y->again.n > 0 || y->failed.n > 0;
+}
+
+/* Have every mailbox send what it can, the first one first; begin others as long as the wire has room. */
+static void session_send(struct session *s)
+{
+	struct imap *im = s->im;
+	struct sync **link = &s->first;
+
+	while (imap_may_send(im)) {
+		struct sync *y = *link;
+		enum sync_kind kind;
+
+		if (y == NULL) {
+			if (s->first != NULL && im->one_at_a_time)
+				return;
+			if ((y = *link = s->begin(s->context, s->first != NULL)) == NULL)
+				return;
+		}
+		if (y->stage == SYNC_CLOSED && y->err.code == E_NONE) {
+			session_speak(s, y);
+			sync_open(y);
+		}
+		if (y->want.n > 0 && stream_is_slow(&im->s) && imap_may_compress(im)) {
+			imap_compress(im);
+			return;
+		}
+		kind = sync_due(y);
+		if (y->pending == 0 && (y->err.code != E_NONE || y->stage == SYNC_OVER))
+			return;
+		if (kind != KIND_NONE) {
+			if (sync_ask(y, kind) != 0)
+				return;
+			continue;
+		}
+		if (y->err.code == E_NONE && sync_has_more(y))
+			return;
+		link = &y->next;
+	}
+}
 
 /*
- * The parent owns the queue and never speaks IMAP; a worker has one connection of one account. The
- * two talk over a socket pair in structs of fixed size: orders down, notes up. Either notices when
- * the other is gone: its end of the pair closes.
+ * The line is dead, or a mailbox gave it up: close all archives. What was stored stays stored. The
+ * mailboxes stay in hand, but for one that failed by itself; then the line is nobody's fault, and e->code
+ * is E_NONE.
+ */
+static void session_break(struct session *s, struct err *e)
+{
+	struct imap *im = s->im;
+	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_FLIGHT_MAX];
+	struct sync *y, *next;
+	bool blamed = false;
+
+	*e = im->s.err;
+	for (y = s->first; y != NULL; y = y->next)
+		blamed = blamed || y->err.code != E_NONE;
+	if (!blamed && im->taken < im->tag && oldest->owner != NULL &&
+	    (e->code == E_NET || e->code == E_PROTO))
+		sync_broken(oldest->owner, oldest);
+	for (y = s->first; y != NULL; y = next) {
+		next = y->next;
+		if (y->err.code != E_NONE && !err_is_local(&y->err)) {
+			*e = y->err;
+			y->err = (struct err){ 0 };
+		}
+		if (y->err.code == E_NONE) {
+			session_speak(s, y);
+			sync_close(y, false);
+		}
+		if (y->err.code != E_NONE) {
+			session_finish(s, y);
+			if (e->code == E_NET)
+				*e = (struct err){ 0 };
+		}
+	}
+	session_speak(s, NULL);
+}
+
+/*
+ * Bring mailbox after mailbox into its archive, until begin() has none any more. Returns 0; or -1 if the
+ * line cannot be used any longer: see session_break().
+ */
+static int session_run(struct session *s, struct err *e)
+{
+	struct imap *im = s->im;
+
+	im->on_uids = on_uids;
+	im->on_literal = on_literal;
+	im->on_octets = on_octets;
+	im->on_fetch = on_fetch;
+	for (bool usable = true; usable;) {
+		struct sync *over = NULL;
+		struct command *c;
+
+		session_send(s);
+		for (struct sync *y = s->first; y != NULL; y = y->next) {
+			usable = usable && (y->err.code == E_NONE || err_is_local(&y->err));
+			if (over == NULL && y->pending == 0 &&
+			    (y->stage == SYNC_OVER || y->err.code != E_NONE))
+				over = y;
+		}
+		usable = usable && im->s.err.code == E_NONE;
+		if (!usable)
+			break;
+		if (over != NULL) {
+			session_finish(s, over);
+		} else if (s->first == NULL) {
+			return 0;
+		} else if ((c = imap_answer(im)) == NULL) {
+			usable = false;
+		} else if (c->owner != NULL) {
+			session_speak(s, c->owner);
+			sync_answered(c->owner, c);
+		}
+	}
+	session_break(s, e);
+	return -1;
+}
+
+/* ======== workers: the processes of a run ======== */
+
+/*
+ * The parent forks a process for each account, as many as may be at work at a time. An account's process
+ * takes the account's lock, gets the password, lists the mailboxes, and works on them; for what is left
+ * it forks helpers, which inherit the list. Each of these is a worker with one connection.
+ *
+ * Nobody sends messages. What the processes share is memory: a struct board for each account, in which
+ * each worker has a slot that only it writes, and a word for each mailbox, by which workers take them.
+ * The places of "total_processes" are octets in a pipe: whoever connects takes one out, whoever ends or
+ * pauses for long puts it back; whoever reaps a process that died puts it back for that. A process ends
+ * when its parent does.
  */
 enum run_mode { RUN_BACKUP, RUN_LIST, RUN_CHECK };
 
@@ -4697,122 +5331,88 @@ struct options {
 	const char **account;
 };
 
-enum note_kind { NOTE_MAILBOX, NOTE_LISTED, NOTE_PROGRESS, NOTE_NEXT, NOTE_DONE, NOTE_WAIT, NOTE_ACCOUNT };
-
-struct note { /* from a worker */
-	enum note_kind kind;
-	enum err_code code;       /* E_NONE: all is well */
-	unsigned wait_sec, tries; /* NOTE_WAIT: when to come back, and how often it was tried in a row */
-	struct counts counts;     /* of the mailbox in hand, so far */
-	uint64_t in, out;         /* octets of the connection since the last note */
-	unsigned waits, connections;
-	struct imap_status status; /* NOTE_MAILBOX, with: */
-	char delimiter;
-	bool selectable;
-	char text[MBOX_NAME_MAX + 1]; /* the mailbox's name; or what went wrong */
+struct slot {               /* of a worker */
+	struct counts counts;   /* of the mailboxes that are over */
+	uint64_t mails, octets; /* that came, for the progress line */
+	uint64_t in, out;       /* octets on the wire, of connections that are closed */
+	unsigned waits, connections, tries;
+	volatile bool place;              /* it holds one */
+	unsigned in_hand;                 /* mailboxes; these: */
+	uint32_t hand[SESSION_BOXES_MAX]; /* hashes of their names, for the case that it dies */
+	char name[80];                    /* of the first, for the progress line */
 };
 
-struct order { /* to a worker: archive this mailbox. One without a name: there is none */
-	struct imap_status status;
-	char delimiter;
-	char name[MBOX_NAME_MAX + 1];
-	char file[MBOX_FILE_MAX + 8];
-};
-
-struct task { /* an account, as the parent sees it */
+struct board { /* of an account, in shared memory */
 	const struct account *account;
-	char *password; /* owned, or NULL: that of the config */
-	char folder[PATH_MAX_OCTETS];
-	int lock; /* descriptor of the account's lock file, or -1 */
-	enum { TASK_NEW, TASK_LISTING, TASK_READY, TASK_OVER } state;
-	struct mailbox *boxes; /* owned; once it is ready, those with work first, largest first */
-	unsigned n, todo;      /* of these, to be handed out */
-	unsigned workers, tries;
-	unsigned most; /* workers at a time: fewer, once the server turned one away */
-	int64_t not_before_ms, began_ms, ended_ms;
-	struct counts counts; /* of what is done */
-	uint64_t in, out;
-	unsigned waits, connections;
-	bool locked;
+	int64_t began_ms, ended_ms, not_before_ms;
+	uint64_t weight;             /* mails that are probably new */
+	volatile bool over;          /* no use in going on */
+	volatile bool locked;        /* another run is at work */
+	volatile bool one_at_a_time; /* the server breaks at a second command */
+	volatile bool again;         /* the account's process is to be started once more */
+	unsigned died;               /* processes without a mailbox in hand */
+	unsigned blamed;
+	struct {
+		uint32_t hash;
+		unsigned deaths;
+	} blame[BLAME_MAX]; /* mailboxes that were in hand when a process died */
+	unsigned n_slots;
+	struct slot *slots; /* the account's process has the first */
 };
 
-struct worker {
-	pid_t pid;
-	int fd;
-	struct task *task;
-	int box, next;    /* in hand, and to be so then; or -1 */
-	bool over;        /* it said why it ends, or was told to */
-	struct note note; /* in the course of arriving */
-	size_t got;
-	struct counts now; /* of the mailbox in hand */
-};
-
+/* What all processes of a run know. */
 struct run {
 	const struct config *config;
 	const struct options *options;
 	struct trust *trusts; /* owned: for each CA bundle that is named, loaded before a fork */
 	unsigned n_trusts;
-	struct task *tasks;
-	unsigned n_tasks;
-	struct worker workers[CONFIG_PROCESSES_MAX];
-	unsigned n_workers;
-	uint64_t mails, octets; /* fetched so far, for the progress line */
+	struct board *boards; /* shared, as all that follows with volatile */
+	unsigned n_boards;
+	volatile unsigned *starving; /* accounts that wait for their first place */
+	int places[2];
+	bool stopping;
 	int64_t began_ms, drawn_ms, rate_ms;
 	uint64_t rate_octets, rate; /* octets a second, smoothed */
-	bool stopping;
 };
 
-/* Read or write all of a struct on the pair. False: the other side is gone. */
-static bool pair_read(int fd, void *to, size_t n)
-{
-	for (ssize_t r; n > 0; to = (char *)to + r, n -= (size_t)r)
-		if ((r = read(fd, to, n)) <= 0) {
-			if (r == 0 || errno != EINTR || stop_asked)
-				return false;
-			r = 0;
-		}
-	return true;
-}
+/* A word for each mailbox with news: free, over, or in the hand of the worker with this slot. */
+enum { BOX_FREE, BOX_OVER, BOX_TAKEN };
 
-static bool pair_write(int fd, const void *from, size_t n)
-{
-	for (ssize_t r; n > 0; from = (const char *)from + r, n -= (size_t)r)
-		if ((r = send(fd, from, n, MSG_NOSIGNAL)) <= 0) {
-			if (r == 0 || errno != EINTR)
-				return false;
-			r = 0;
-		}
-	return true;
-}
-
-/* -- in the worker -- */
-
-struct job { /* an order in hand; it may be finished before its turn */
-	enum { JOB_NONE, JOB_TAKEN, JOB_FINISHED } state;
-	struct order order;
-	struct attempt attempt;
-	struct counts counts;
-	struct sync *begun; /* or NULL */
-};
-
-struct desk { /* a worker's own */
-	const struct run *run;
-	struct task *task;
-	int fd;
+struct worker { /* a process's own */
+	struct run *run;
+	struct board *board;
+	struct slot *slot;
+	const struct account *account;
+	char folder[PATH_MAX_OCTETS];
+	char *password; /* owned; NULL: that of the config */
+	int lock;       /* descriptor of the account's lock file, or -1 */
+	struct mailboxes list;
+	bool listed, connected;
+	atomic_uint *states; /* shared: of the first list.todo mailboxes */
+	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
-	bool connected;
-	struct job jobs[2], *job, *next; /* the one in hand, and the one to be begun before it ends */
-	unsigned tries;                  /* in a row, without progress */
-	int64_t told_ms;
-	uint64_t told_in, told_out;
-	unsigned told_waits;
-	struct mailbox *boxes; /* while listing */
-	unsigned n_boxes;
-	struct err list_error;
+	struct session session;
+	unsigned tries, cuts; /* in a row: connections that failed; and that broke at a second command */
+	int64_t told_ms, started_ms;
+	pid_t helpers[CONFIG_PROCESSES_MAX]; /* by their slots; 0: none */
 };
+
+/* Memory that is shared with the processes forked later, zeroed. */
+static void *allocate_shared(size_t n)
+{
+	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED) {
+		log_error("out of memory");
+		_exit(1);
+	}
+	return p;
+}
 
 static void counts_add(struct counts *to, const struct counts *from)
 {
+	to->mailboxes += from->mailboxes;
+	to->unchanged += from->unchanged;
 	to->stored += from->stored;
 	to->gone += from->gone;
 	to->back += from->back;
@@ -4821,194 +5421,328 @@ static void counts_add(struct counts *to, const struct counts *from)
 	to->failures += from->failures;
 }
 
-static void desk_tell(struct desk *d, enum note_kind kind, const struct err *e)
+/* Take a place for this slot, if one is free. */
+static bool place_take(struct run *run, struct slot *slot)
 {
-	struct note note = { .kind = kind,
-			     .counts = d->job->counts,
-			     .in = d->im.s.in - d->told_in,
-			     .out = d->im.s.out - d->told_out,
-			     .waits = d->im.s.waits - d->told_waits,
-			     .tries = d->tries };
+	char octet;
 
-	d->told_in = d->im.s.in;
-	d->told_out = d->im.s.out;
-	d->told_waits = d->im.s.waits;
-	if (e != NULL) {
-		note.code = e->code;
-		note.wait_sec = e->wait_sec;
-		snprintf(note.text, sizeof note.text, "%s", e->text);
-	}
-	if (kind == NOTE_WAIT || kind == NOTE_ACCOUNT) { /* the last one: of the next mailbox, too */
-		counts_add(&note.counts, &d->next->counts);
-		note.counts.others = 0; /* whoever finishes these tells them */
-	}
-	if (!pair_write(d->fd, &note, sizeof note))
-		_exit(1);
-	if (kind == NOTE_DONE || kind == NOTE_LISTED)
-		d->job->counts = (struct counts){ 0 };
+	if (!slot->place && read(run->places[0], &octet, 1) == 1)
+		slot->place = true;
+	return slot->place;
 }
 
-static void desk_progress(void *context)
+static void place_give(struct run *run, struct slot *slot)
 {
-	struct desk *d = context;
-	int64_t now = now_ms();
-
-	if (now - d->told_ms < 200)
-		return;
-	d->told_ms = now;
-	desk_tell(d, NOTE_PROGRESS, NULL);
+	if (slot->place && write(run->places[1], "", 1) == 1)
+		slot->place = false;
 }
 
-static bool box_ignored(const struct run *run, const struct account *account, const char *name,
-			char delimiter)
+/* -- mailboxes in hand -- */
+
+static uint32_t name_hash(const char *name)
 {
-	if (run->options->mailboxes != NULL && !name_matches(run->options->mailboxes, name, delimiter))
-		return true;
-	return name_matches(run->config->ignore, name, delimiter) ||
-	       name_matches(account->ignore, name, delimiter);
+	uint32_t hash = 2166136261u;
+
+	for (; *name != '\0'; name++)
+		hash = (hash ^ (uint8_t)*name) * 16777619u;
+	return hash;
 }
 
-/* One mailbox more in an array of them. */
-static struct mailbox *boxes_more(struct mailbox **boxes, unsigned *n)
+/* How many processes died with this mailbox in hand. */
+static unsigned board_deaths(const struct board *b, const struct mailbox *box)
 {
-	if (*n % 64 == 0) {
-		struct mailbox *more = allocate((*n + 64) * sizeof *more);
-
-		if (*n > 0)
-			memcpy(more, *boxes, *n * sizeof *more);
-		free(*boxes);
-		*boxes = more;
-	}
-	return &(*boxes)[(*n)++];
-}
-
-static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
-		   unsigned attributes)
-{
-	struct desk *d = context;
-
-	(void)attributes;
-	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL)
-		return err_set(&d->list_error, E_REFUSED,
-			       "the server lists a mailbox whose name is empty, has "
-			       "NUL octets or line ends, or more than %d octets: \"%.100s\"",
-			       MBOX_NAME_MAX, name),
-		       0;
-	for (unsigned i = d->n_boxes; i-- > 0;) /* old Couriers list one twice */
-		if (strcmp(d->boxes[i].name, name) == 0) {
-			d->boxes[i].selectable = d->boxes[i].selectable || selectable;
-			return 0;
-		}
-	if (d->n_boxes == MAILBOXES_MAX) {
-		err_set(&d->list_error, E_REFUSED, "the server lists more than %d mailboxes",
-			MAILBOXES_MAX);
-		return 0;
-	}
-	d->im.noise = 0;
-	*boxes_more(&d->boxes, &d->n_boxes) = (struct mailbox){
-		.name = copy_text(name),
-		.delimiter = delimiter,
-		.selectable = selectable,
-		.ignored = box_ignored(d->run, d->task->account, name, delimiter)
-	};
+	for (unsigned i = 0; i < b->blamed; i++)
+		if (b->blame[i].hash == name_hash(box->name))
+			return b->blame[i].deaths;
 	return 0;
 }
 
-static int on_status(void *context, const char *name, const struct imap_status *status)
+/* The worker with this slot has died, or was killed: remember which mailboxes it had in hand. */
+static void board_bury(struct run *run, struct board *b, struct slot *slot, int status)
 {
-	struct desk *d = context;
+	log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
+		 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+	b->died += slot->in_hand == 0;
+	for (unsigned i = 0; i < slot->in_hand; i++) {
+		unsigned k = 0;
 
-	for (unsigned i = d->n_boxes; i-- > 0;)
-		if (strcmp(d->boxes[i].name, name) == 0 ||
-		    (strcasecmp(name, "INBOX") == 0 && strcasecmp(d->boxes[i].name, "INBOX") == 0)) {
-			d->im.noise = d->boxes[i].status.known ? d->im.noise : 0;
-			d->boxes[i].status = *status;
-			break;
-		}
-	return 0;
+		while (k < b->blamed && b->blame[k].hash != slot->hand[i])
+			k++;
+		if (k == BLAME_MAX)
+			continue;
+		b->blame[k].hash = slot->hand[i];
+		b->blame[k].deaths++;
+		b->blamed += k == b->blamed;
+	}
+	slot->in_hand = 0;
+	place_give(run, slot);
 }
 
-/* List the mailboxes with their STATUS, in one command where the server can; tell the parent. */
-static int desk_list(struct desk *d, struct err *e)
+/* Tell those who look at the slot which mailboxes are in hand. */
+static void worker_show(struct worker *w)
 {
-	struct imap *im = &d->im;
-	const struct imap_result *result;
-	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
-	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0, inbox = false;
-	unsigned tags[IMAP_FLIGHT_MAX], pending = 0, tag;
+	const struct sync *y = w->session.first;
+	char name[NAME_OCTETS] = "";
 
-	im->context = d;
-	im->on_list = on_list;
-	im->on_status = on_status;
-	im->on_uids = NULL;
-	snprintf(items, sizeof items, "(MESSAGES UIDNEXT UIDVALIDITY %s%s)",
-		 im->capabilities & CAP_CONDSTORE ? "HIGHESTMODSEQ" : "UNSEEN",
-		 d->run->options->mode == RUN_LIST && im->capabilities & CAP_STATUS_SIZE ? " SIZE" : "");
-	if (with_status) {
-		result = imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\" RETURN (STATUS %s)", items));
-		with_status = result != NULL && result->condition == IMAP_OK;
-		for (unsigned i = 0; i < d->n_boxes; i++)
-			inbox = inbox || strcasecmp(d->boxes[i].name, "INBOX") == 0;
-		with_status = with_status && inbox; /* strato.de lists nothing this way */
-	}
-	if (!with_status && im->s.err.code == E_NONE)
-		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""));
-	for (unsigned i = 0, done = 0; !with_status && im->s.err.code == E_NONE;) {
-		struct mailbox *box = i < d->n_boxes ? &d->boxes[i] : NULL;
-
-		if (box != NULL && (!box->selectable || box->ignored)) {
-			i++;
-		} else if (box != NULL && pending < im->status_flight && imap_may_send(im)) {
-			tag = imap_send(im, NULL, "STATUS %s %s",
-					imap_quote(im, quoted, sizeof quoted, box->name), items);
-			tags[(done + pending++) % IMAP_FLIGHT_MAX] = tag;
-			i++;
-		} else if (pending > 0) { /* NO: it has no status; EXAMINE will tell why */
-			imap_wait(im, tags[done++ % IMAP_FLIGHT_MAX]);
-			pending--;
-		} else {
-			break;
-		}
-	}
-	if (im->s.err.code == E_NONE && d->n_boxes == 0)
-		stream_fail(&im->s, E_REFUSED, "the server lists no mailbox at all");
-	*e = im->s.err;
-	for (unsigned i = 0; i < d->n_boxes && e->code == E_NONE; i++) {
-		const struct mailbox *box = &d->boxes[i];
-		struct note note = { .kind = NOTE_MAILBOX,
-				     .status = box->status,
-				     .delimiter = box->delimiter,
-				     .selectable = box->selectable };
-
-		snprintf(note.text, sizeof note.text, "%s", box->name);
-		if (!pair_write(d->fd, &note, sizeof note))
-			_exit(1);
-	}
-	for (unsigned i = 0; i < d->n_boxes; i++)
-		free(d->boxes[i].name);
-	free(d->boxes);
-	d->boxes = NULL;
-	d->n_boxes = 0;
-	return e->code == E_NONE ? 0 : -1;
+	w->slot->in_hand = 0;
+	if (y != NULL)
+		name_text(name, y->box->name, y->box->delimiter);
+	log_visible(w->slot->name, sizeof w->slot->name, name, strlen(name));
+	for (; y != NULL && w->slot->in_hand < SESSION_BOXES_MAX; y = y->next)
+		w->slot->hand[w->slot->in_hand++] = name_hash(y->box->name);
 }
 
-/* Say what --check found: how the line is protected, and by which certificate. */
-static void desk_check(struct desk *d, struct err *e)
+/* A mailbox is over, for good or not: say so. */
+static void worker_over(void *context, struct sync *y)
 {
-	const struct tls *tls = d->im.s.tls;
-	char hex[65] = "", until[16] = "";
+	struct worker *w = context;
+	const struct counts *c = &y->counts;
+	char octets[16];
 
-	if (tls == NULL) {
-		snprintf(e->text, sizeof e->text, "login works; NOT encrypted");
+	if (y->err.code == E_LOCKED) {
+		log_info("%s", y->err.text);
+		w->board->locked = true;
+	} else if (sync_is_barred(y)) {
+		log_warn("%s; \"ignore_mailboxes\" leaves it out without this warning", y->err.text);
+	} else if (y->err.code != E_NONE) {
+		log_error("%s", y->err.text);
+		y->counts.failures++;
+	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
+		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
+			 w->session.dry ? "would be fetched" : "new", (unsigned long long)c->gone,
+			 (unsigned long long)c->back, log_octets(octets, c->octets));
+	} else {
+		log_detail("nothing new");
+	}
+	counts_add(&w->slot->counts, c);
+	w->states[y->box - w->list.boxes] = BOX_OVER;
+	worker_show(w);
+}
+
+/* Give back the mailboxes in hand, for another worker or another time. */
+static void worker_drop(struct worker *w)
+{
+	while (w->session.first != NULL) {
+		struct sync *y = w->session.first;
+
+		session_speak(&w->session, y);
+		sync_close(y, false);
+		w->session.first = y->next;
+		w->slot->counts.stored += y->counts.stored; /* these will not be found again */
+		w->slot->counts.gone += y->counts.gone;
+		w->slot->counts.octets += y->counts.octets;
+		w->states[y->box - w->list.boxes] = BOX_FREE;
+		free(y);
+	}
+	w->next = 0;
+	worker_show(w);
+	session_speak(&w->session, NULL);
+}
+
+/* -- helpers -- */
+
+static void worker_run(struct worker *w);
+
+/* Start helpers as long as there is work and a place for them, and no account waits for its first. */
+static void account_start_helpers(struct worker *w)
+{
+	struct board *b = w->board;
+	uint32_t unclaimed = 0;
+
+	if (!w->listed || b->over || stop_due() || *w->run->starving > 0 || b->not_before_ms > now_ms())
 		return;
+	for (uint32_t i = w->next; i < w->list.todo && unclaimed < b->n_slots; i++)
+		unclaimed += w->states[i] == BOX_FREE;
+	for (unsigned k = 1; k < b->n_slots && unclaimed > 0; k++, unclaimed--) {
+		pid_t self = getpid();
+
+		if (w->helpers[k] != 0)
+			continue;
+		if (!place_take(w->run, &b->slots[k]))
+			return;
+		fflush(stdout);
+		w->helpers[k] = fork();
+		if (w->helpers[k] < 0) {
+			log_detail("cannot start a helper: %s", strerror(errno));
+			w->helpers[k] = 0;
+			place_give(w->run, &b->slots[k]);
+			return;
+		}
+		if (w->helpers[k] > 0)
+			continue;
+		parent_pid = self;
+		if (w->im.s.fd >= 0)
+			close(w->im.s.fd);
+		memset(&w->im, 0, sizeof w->im);
+		w->im.s.fd = -1;
+		w->slot = &b->slots[k];
+		w->session.first = NULL;
+		w->connected = false;
+		w->tries = w->cuts = 0;
+		worker_show(w);
+		worker_run(w);
+		place_give(w->run, w->slot);
+		_exit(0);
 	}
-	for (int i = 0; i < 32; i++)
-		snprintf(hex + 2 * i, 3, "%02x", tls->verifier.fingerprint[i]);
-	snprintf(e->text, sizeof e->text,
-		 "login works; %s, certificate valid until %s\n"
-		 "    \"tls_fingerprint\": \"%s\"",
-		 d->task->account->ssl == SSL_ON ? "TLS" : "STARTTLS",
-		 tls_date(until, tls->verifier.leaf.notafter_days), hex);
+}
+
+/* Take a mailbox that nobody has. 'ahead': only one that does not keep those in hand waiting. */
+static struct sync *worker_begin(void *context, bool ahead)
+{
+	struct worker *w = context;
+	const unsigned mine = BOX_TAKEN + (unsigned)(w->slot - w->board->slots);
+	uint64_t mails = 0;
+	struct sync *y;
+
+	if (stop_due() || w->board->over || w->slot->in_hand == SESSION_BOXES_MAX)
+		return NULL;
+	/* A helper leaves its place to an account that has none. */
+	if (mine != BOX_TAKEN && *w->run->starving > 0)
+		return NULL;
+	for (y = w->session.first; y != NULL; y = y->next) {
+		if (board_deaths(w->board, y->box) > 0)
+			return NULL;
+		mails += y->m != NULL ? mbox_count(y->m) : 0;
+	}
+	for (uint32_t i = w->next; i < w->list.todo; i++) {
+		const struct mailbox *box = &w->list.boxes[i];
+		unsigned expected = BOX_FREE;
+
+		if (w->states[i] != BOX_FREE) {
+			w->next += i == w->next;
+			continue;
+		}
+		if (ahead) {
+			char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
+			struct mbox_info info;
+
+			mailbox_file(box, file);
+			mailbox_path(&w->list, file, path);
+			mbox_peek(path, box->name, &info);
+			mails += info.fits ? info.stored : (uint64_t)info.octets / AHEAD_MAIL_OCTETS;
+			if (mails > AHEAD_MAILS || board_deaths(w->board, box) > 0)
+				return NULL;
+		}
+		if (!atomic_compare_exchange_strong(&w->states[i], &expected, mine))
+			continue;
+		y = allocate(sizeof *y);
+		y->session = &w->session;
+		y->box = box;
+		w->slot->hand[w->slot->in_hand++] = name_hash(box->name);
+		if (mine == BOX_TAKEN)
+			account_start_helpers(w);
+		return y;
+	}
+	return NULL;
+}
+
+/* See which helpers have ended. Returns how many are left. */
+static unsigned account_reap_helpers(struct worker *w)
+{
+	unsigned left = 0;
+
+	for (unsigned k = 1; k < w->board->n_slots; k++) {
+		int status;
+		pid_t pid = w->helpers[k] != 0 ? waitpid(w->helpers[k], &status, WNOHANG) : 0;
+
+		left += w->helpers[k] != 0 && pid == 0;
+		if (pid <= 0)
+			continue;
+		w->helpers[k] = 0;
+		if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+			board_bury(w->run, w->board, &w->board->slots[k], status);
+		for (uint32_t i = 0; i < w->list.todo; i++)
+			if (w->states[i] == BOX_TAKEN + k) {
+				bool twice = board_deaths(w->board, &w->list.boxes[i]) > 1;
+
+				if (twice) {
+					log_error("\"%s\": its worker died twice", w->list.boxes[i].name);
+					w->slot->counts.failures++;
+				}
+				w->states[i] = twice ? BOX_OVER : BOX_FREE;
+				w->next = 0;
+			}
+	}
+	return left;
+}
+
+/* What comes is counted; five times a second there is time for other things. */
+static void worker_progress(void *context, uint64_t mails, uint64_t octets)
+{
+	struct worker *w = context;
+	int64_t now;
+
+	w->slot->mails += mails;
+	w->slot->octets += octets;
+	if (w->slot != w->board->slots || (now = now_ms()) - w->told_ms < 200)
+		return;
+	w->told_ms = now;
+	account_reap_helpers(w);
+	account_start_helpers(w);
+}
+
+/* -- a worker's life -- */
+
+static void worker_hang_up(struct worker *w)
+{
+	struct slot *slot = w->slot;
+
+	if (w->im.s.fd < 0)
+		return;
+	if (imap_was_cut_ahead(&w->im) && w->im.s.err.code == E_NET) {
+		if (++w->cuts == 2) {
+			log_info("the server breaks at a second command: one at a time from here on");
+			w->board->one_at_a_time = true;
+			w->tries = 0;
+		}
+	} else if (w->im.pipelines) {
+		w->cuts = 0;
+	}
+	imap_close(&w->im);
+	slot->in += w->im.s.in;
+	slot->out += w->im.s.out;
+	slot->waits += w->im.s.waits;
+	w->im.s.fd = -1;
+	w->connected = false;
+}
+
+/* How long to wait before the next try: doubling, at random between half of it and the whole. */
+static unsigned backoff_ms(unsigned tries, const struct err *e)
+{
+	unsigned ms = BACKOFF_SEC * 1000;
+
+	if (tries < 7 && (1000u << (tries - 1)) < ms)
+		ms = 1000u << (tries - 1);
+	ms = ms / 2 + (unsigned)rand() % (ms / 2 + 1);
+	return e->wait_sec * 1000 > ms ? e->wait_sec * 1000 : ms;
+}
+
+/* Wait, unless it is for so long that another should have the place: then return false. */
+static bool worker_pause(struct worker *w, const struct err *e)
+{
+	unsigned pause = backoff_ms(w->tries, e);
+
+	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10, w->tries,
+		 w->run->config->retries);
+	if (pause > PLACE_SEC * 1000) {
+		w->board->not_before_ms = now_ms() + pause;
+		return false;
+	}
+	for (unsigned part; pause > 0 && !stop_due(); pause -= part) {
+		part = pause < 500 ? pause : 500;
+		poll(NULL, 0, (int)part);
+	}
+	return true;
+}
+
+/* The account cannot be backed up any further in this run. */
+static void account_fail(struct worker *w, const struct err *e)
+{
+	if (!w->board->over) {
+		log_error("%s", e->text);
+		w->slot->counts.failures++;
+	}
+	w->board->over = true;
 }
 
 /* The CA bundle with this name, or NULL. */
@@ -5023,235 +5757,168 @@ static struct trust *run_trust(const struct run *run, const char *named)
 	return NULL;
 }
 
-static void desk_hang_up(struct desk *d)
+static int worker_connect(struct worker *w, struct err *e)
 {
-	imap_close(&d->im);
-	d->connected = false;
-	if (d->next->begun != NULL)
-		sync_end(d->next->begun, NULL, &(struct err){ 0 });
-	d->next->begun = NULL;
-	desk_tell(d, NOTE_PROGRESS, NULL); /* what the farewell took */
-	d->told_in = d->told_out = d->told_waits = 0;
-}
+	const char *password = w->password != NULL ? w->password : w->account->password;
 
-/* How long to wait before the next try: doubling, at random between half of it and the whole. */
-static unsigned backoff_ms(unsigned tries, const struct err *e)
-{
-	unsigned ms = BACKOFF_SEC * 1000;
-
-	if (tries < 7 && (1000u << (tries - 1)) < ms)
-		ms = 1000u << (tries - 1);
-	ms = ms / 2 + (unsigned)rand() % (ms / 2 + 1);
-	return e->wait_sec * 1000 > ms ? e->wait_sec * 1000 : ms;
-}
-
-static int desk_connect(struct desk *d, struct err *e)
-{
-	const struct account *account = d->task->account;
-	const char *password = d->task->password != NULL ? d->task->password : account->password;
-	struct note note = { .kind = NOTE_PROGRESS, .connections = 1 };
-
-	if (d->connected)
+	if (w->connected)
 		return 0;
-	pair_write(d->fd, &note, sizeof note);
-	d->connected = imap_open(&d->im, account, password, run_trust(d->run, account->ca_file),
-				 d->run->config->timeout_sec) == 0;
-	*e = d->im.s.err;
-	return d->connected ? 0 : -1;
+	w->slot->connections++;
+	w->connected = imap_open(&w->im, w->account, password, run_trust(w->run, w->account->ca_file),
+				 w->run->config->timeout_sec) == 0;
+	w->im.one_at_a_time = w->im.one_at_a_time || w->board->one_at_a_time;
+	*e = w->im.s.err;
+	return w->connected ? 0 : -1;
 }
 
-/* Take the job's order from the parent, if it is not taken yet. False: there is none. */
-static bool desk_take(struct desk *d, struct job *job)
+/* Print what --list says of an account. */
+static void account_print_list(const struct worker *w)
 {
-	if (job->state == JOB_NONE && pair_read(d->fd, &job->order, sizeof job->order)) {
-		job->state = job->order.name[0] != '\0' ? JOB_TAKEN : JOB_NONE;
-		job->attempt = (struct attempt){ 0 };
+	const struct mailboxes *l = &w->list;
+
+	printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", w->account->email, "mailbox", "messages", "size",
+	       "archived", "gone", "last", "file");
+	for (uint32_t i = 0; i < l->n; i++) {
+		const struct mailbox *box = &l->boxes[i];
+		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
+		char text[NAME_OCTETS], visible[NAME_OCTETS], size[16] = "-", when[16] = "never";
+		struct mbox_info info;
+		struct tm tm;
+		time_t sec;
+
+		name_text(text, box->name, box->delimiter);
+		log_visible(visible, sizeof visible, text, strlen(text));
+		printf("  %-22s ", visible);
+		if (!box->wanted) {
+			printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
+			continue;
+		}
+		mailbox_file(box, file);
+		mailbox_path(l, file, path);
+		mbox_peek(path, box->name, &info);
+		if (box->status.octets > 0)
+			log_octets(size, box->status.octets);
+		sec = (time_t)info.claim.when_sec;
+		if (sec != 0 && localtime_r(&sec, &tm) != NULL)
+			strftime(when, sizeof when, "%Y-%m-%d", &tm);
+		printf("%8lu %7s %8lu %5lu  %-10s %s\n", (unsigned long)box->status.messages, size,
+		       (unsigned long)info.stored, (unsigned long)info.gone, when, file);
 	}
-	return job->state != JOB_NONE;
 }
 
-static struct sync *desk_ahead(void *context);
-static void desk_settle(void *context, struct sync *next);
-
-/* What is said from now on is of this job's mailbox, if it has one. */
-static void desk_context(const struct desk *d, const struct job *job)
+/* Print what --check found: how the line is protected, and by which certificate. */
+static void account_print_check(const struct worker *w)
 {
-	char name[NAME_OCTETS];
+	const struct tls *tls = w->im.s.tls;
+	char until[16] = "";
 
-	name_text(name, job->order.name, job->order.delimiter);
-	log_context(d->task->account->email, name);
+	if (tls == NULL) {
+		printf("%s: login works; NOT encrypted\n", w->account->email);
+		return;
+	}
+	printf("%s: login works; %s, certificate valid until %s\n    \"tls_fingerprint\": \"",
+	       w->account->email, w->account->ssl == SSL_ON ? "TLS" : "STARTTLS",
+	       tls_date(until, tls->verifier.leaf.notafter_days));
+	for (int i = 0; i < 32; i++)
+		printf("%02x", tls->verifier.fingerprint[i]);
+	printf("\"\n");
 }
 
-static void box_path(const struct task *task, const char *file, char out[PATH_MAX_OCTETS + 300])
+/* List the mailboxes, and find out what there is to do. */
+static int account_list(struct worker *w, struct err *e)
 {
-	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", task->folder, file);
-}
+	struct run *run = w->run;
+	const struct options *o = run->options;
+	struct mailboxes *l = &w->list;
+	bool first = w->slot->counts.mailboxes == 0;
+	struct counts counts = { 0 };
 
-/* Open the job's archive, and send what its mailbox is asked first. */
-static struct sync *desk_begin(struct desk *d, struct job *job, struct err *e)
-{
-	const struct order *order = &job->order;
-	char path[PATH_MAX_OCTETS + 300];
-	struct sync as = {
-		.config = d->run->config,
-		.im = &d->im,
-		.box = { .name = job->order.name, .delimiter = order->delimiter, .status = order->status },
-		.attempt = &job->attempt,
-		.counts = &job->counts,
-		.dry = d->run->options->dry,
-		.progress = desk_progress,
-		.ahead = desk_ahead,
-		.settle = desk_settle,
-		.context = d
-	};
-
-	box_path(d->task, order->file, path);
-	return sync_begin(&as, path, e);
-}
-
-/* The job in hand needs only to be read: begin the next, if that does not keep it waiting. */
-static struct sync *desk_ahead(void *context)
-{
-	struct desk *d = context;
-	char path[PATH_MAX_OCTETS + 300];
-	struct mbox_info info;
-	struct err ignored = { 0 };
-
-	if (d->next->state == JOB_NONE)
-		desk_tell(d, NOTE_NEXT, NULL);
-	if (!desk_take(d, d->next))
-		return NULL;
-	box_path(d->task, d->next->order.file, path);
-	mbox_peek(path, d->next->order.name, &info);
-	if (info.exists && (!info.fits || info.stored > AHEAD_MAILS))
-		return NULL;
-	return desk_begin(d, d->next, &ignored);
-}
-
-/* The next job must be out of the way first. If it fails, it is tried again in its turn. */
-static void desk_settle(void *context, struct sync *next)
-{
-	struct desk *d = context;
-	struct err ignored = { 0 };
-
-	desk_context(d, d->next);
-	if (sync_finish(next, &next, &ignored) == 0)
-		d->next->state = JOB_FINISHED;
-	desk_context(d, d->job);
-}
-
-/* Do one thing: list, or archive the mailbox in hand. */
-static int desk_work(struct desk *d, bool listing, struct err *e)
-{
-	struct sync *y = d->job->begun;
-
-	if (listing)
-		return d->run->options->mode == RUN_CHECK ? 0 : desk_list(d, e);
-	if (d->job->state == JOB_FINISHED)
-		return 0;
-	d->job->begun = NULL;
-	if (y == NULL && (y = desk_begin(d, d->job, e)) == NULL)
+	if (mailboxes_list(l, &w->im, o->mode == RUN_LIST, e) != 0)
 		return -1;
-	return sync_finish(y, &d->next->begun, e);
+	w->listed = true;
+	if (l->odd.code != E_NONE) {
+		log_error("%s", l->odd.text);
+		counts.failures++;
+	}
+	if (mailboxes_select(l) == 0) {
+		log_error("none of its %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
+			  (unsigned long)l->n);
+		counts.failures++;
+	}
+	if (o->mode == RUN_CHECK)
+		account_print_check(w);
+	else
+		mailboxes_plan(l, o->dry || o->mode != RUN_BACKUP, &counts);
+	if (o->mode == RUN_LIST)
+		account_print_list(w);
+	if (!first) /* it was counted before */
+		counts.mailboxes = counts.unchanged = counts.failures = 0;
+	counts_add(&w->slot->counts, &counts);
+	if (o->mode != RUN_BACKUP)
+		l->todo = 0;
+	w->states = allocate_shared((l->todo + 1) * sizeof *w->states);
+	for (uint32_t i = 0; i < l->todo; i++) {
+		w->board->weight += first ? l->boxes[i].weight : 0;
+		if (board_deaths(w->board, &l->boxes[i]) > 1) {
+			log_error("\"%s\": its worker died twice", l->boxes[i].name);
+			w->slot->counts.failures++;
+			w->states[i] = BOX_OVER;
+		}
+	}
+	return 0;
 }
 
-/* Wait before the next try. False: for so long that the worker gives its place back and ends. */
-static bool desk_pause(struct desk *d, struct err *e)
+/* See what an error means for the worker. Returns true if it goes on, with a new connection. */
+static bool worker_recovers(struct worker *w, struct err *e)
 {
-	unsigned pause = e->code == E_FORMAT ? 0 : backoff_ms(d->tries, e);
+	bool connecting = !w->connected || !w->listed;
 
-	if (pause > 0)
-		log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10,
-			 d->tries, d->run->config->retries);
-	else
-		log_warn("%s; trying again", e->text);
-	if (pause > PLACE_SEC * 1000) {
-		e->wait_sec = pause / 1000;
-		desk_tell(d, NOTE_WAIT, e);
+	worker_hang_up(w);
+	if (e->code == E_NONE) /* one mailbox gave the line up */
+		return true;
+	if (e->code == E_STOPPED)
+		return false;
+	if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
+		account_fail(w, e);
 		return false;
 	}
-	for (struct pollfd parent = { .fd = d->fd }; pause > 0 && !stop_asked;) {
-		unsigned part = pause < 500 ? pause : 500;
-
-		if (poll(&parent, 1, (int)part) > 0)
-			_exit(1); /* the parent is gone */
-		pause -= part;
+	if (++w->tries <= w->run->config->retries)
+		return worker_pause(w, e);
+	if (!connecting && w->session.first != NULL) {
+		w->session.first->err = *e;
+		session_finish(&w->session, w->session.first);
+		w->tries = 0;
+		return true;
 	}
-	return true;
+	if (w->slot != w->board->slots || account_reap_helpers(w) > 0)
+		log_warn("%s; going on with one connection less", e->text);
+	else
+		account_fail(w, e);
+	return false;
 }
 
-/*
- * A worker's life. It lists first if it is the account's first; then it takes one order after the
- * other. Troubles of the line are met here: pauses, reconnections; a long pause ends the worker.
- */
-static void desk_run(struct desk *d, bool listing)
+/* Connect, list if nobody has, and work until there is nothing left to be taken. */
+static void worker_run(struct worker *w)
 {
-	const struct config *config = d->run->config;
-	bool again = false;
-
-	while (!stop_asked) {
-		uint64_t stored;
-		bool connecting;
+	srand((unsigned)getpid() ^ (unsigned)now_ms());
+	while (!stop_due() && !w->board->over) {
+		uint64_t before = w->slot->mails;
 		struct err e = { 0 };
 
-		if (!listing && !again) {
-			struct job *over = d->job;
-
-			over->state = JOB_NONE;
-			d->job = d->next;
-			d->next = over;
-			if (!desk_take(d, d->job))
+		if (worker_connect(w, &e) == 0 && (w->listed || account_list(w, &e) == 0)) {
+			if (session_run(&w->session, &e) == 0)
 				break;
 		}
-		desk_context(d, d->job);
-		stored = d->job->counts.stored + d->job->attempt.poisons;
-		connecting = desk_connect(d, &e) != 0;
-		if (!connecting && desk_work(d, listing, &e) == 0) {
-			d->tries = 0;
-			if (listing && d->run->options->mode == RUN_CHECK)
-				desk_check(d, &e);
-			desk_tell(d, listing ? NOTE_LISTED : NOTE_DONE,
-				  d->list_error.code != E_NONE ? &d->list_error : &e);
-			d->list_error.code = E_NONE;
-			listing = again = false;
-			continue;
-		}
-		if (d->job->counts.stored + d->job->attempt.poisons > stored &&
-		    d->job->attempt.row <= POISON_ROW)
-			d->tries = 0;
-		again = e.code == E_NET || e.code == E_PROTO || e.code == E_WAIT ||
-			(e.code == E_FORMAT && !again);
-		if (e.code == E_STOPPED) { /* if only this worker is to stop, another goes on */
-			desk_tell(d, NOTE_WAIT, &e);
-			break;
-		}
-		if (e.code == E_ACCOUNT || (again && ++d->tries > config->retries)) {
-			again = false;
-			connecting = connecting || listing;
-			desk_tell(d, connecting || e.code == E_ACCOUNT ? NOTE_ACCOUNT : NOTE_DONE, &e);
-			if (connecting || e.code == E_ACCOUNT)
-				break;
-			d->tries = 0;
-			desk_hang_up(d);
-			continue;
-		}
-		if (!again) { /* this mailbox cannot be had; perhaps the next can */
-			desk_tell(d, listing ? NOTE_ACCOUNT : NOTE_DONE, &e);
-			if (listing)
-				break;
-			if (d->im.s.err.code != E_NONE)
-				desk_hang_up(d);
-			continue;
-		}
-		desk_hang_up(d);
-		if (!desk_pause(d, &e))
+		if (w->slot->mails > before)
+			w->tries = 0;
+		if (!worker_recovers(w, &e))
 			break;
 	}
-	if (d->connected)
-		desk_hang_up(d);
+	worker_drop(w);
+	worker_hang_up(w);
 }
 
-/* -- in the parent -- */
+/* -- an account's process -- */
 
 /* Make a folder if there is none; its entry is to outlast a power cut, as what comes into it does. */
 static int make_folder(const char *path)
@@ -5273,500 +5940,119 @@ static int make_folder(const char *path)
 }
 
 /* Create the account's folder and hold its lock: one run at a time. */
-static int task_lock(struct task *task, const char *destination, struct err *e)
+static int account_lock(struct worker *w, struct err *e)
 {
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	char path[PATH_MAX_OCTETS + 300];
+	struct stat st, other;
 
-	if (make_folder(destination) != 0 || make_folder(task->folder) != 0)
-		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", task->folder);
-	box_path(task, ".lock", path);
-	task->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	if (task->lock < 0)
+	if (make_folder(w->run->config->destination) != 0 || make_folder(w->folder) != 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", w->folder);
+	if (stat(w->folder, &st) != 0 || st.st_uid != geteuid())
+		return err_set(e, E_SYSTEM, "%s: the folder belongs to another user (%lu)", w->folder,
+			       (unsigned long)st.st_uid);
+	if (st.st_mode & (S_IWGRP | S_IWOTH))
+		log_warn("%s: others may write into this folder; try: chmod go-w", w->folder);
+	mailbox_path(&w->list, ".lock", path);
+	w->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
+	if (w->lock < 0 || fstat(w->lock, &st) != 0 || !S_ISREG(st.st_mode))
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
-	if (fcntl(task->lock, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
+	if (fcntl(w->lock, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
 		return err_set(e, E_LOCKED, "another run is at work on this account");
+	mailbox_path(&w->list, ".LOCK", path);
+	w->list.folds = stat(path, &other) == 0 && st.st_ino == other.st_ino && st.st_dev == other.st_dev;
 	return 0;
 }
 
-/* Does the account's folder lie on a file system that takes "a" and "A" for the same name? */
-static bool task_folds_case(const struct task *task)
-{
-	char path[PATH_MAX_OCTETS + 300];
-	struct stat a, b;
-
-	box_path(task, ".LOCK", path);
-	return task->lock >= 0 && fstat(task->lock, &a) == 0 && stat(path, &b) == 0 &&
-	       a.st_ino == b.st_ino && a.st_dev == b.st_dev;
-}
-
-/* Does it lie on FAT, where a file ends at 4 GB? Elsewhere, or if nobody can tell, EFBIG does. */
-static bool task_on_fat(const struct task *task)
-{
-#ifdef __linux__
-	struct statfs fs;
-
-	return statfs(task->folder, &fs) == 0 && fs.f_type == 0x4D44;
-#else
-	(void)task;
-	return false;
-#endif
-}
-
 /*
- * An archive of the Python original may stand under another name: give it ours, if it surely is
- * one, is nobody else's, and there is none yet.
+ * The first line that the account's password_command prints. Its signals are as usual, and it gets
+ * "timeout" seconds; all that it started ends with it.
  */
-static void task_adopt_original(const struct task *task, const struct mailbox *box)
+static int account_ask_command(struct worker *w, struct err *e)
 {
-	char original[MBOX_NAME_MAX + 8], other[MBOX_NAME_MAX + 8];
-	char from[PATH_MAX_OCTETS + 300], to[PATH_MAX_OCTETS + 300], index[PATH_MAX_OCTETS + 320];
-	char head[12] = "";
-	ssize_t got = 0;
-	int fd;
+	char text[1024], *end;
+	int64_t deadline = now_ms() + (int64_t)w->run->config->timeout_sec * 1000;
+	size_t n = 0;
+	ssize_t got = 1;
+	int pair[2], status = -1;
+	pid_t pid;
 
-	name_file_original(original, box->name, box->delimiter);
-	if (strcmp(original, box->file) == 0 || strlen(original) > 250)
-		return;
-	box_path(task, original, from);
-	box_path(task, box->file, to);
-	snprintf(index, sizeof index, "%s.index", from);
-	if (access(to, F_OK) == 0 || access(index, F_OK) == 0 || (fd = open(from, O_RDONLY)) < 0)
-		return;
-	got = read(fd, head, sizeof head);
-	close(fd);
-	if (got != sizeof head || memcmp(head, "From nobody ", 12) != 0)
-		return;
-	for (unsigned i = 0; i < task->n; i++) {
-		const struct mailbox *listed = &task->boxes[i];
-
-		if (strcmp(listed->name, box->name) == 0)
-			continue;
-		name_file_original(other, listed->name, listed->delimiter);
-		if (strcmp(listed->file, original) == 0 || strcmp(other, original) == 0) {
-			log_warn("%s may be the archive of \"%s\" or of \"%s\": left alone", from,
-				 box->name, listed->name);
-			return;
-		}
-	}
-	if (rename(from, to) == 0)
-		log_info("%s: renamed, it is now %s", from, box->file);
-	else
-		log_error("%s: cannot rename it to %s: %s", from, box->file, strerror(errno));
-}
-
-/* Name the archives whose mailbox the server no longer lists; their mails keep their marks. */
-static void task_name_orphans(const struct task *task)
-{
-	DIR *folder = opendir(task->folder);
-	const struct dirent *entry;
-
-	while (folder != NULL && (entry = readdir(folder)) != NULL) {
-		size_t n = strlen(entry->d_name);
-		bool listed = n < 6 || strcmp(entry->d_name + n - 5, ".mbox") != 0;
-
-		for (unsigned i = 0; i < task->n && !listed; i++)
-			listed = strcasecmp(task->boxes[i].file, entry->d_name) == 0;
-		if (!listed)
-			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
-				 entry->d_name);
-	}
-	if (folder != NULL)
-		closedir(folder);
-}
-
-static int box_compare(const void *a, const void *b)
-{
-	const struct mailbox *first = a, *second = b;
-
-	if (first->state != second->state)
-		return first->state == BOX_TODO ? -1 : 1;
-	if (first->weight != second->weight)
-		return first->weight > second->weight ? -1 : 1;
-	return strcmp(first->name, second->name);
-}
-
-/* Print what --list says of an account. */
-static void task_print_list(struct task *task)
-{
-	if (task->n > 0)
-		qsort(task->boxes, task->n, sizeof *task->boxes, box_compare);
-	printf("%s\n  %-22s %8s %7s %8s  %-11s %s\n", task->account->email, "mailbox", "messages", "size",
-	       "archived", "last backup", "file");
-	for (unsigned i = 0; i < task->n; i++) {
-		const struct mailbox *box = &task->boxes[i];
-		char path[PATH_MAX_OCTETS + 300], text[NAME_OCTETS], visible[NAME_OCTETS];
-		char size[16] = "-", when[16] = "never";
-		struct mbox_info info;
-		unsigned columns;
-		struct tm tm;
-		time_t sec;
-
-		name_text(text, box->name, box->delimiter);
-		log_visible(visible, sizeof visible, text, strlen(text));
-		log_fit(visible, UINT_MAX, &columns);
-		printf("  %s%*s ", visible, columns < 22 ? 22 - (int)columns : 0, "");
-		if (!box->selectable || box->ignored) {
-			printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
-			continue;
-		}
-		box_path(task, box->file, path);
-		mbox_peek(path, box->name, &info);
-		if (box->status.octets > 0)
-			log_octets(size, box->status.octets);
-		sec = (time_t)info.claim.when_sec;
-		if (sec != 0 && localtime_r(&sec, &tm) != NULL)
-			strftime(when, sizeof when, "%Y-%m-%d", &tm);
-		printf("%8lu %7s %8lu  %-11s %s\n", (unsigned long)box->status.messages, size,
-		       (unsigned long)info.stored, when, box->file);
-	}
-}
-
-/*
- * The list is complete: name the archives, refuse names that two mailboxes would share, and find
- * out which mailboxes have news.
- */
-static void task_plan(struct run *run, struct task *task)
-{
-	bool dry = run->options->dry || run->options->mode != RUN_BACKUP;
-	bool folds = task_folds_case(task);
-
-	task->state = TASK_READY;
-	for (unsigned i = 0; i < task->n; i++) {
-		struct mailbox *box = &task->boxes[i];
-		char file[MBOX_FILE_MAX + 8];
-
-		name_file(file, box->name, box->delimiter);
-		box->file = copy_text(file);
-		box->ignored = box_ignored(run, task->account, box->name, box->delimiter);
-	}
-	if (run->options->mode == RUN_LIST) {
-		task_print_list(task);
-		return;
-	}
-	for (unsigned i = 0; i < task->n; i++) {
-		struct mailbox *box = &task->boxes[i];
-		char path[PATH_MAX_OCTETS + 300];
-		const struct mailbox *same = NULL;
-		struct mbox_info info;
-		uint32_t live;
-
-		if (!box->selectable || box->ignored)
-			continue;
-		task->counts.mailboxes++;
-		for (unsigned k = 0; k < i && same == NULL; k++)
-			if (task->boxes[k].selectable && !task->boxes[k].ignored &&
-			    (folds ? strcasecmp(task->boxes[k].file, box->file)
-				   : strcmp(task->boxes[k].file, box->file)) == 0)
-				same = &task->boxes[k];
-		if (same != NULL) {
-			log_error(
-				"the mailboxes \"%s\" and \"%s\" would share the archive %s: the second is "
-				"not backed up",
-				same->name, box->name, box->file);
-			task->counts.failures++;
-			continue;
-		}
-		if (!dry)
-			task_adopt_original(task, box);
-		box_path(task, box->file, path);
-		mbox_peek(path, box->name, &info);
-		if (info.octets >= (off_t)FAT_WARN_MB << 20 && task_on_fat(task))
-			log_warn("%s has %lld MB, and FAT takes no file over 4096: soon \"%s\" cannot be "
-				 "backed up there any more",
-				 box->file, (long long)(info.octets >> 20), box->name);
-		if (!mailbox_has_news(&box->status, &info, run->config->keep_duplicates)) {
-			task->counts.unchanged++;
-			task->counts.others += info.others;
-			continue;
-		}
-		live = info.stored - info.gone;
-		box->weight = box->status.messages > live ? box->status.messages - live : 0;
-		box->state = BOX_TODO;
-		task->todo++;
-	}
-	if (!dry && run->options->mailboxes == NULL)
-		task_name_orphans(task);
-	if (task->n > 0)
-		qsort(task->boxes, task->n, sizeof *task->boxes, box_compare);
-}
-
-/* The account is finished, for good or not. */
-static void task_end(struct task *task)
-{
-	task->state = TASK_OVER;
-	task->todo = 0;
-	task->ended_ms = now_ms();
-	if (task->lock >= 0)
-		close(task->lock);
-	task->lock = -1;
-}
-
-static void task_fail(struct task *task, const struct note *note)
-{
-	if (note->code == E_LOCKED)
-		task->locked = true;
-	else
-		task->counts.failures++;
-	log_error("%s", note->text);
-	task_end(task);
-}
-
-/* Print a mailbox's result, if there is anything to say. */
-static void box_report(const struct run *run, const struct counts *c)
-{
-	char octets[16];
-
-	if (c->stored > 0 || c->gone > 0 || c->back > 0)
-		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
-			 run->options->dry ? "would be fetched" : "new", (unsigned long long)c->gone,
-			 (unsigned long long)c->back, log_octets(octets, c->octets));
-	else
-		log_detail("nothing new");
-}
-
-/* Does an account without a worker wait for a place? */
-static bool run_starving(const struct run *run)
-{
-	for (unsigned i = 0; i < run->n_tasks; i++) {
-		const struct task *task = &run->tasks[i];
-
-		if (task->workers == 0 && task->not_before_ms <= now_ms() &&
-		    (task->state == TASK_NEW || (task->state == TASK_READY && task->todo > 0)))
-			return true;
-	}
-	return false;
-}
-
-/* Give a worker the next mailbox, if more than so many are left. Returns which, or -1: none. */
-static int worker_order(struct run *run, struct worker *w, unsigned leave)
-{
-	struct task *task = w->task;
-	struct order order;
-	int chosen = -1;
-
-	memset(&order, 0, sizeof order);
-	if (task->state == TASK_READY && task->todo > leave && !run->stopping &&
-	    !(task->workers > 1 && run->n_workers == run->config->total_processes && run_starving(run)))
-		for (unsigned i = 0; i < task->n && chosen < 0; i++) {
-			struct mailbox *box = &task->boxes[i];
-
-			if (box->state != BOX_TODO)
-				continue;
-			box->state = BOX_BUSY;
-			task->todo--;
-			chosen = (int)i;
-			order.status = box->status;
-			order.delimiter = box->delimiter;
-			snprintf(order.name, sizeof order.name, "%s", box->name);
-			snprintf(order.file, sizeof order.file, "%s", box->file);
-		}
-	pair_write(w->fd, &order, sizeof order);
-	return chosen;
-}
-
-/* A worker has nothing in hand any more: it goes on with its next mailbox, or ends. */
-static void worker_next(struct run *run, struct worker *w)
-{
-	w->box = w->next >= 0 ? w->next : worker_order(run, w, 0);
-	w->next = -1;
-	w->over = w->box < 0;
-	memset(&w->now, 0, sizeof w->now);
-}
-
-/* A worker does not finish its mailboxes: another may. */
-static void worker_give_back(struct worker *w)
-{
-	const int boxes[] = { w->box, w->next };
-
-	for (int i = 0; i < 2; i++)
-		if (boxes[i] >= 0) {
-			w->task->boxes[boxes[i]].state = BOX_TODO;
-			w->task->todo++;
-		}
-	w->box = w->next = -1;
-}
-
-static void worker_note(struct run *run, struct worker *w)
-{
-	struct task *task = w->task;
-	const struct note *note = &w->note;
-	struct mailbox *box = w->box >= 0 ? &task->boxes[w->box] : NULL;
-	char text[NAME_OCTETS] = "";
-
-	if (box != NULL)
-		name_text(text, box->name, box->delimiter);
-	log_context(task->account->email, text);
-	task->in += note->in;
-	task->out += note->out;
-	task->waits += note->waits;
-	task->connections += note->connections;
-	run->mails += note->counts.stored - w->now.stored;
-	run->octets += note->counts.octets - w->now.octets;
-	w->now = note->counts;
-	switch (note->kind) {
-	case NOTE_MAILBOX:
-		*boxes_more(&task->boxes, &task->n) = (struct mailbox){ .name = copy_text(note->text),
-									.delimiter = note->delimiter,
-									.selectable = note->selectable,
-									.status = note->status };
-		break;
-	case NOTE_LISTED:
-		if (note->code != E_NONE) {
-			log_error("%s", note->text);
-			task->counts.failures++;
-		} else if (run->options->mode == RUN_CHECK) {
-			printf("%s: %s\n", task->account->email, note->text);
-		}
-		task_plan(run, task);
-		worker_next(run, w);
-		break;
-	case NOTE_PROGRESS:
-		break;
-	case NOTE_NEXT:
-		w->next = worker_order(run, w, task->workers - 1); /* one for each of the others */
-		break;
-	case NOTE_DONE:
-		counts_add(&task->counts, &note->counts);
-		if (note->code == E_LOCKED) {
-			log_warn("%s", note->text);
-			task->locked = true;
-		} else if (note->code != E_NONE) {
-			log_error("%s", note->text);
-			task->counts.failures++;
-		} else {
-			box_report(run, &note->counts);
-		}
-		if (box != NULL)
-			box->state = BOX_DONE;
-		worker_next(run, w);
-		break;
-	case NOTE_WAIT:
-		counts_add(&task->counts, &note->counts);
-		task->not_before_ms = now_ms() + (int64_t)note->wait_sec * 1000;
-		task->tries = note->tries;
-		if (box == NULL)
-			task->state = TASK_NEW;
-		worker_give_back(w);
-		w->over = true;
-		break;
-	case NOTE_ACCOUNT:
-		counts_add(&task->counts, &note->counts);
-		worker_give_back(w);
-		if (box != NULL && task->workers > 1 && task->state == TASK_READY &&
-		    note->code != E_ACCOUNT) {
-			log_warn("%s; going on with one connection less", note->text);
-			task->most = task->workers - 1;
-		} else if (task->state != TASK_OVER) {
-			task_fail(task, note);
-		}
-		w->over = true;
-		break;
-	}
-	log_context("", "");
-}
-
-/* A worker has ended: as it said, or it died, or was killed. */
-static void worker_gone(struct run *run, unsigned i)
-{
-	struct worker *w = &run->workers[i];
-	struct task *task = w->task;
-	int status = 0;
-
-	close(w->fd);
-	while (waitpid(w->pid, &status, 0) < 0 && errno == EINTR)
-		;
-	task->workers--;
-	log_context(task->account->email, "");
-	if (!w->over && !run->stopping) {
-		struct mailbox *box = w->box >= 0 ? &task->boxes[w->box] : NULL;
-		struct note note = { .code = E_SYSTEM, .text = "the worker died twice" };
-
-		log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
-			 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-		if (box != NULL && box->tries++ > 0) {
-			log_error("\"%s\": its worker died twice", box->name);
-			box->state = BOX_DONE;
-			task->counts.failures++;
-			w->box = -1;
-		} else if (box == NULL && task->state == TASK_LISTING) {
-			if (task->tries++ > 0)
-				task_fail(task, &note);
-			else
-				task->state = TASK_NEW;
-		}
-		worker_give_back(w);
-	}
-	*w = run->workers[--run->n_workers];
-	if (task->workers == 0 && (run->stopping || (task->state == TASK_READY && task->todo == 0)))
-		task_end(task);
-	log_context("", "");
-}
-
-static int worker_start(struct run *run, struct task *task)
-{
-	bool listing = task->state == TASK_NEW;
-	struct worker *w = &run->workers[run->n_workers];
-	int pair[2];
-	pid_t self = getpid(), pid;
-
-	if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) != 0)
-		return -1;
-	fflush(stdout);
-	pid = fork();
-	if (pid < 0) {
+	if (pipe(pair) != 0 || (pid = fork()) < 0)
+		return err_errno(e, E_ACCOUNT, "cannot run \"password_command\"");
+	if (pid == 0) {
+		setpgid(0, 0);
+		signal(SIGPIPE, SIG_DFL);
+		signal(SIGXFSZ, SIG_DFL);
+		dup2(pair[1], STDOUT_FILENO);
 		close(pair[0]);
 		close(pair[1]);
-		return -1;
-	}
-	if (pid == 0) {
-		struct desk *d = allocate(sizeof *d);
-
-		parent_pid = self;
-		close(pair[0]);
-		for (unsigned i = 0; i < run->n_workers; i++) /* else they would not see the parent go */
-			close(run->workers[i].fd);
-		srand((unsigned)getpid() ^ (unsigned)now_ms());
-		d->run = run;
-		d->task = task;
-		d->job = &d->jobs[0];
-		d->next = &d->jobs[1];
-		d->fd = pair[1];
-		d->tries = task->tries;
-		d->im.s.fd = -1;
-		desk_run(d, listing);
-		_exit(0);
+		execl("/bin/sh", "sh", "-c", w->account->password_command, (char *)NULL);
+		_exit(127);
 	}
 	close(pair[1]);
-	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
-	memset(w, 0, sizeof *w);
-	w->pid = pid;
-	w->fd = pair[0];
-	w->task = task;
-	w->box = w->next = -1;
-	task->workers++;
-	run->n_workers++;
-	if (listing)
-		task->state = TASK_LISTING;
+	while (got > 0 && !stop_due() && now_ms() < deadline) {
+		struct pollfd fd = { .fd = pair[0], .events = POLLIN };
+		char more[256];
+
+		if (poll(&fd, 1, 500) <= 0)
+			continue;
+		got = read(pair[0], more, sizeof more);
+		for (ssize_t i = 0; i < got && n < sizeof text - 1; i++)
+			text[n++] = more[i];
+		wipe(more, sizeof more);
+	}
+	close(pair[0]);
+	if (got > 0)
+		kill(-pid, SIGKILL);
+	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		;
+	text[n] = '\0';
+	if ((end = strpbrk(text, "\r\n")) != NULL)
+		*end = '\0';
+	if (got > 0)
+		err_set(e, E_ACCOUNT, "\"password_command\" did not end within %u seconds",
+			w->run->config->timeout_sec);
+	else if (status != 0 || text[0] == '\0')
+		err_set(e, E_ACCOUNT, "\"password_command\" %s", status != 0 ? "failed" : "printed nothing");
 	else
-		worker_next(run, w);
-	return 0;
+		w->password = copy_text(text);
+	wipe(text, sizeof text);
+	return e->code == E_NONE ? 0 : -1;
 }
 
-/* Get what an account needs before its first worker: its lock and its password. */
-static void task_begin(struct run *run, struct task *task)
+/* An account's process, from its lock to its last helper. */
+static void account_run(struct run *run, struct board *b)
 {
-	const struct account *account = task->account;
-	struct note failed = { 0 };
+	struct worker *w = allocate(sizeof *w);
+	const struct account *account = b->account;
+	const struct trust *trust = run_trust(run, account->ca_file);
+	uint32_t left = 0;
 	struct err e = { 0 };
-	struct trust *trust = run_trust(run, account->ca_file);
-	char password[1024] = "";
-	FILE *pipe;
 
-	task->began_ms = now_ms();
-	log_context(account->email, "");
-	if (run->options->mode == RUN_BACKUP && !run->options->dry && task->lock < 0)
-		task_lock(task, run->config->destination, &e);
+	w->run = run;
+	w->board = b;
+	w->slot = b->slots;
+	w->account = account;
+	w->lock = -1;
+	w->im.s.fd = -1;
+	w->tries = w->slot->tries;
+	snprintf(w->folder, sizeof w->folder, "%s/%s", run->config->destination, account->email);
+	w->list = (struct mailboxes){ .config = run->config,
+				      .account = account,
+				      .only = run->options->mailboxes,
+				      .folder = w->folder };
+	w->session = (struct session){ .config = run->config,
+				       .list = &w->list,
+				       .im = &w->im,
+				       .dry = run->options->dry,
+				       .begin = worker_begin,
+				       .progress = worker_progress,
+				       .over = worker_over,
+				       .context = w };
+	session_speak(&w->session, NULL);
+	b->again = false;
+	if (run->options->mode == RUN_BACKUP && !run->options->dry)
+		account_lock(w, &e);
 	/* Without a bundle the clear may do, or STARTTLS may fail then with a clear word. */
 	if (e.code == E_NONE && account->pins == 0 && account->ssl == SSL_ON && trust != NULL &&
 	    trust->err.code != E_NONE) {
@@ -5775,152 +6061,243 @@ static void task_begin(struct run *run, struct task *task)
 		else
 			e = trust->err;
 	}
-	if (e.code == E_NONE && account->password_command != NULL && task->password == NULL) {
-		pipe = popen(account->password_command, "r");
-		if (pipe == NULL || fgets(password, sizeof password, pipe) == NULL)
-			password[0] = '\0';
-		password[strcspn(password, "\r\n")] = '\0';
-		if (pipe == NULL || pclose(pipe) != 0 || password[0] == '\0')
-			err_set(&e, E_ACCOUNT, "\"password_command\" failed or printed nothing");
-		task->password = copy_text(password);
-		memset(password, 0, sizeof password);
+	if (e.code == E_NONE && account->password_command != NULL)
+		account_ask_command(w, &e);
+	if (e.code == E_LOCKED) {
+		log_info("%s", e.text);
+		b->locked = b->over = true;
+	} else if (e.code != E_NONE && e.code != E_STOPPED) {
+		account_fail(w, &e);
 	}
-	if (e.code != E_NONE) {
-		failed.code = e.code;
-		snprintf(failed.text, sizeof failed.text, "%s", e.text);
-		task_fail(task, &failed);
+	/* What helpers leave undone, because they died or had to wait, is this process's again. */
+	do {
+		worker_run(w);
+		place_give(run, w->slot);
+		while (account_reap_helpers(w) > 0) {
+			for (unsigned k = 1; k < b->n_slots && stop_due(); k++)
+				if (w->helpers[k] != 0)
+					kill(w->helpers[k], SIGTERM);
+			poll(NULL, 0, 50);
+		}
+		left = w->listed ? 0 : 1;
+		for (uint32_t i = 0; i < w->list.todo; i++)
+			left += w->states[i] != BOX_OVER;
+	} while (left > 0 && !b->over && !stop_due() && w->listed && b->not_before_ms <= now_ms() &&
+		 place_take(run, w->slot));
+	b->again = left > 0 && !b->over;
+	w->slot->tries = w->tries;
+	fflush(stdout);
+	_exit(0);
+}
+
+/* -- the parent -- */
+
+struct child { /* an account's process */
+	pid_t pid;      /* 0: none */
+	int alive;      /* a pipe that closes when the process and its helpers are gone; their stdout */
+	unsigned tries; /* to start it */
+	bool over;
+};
+
+/* Fork an account's process; its first slot holds a place. */
+static bool child_start(struct run *run, struct child *child, struct board *b)
+{
+	pid_t self = getpid();
+	int pair[2];
+
+	if (pipe(pair) != 0)
+		return false;
+	fflush(stdout);
+	child->pid = fork();
+	if (child->pid < 0) {
+		close(pair[0]);
+		close(pair[1]);
+		child->pid = 0;
+		return false;
 	}
+	if (child->pid == 0) {
+		parent_pid = self;
+		close(pair[0]);
+		dup2(pair[1], STDOUT_FILENO);
+		account_run(run, b);
+	}
+	close(pair[1]);
+	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
+	child->alive = pair[0];
+	if (b->began_ms == 0)
+		b->began_ms = now_ms();
+	return true;
+}
+
+/* The processes of an account are gone: as they should, or they died. */
+static void child_gone(struct run *run, struct child *child, struct board *b)
+{
+	int status = 0;
+
+	close(child->alive);
+	while (waitpid(child->pid, &status, 0) < 0 && errno == EINTR)
+		;
+	child->pid = 0;
+	log_context(b->account->email, "");
+	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+		board_bury(run, b, b->slots, status);
+		b->again = b->died < 2 && b->blamed < BLAME_MAX;
+		if (!b->again) {
+			log_error("the account's process died again and again");
+			b->slots->counts.failures++;
+		}
+	}
+	for (unsigned k = 0; k < b->n_slots; k++)
+		place_give(run, &b->slots[k]);
+	child->over = !b->again;
+	if (child->over)
+		b->ended_ms = now_ms();
 	log_context("", "");
 }
 
-/* Start workers: every account gets its first before any gets a second. */
-static void run_start_workers(struct run *run)
+/* What an account's processes have done so far. */
+static struct slot board_sum(const struct board *b)
 {
-	for (unsigned round = 0; round < 2 && !run->stopping; round++)
-		for (unsigned i = 0; i < run->n_tasks; i++) {
-			struct task *task = &run->tasks[i];
+	struct slot sum = { 0 };
 
-			while (run->n_workers < run->config->total_processes &&
-			       task->workers < (round == 0 ? 1 : task->most) &&
-			       task->not_before_ms <= now_ms() &&
-			       (task->state == TASK_NEW || (task->state == TASK_READY && task->todo > 0))) {
-				if (task->state == TASK_NEW && task->workers > 0)
-					break;
-				if (task->state == TASK_NEW)
-					task_begin(run, task);
-				if (task->state == TASK_OVER)
-					break;
-				if (worker_start(run, task) != 0) {
-					log_warn("cannot start a process: %s", strerror(errno));
-					return;
-				}
-			}
-		}
+	for (unsigned k = 0; k < b->n_slots; k++) {
+		const struct slot *slot = &b->slots[k];
+
+		counts_add(&sum.counts, &slot->counts);
+		sum.mails += slot->mails;
+		sum.octets += slot->octets;
+		sum.in += slot->in;
+		sum.out += slot->out;
+		sum.waits += slot->waits;
+		sum.connections += slot->connections;
+		if (sum.name[0] == '\0' && slot->in_hand > 0)
+			memcpy(sum.name, slot->name, sizeof sum.name);
+	}
+	return sum;
 }
 
-/* The one live line of a terminal. */
+/* The one live line of a terminal: what matters most stands first, for it is cut where the screen ends. */
 static void run_draw(struct run *run)
 {
-	char line[400], hand[NAME_OCTETS] = "", visible[200], left[40] = "", octets[16], rate[24] = "";
-	uint64_t done = 0, all = 0, weight = 0;
+	char line[500], hand[200] = "", left[40] = "", percent[16] = "", octets[16], rate[24] = "";
+	uint64_t mails = 0, all = 0, weight = 0;
 	int64_t now = now_ms();
 	struct winsize size;
-	unsigned columns = 80, used;
+	size_t columns = 80;
 	ssize_t ignored;
 
 	if (!log_to.terminal || log_to.level < LOG_INFO || run->options->mode != RUN_BACKUP ||
 	    now - run->drawn_ms < 250)
 		return;
 	run->drawn_ms = now;
+	for (unsigned i = 0; i < run->n_boards; i++) {
+		const struct board *b = &run->boards[i];
+		struct slot sum = board_sum(b);
+
+		mails += sum.mails;
+		all += sum.octets;
+		weight += b->ended_ms > 0 || b->weight < sum.mails ? sum.mails : b->weight;
+		if (hand[0] == '\0' && sum.name[0] != '\0')
+			snprintf(hand, sizeof hand, "%.80s %.80s", b->account->email, sum.name);
+	}
 	if (now - run->rate_ms >= 1000) {
-		uint64_t fresh = (run->octets - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
+		uint64_t fresh = (all - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
 
 		run->rate = run->rate == 0 ? fresh : (run->rate * 3 + fresh) / 4;
-		run->rate_octets = run->octets;
+		run->rate_octets = all;
 		run->rate_ms = now;
 	}
-	for (unsigned i = 0; i < run->n_tasks; i++) {
-		const struct task *task = &run->tasks[i];
+	if (weight > 0)
+		snprintf(percent, sizeof percent, "%u%% ", (unsigned)(mails * 100 / weight));
+	if (run->rate > 0 && mails > 0 && weight > mails) {
+		uint64_t sec = all / mails * (weight - mails) / run->rate;
 
-		for (unsigned k = 0; k < task->n; k++)
-			if (task->boxes[k].state != BOX_DONE)
-				weight += task->boxes[k].weight;
-		all += task->counts.mailboxes;
-		done += task->counts.mailboxes - task->todo;
+		snprintf(left, sizeof left, " %llu:%02llu left", (unsigned long long)sec / 60,
+			 (unsigned long long)sec % 60);
 	}
-	for (unsigned i = 0; i < run->n_workers; i++) {
-		const struct worker *w = &run->workers[i];
-
-		if (w->box < 0)
-			continue;
-		done -= w->next < 0 ? 1 : 2;
-		weight -= w->now.stored < weight ? w->now.stored : weight;
-		if (hand[0] == '\0')
-			name_text(hand, w->task->boxes[w->box].name, w->task->boxes[w->box].delimiter);
-	}
-	if (run->mails > 0 && weight > 0) {
-		uint64_t sec = (uint64_t)(now - run->began_ms) / 1000 * weight / run->mails;
-
-		if (sec > 0)
-			snprintf(left, sizeof left, "  %llu:%02llu left", (unsigned long long)sec / 60,
-				 (unsigned long long)sec % 60);
-	}
-	log_visible(visible, sizeof visible, hand, strlen(hand));
-	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
-		columns = size.ws_col;
 	if (run->rate > 0)
-		snprintf(rate, sizeof rate, "  %s/s", log_octets(octets, run->rate));
-	snprintf(line, sizeof line, "\r\033[K%llu/%llu mailboxes  %llu mails  %s%s%s  %s",
-		 (unsigned long long)done, (unsigned long long)all, (unsigned long long)run->mails,
-		 log_octets(octets, run->octets), rate, left, visible);
-	ignored = write(STDERR_FILENO, line, 4 + log_fit(line + 4, columns - 1, &used));
+		snprintf(rate, sizeof rate, " %s/s", log_octets(octets, run->rate));
+	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1)
+		columns = size.ws_col;
+	snprintf(line, sizeof line, "\r\033[K%s%llu mails %s%s%s %s", percent, (unsigned long long)mails,
+		 log_octets(octets, all), rate, left, hand);
+	ignored = write(STDERR_FILENO, line, 4 + log_fit(line + 4, (unsigned)columns - 1, &(unsigned){0}));
 	(void)ignored;
 }
 
-/* Run until every account is over. */
+/* Start the processes that are due and have a place. Returns false if nothing is left to be started. */
+static bool run_start_children(struct run *run, struct child *children)
+{
+	unsigned starving = 0;
+	bool left = false;
+
+	for (unsigned i = 0; i < run->n_boards && !run->stopping; i++) {
+		struct child *child = &children[i];
+		struct board *b = &run->boards[i];
+
+		if (child->over || child->pid != 0)
+			continue;
+		left = true;
+		if (b->not_before_ms > now_ms())
+			continue;
+		if (!place_take(run, b->slots)) {
+			starving++;
+		} else if (!child_start(run, child, b)) {
+			log_warn("cannot start a process: %s", strerror(errno));
+			place_give(run, b->slots);
+			b->not_before_ms = now_ms() + 1000;
+			if (child->tries++ == run->config->retries) {
+				b->slots->counts.failures++;
+				child->over = true;
+			}
+		}
+	}
+	*run->starving = starving;
+	return left;
+}
+
+/* Run until every account is over. What the modes with a result print comes in the order of the config. */
 static void run_all(struct run *run)
 {
+	struct child *children = allocate(run->n_boards * sizeof *children);
+	bool ordered = run->options->mode != RUN_BACKUP;
+
 	run->began_ms = run->rate_ms = now_ms();
 	for (;;) {
-		struct pollfd fds[CONFIG_PROCESSES_MAX];
-		unsigned n;
-		bool waiting = false;
+		struct pollfd fds[2 * CONFIG_PROCESSES_MAX];
+		struct child *polled[2 * CONFIG_PROCESSES_MAX];
+		unsigned n = 0;
+		bool left = run_start_children(run, children);
 
-		if (stop_asked && !run->stopping) {
-			run->stopping = true;
-			for (unsigned i = 0; i < run->n_workers; i++)
-				kill(run->workers[i].pid, SIGTERM);
+		for (unsigned i = 0; i < run->n_boards; i++) {
+			struct child *child = &children[i];
+
+			if (child->pid != 0 && stop_asked && !run->stopping)
+				kill(child->pid, SIGTERM);
+			if (child->pid != 0 && n < 2 * CONFIG_PROCESSES_MAX) {
+				fds[n] = (struct pollfd){ .fd = child->alive, .events = POLLIN };
+				polled[n++] = child;
+			}
+			if (ordered && !child->over && (child->pid != 0 || !run->stopping))
+				break;
 		}
-		run_start_workers(run);
-		for (unsigned i = 0; i < run->n_tasks && !run->stopping; i++)
-			waiting = waiting || run->tasks[i].state != TASK_OVER;
-		n = run->n_workers;
-		if (n == 0 && !waiting)
-			return;
-		for (unsigned i = 0; i < n; i++)
-			fds[i] = (struct pollfd){ .fd = run->workers[i].fd, .events = POLLIN };
-		if (poll(fds, n, log_to.terminal ? 250 : 500) < 0 && errno != EINTR)
-			return;
-		for (unsigned i = n; i-- > 0;) {
-			struct worker *w = &run->workers[i];
-			ssize_t got;
+		run->stopping = run->stopping || stop_asked;
+		if (n == 0 && !left)
+			break;
+		if (poll(fds, n, log_to.terminal ? 250 : 500) < 0)
+			continue;
+		for (unsigned i = 0; i < n; i++) {
+			char text[4096];
+			ssize_t got = fds[i].revents != 0 ? read(fds[i].fd, text, sizeof text) : -1;
 
-			if (fds[i].revents == 0)
-				continue;
-			got = read(w->fd, (char *)&w->note + w->got, sizeof w->note - w->got);
-			if (got <= 0) {
-				if (got == 0 || errno != EINTR)
-					worker_gone(run, i);
-				continue;
-			}
-			w->got += (size_t)got;
-			if (w->got == sizeof w->note) {
-				w->got = 0;
-				worker_note(run, w);
-			}
+			if (got > 0)
+				fwrite(text, 1, (size_t)got, stdout);
+			else if (got == 0)
+				child_gone(run, polled[i], &run->boards[polled[i] - children]);
 		}
 		run_draw(run);
 	}
+	free(children);
 }
 
 /* ======== command line ======== */
@@ -6072,17 +6449,19 @@ static bool destination_mounted(const struct config *c)
 	return true;
 }
 
-/* Make a task of each account that is wanted, and load the CA bundles that they name. */
+/* Make a board for each account that is wanted, and load the CA bundles that they name. */
 static int run_prepare(struct run *run)
 {
 	const struct config *c = run->config;
 	const struct options *o = run->options;
+	char octet = 0;
 
-	run->tasks = allocate(c->n_accounts * sizeof *run->tasks);
+	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + sizeof *run->starving);
+	run->starving = (volatile unsigned *)(void *)(run->boards + c->n_accounts);
 	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
 	for (unsigned i = 0; i < c->n_accounts; i++) {
 		const struct account *account = &c->accounts[i];
-		struct task *task = &run->tasks[run->n_tasks];
+		struct board *b = &run->boards[run->n_boards];
 		struct trust *trust;
 		bool wanted = o->accounts == 0;
 
@@ -6090,11 +6469,10 @@ static int run_prepare(struct run *run)
 			wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
 		if (!wanted)
 			continue;
-		task->account = account;
-		task->lock = -1;
-		task->most = account->processes;
-		snprintf(task->folder, sizeof task->folder, "%s/%s", c->destination, account->email);
-		run->n_tasks++;
+		run->n_boards++;
+		b->account = account;
+		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
+		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
 		if (account->pins > 0 || run_trust(run, account->ca_file) != NULL)
 			continue;
 		trust = &run->trusts[run->n_trusts++];
@@ -6109,6 +6487,13 @@ static int run_prepare(struct run *run)
 		if (!found)
 			return usage_error("no such account in the configuration: %s", o->account[k]);
 	}
+	if (pipe(run->places) != 0 || fcntl(run->places[0], F_SETFL, O_NONBLOCK) != 0) {
+		log_error("pipe: %s", strerror(errno));
+		return 1;
+	}
+	for (unsigned i = 0; i < c->total_processes; i++)
+		if (write(run->places[1], &octet, 1) != 1)
+			return 1;
 	return 0;
 }
 
@@ -6116,7 +6501,7 @@ static int run_prepare(struct run *run)
  * Set the clock that certificates are judged by: the system's, unless it is earlier than the
  * program itself. Then the newest archive may know a later day than the program does.
  */
-static void run_set_clock(const struct run *run)
+static void run_set_clock(void)
 {
 	int64_t built = build_sec() - 86400; /* whatever the time zone was */
 	time_t shown = time(NULL);
@@ -6128,21 +6513,6 @@ static void run_set_clock(const struct run *run)
 		return;
 	clock_wrong = true;
 	clock_sec = built;
-	for (unsigned i = 0; i < run->n_tasks; i++) {
-		DIR *folder = opendir(run->tasks[i].folder);
-		const struct dirent *entry;
-
-		while (folder != NULL && (entry = readdir(folder)) != NULL) {
-			char path[PATH_MAX_OCTETS + 300];
-			struct stat st;
-
-			box_path(&run->tasks[i], entry->d_name, path);
-			if (stat(path, &st) == 0 && S_ISREG(st.st_mode) && st.st_mtime > clock_sec)
-				clock_sec = st.st_mtime;
-		}
-		if (folder != NULL)
-			closedir(folder);
-	}
 	if (gmtime_r(&shown, &tm) != NULL)
 		strftime(now, sizeof now, "%Y-%m-%d", &tm);
 	shown = (time_t)clock_sec;
@@ -6160,17 +6530,18 @@ static int run_summary(const struct run *run)
 	if (log_to.terminal && log_to.level >= LOG_INFO)
 		if (write(STDERR_FILENO, "\r\033[K", 4) < 0)
 			failed = true;
-	for (unsigned i = 0; i < run->n_tasks; i++) {
-		const struct task *task = &run->tasks[i];
-		const struct counts *c = &task->counts;
-		int64_t ms = (task->ended_ms > 0 ? task->ended_ms : now_ms()) - task->began_ms;
+	for (unsigned i = 0; i < run->n_boards; i++) {
+		const struct board *b = &run->boards[i];
+		const struct slot sum = board_sum(b);
+		const struct counts *c = &sum.counts;
+		int64_t ms = (b->ended_ms > 0 ? b->ended_ms : now_ms()) - b->began_ms;
 		char failures[40] = "", octets[16];
 
 		failed = failed || c->failures > 0;
-		locked = locked || task->locked;
-		if (run->options->mode != RUN_BACKUP || task->began_ms == 0)
+		locked = locked || b->locked;
+		if (run->options->mode != RUN_BACKUP || b->began_ms == 0)
 			continue;
-		log_context(task->account->email, "");
+		log_context(b->account->email, "");
 		if (c->others > 0)
 			log_info("%llu duplicate%s left out", (unsigned long long)c->others,
 				 c->others > 1 ? "s" : "");
@@ -6183,13 +6554,13 @@ static int run_summary(const struct run *run)
 			(unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
 			(unsigned long long)c->gone, (unsigned long long)c->back,
 			log_octets(octets, c->octets), (double)ms / 1000, failures);
-		log_detail("%u connections, %u waits for an answer, %llu octets in, %llu out",
-			   task->connections, task->waits, (unsigned long long)task->in,
-			   (unsigned long long)task->out);
+		log_detail("%u connection%s, %u waits for an answer, %llu octets in, %llu out",
+			   sum.connections, sum.connections == 1 ? "" : "s", sum.waits,
+			   (unsigned long long)sum.in, (unsigned long long)sum.out);
 	}
 	log_context("", "");
 	if (run->stopping)
-		log_warn("stopped by a signal; what was fetched is kept");
+		log_warn("stopped by a signal; what was fetched is kept, the rest is not backed up");
 	return failed ? 1 : locked ? 3 : 0;
 }
 
@@ -6220,7 +6591,8 @@ int main(int argc, char **argv)
 	static struct run run;
 	static struct config config;
 	static struct options options;
-	struct sigaction stop = { .sa_handler = on_stop_signal, .sa_flags = (int)SA_RESETHAND };
+	static const int stops[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction stop = { .sa_handler = on_stop_signal }, before;
 	int status;
 
 	/* Descriptors 0 to 2 must be taken, or a socket or an archive would become stderr. */
@@ -6240,11 +6612,11 @@ int main(int argc, char **argv)
 	run.options = &options;
 	if ((status = run_prepare(&run)) != 0)
 		return status;
-	run_set_clock(&run);
+	run_set_clock();
 	sigemptyset(&stop.sa_mask);
-	sigaction(SIGINT, &stop, NULL);
-	sigaction(SIGTERM, &stop, NULL);
-	sigaction(SIGHUP, &stop, NULL);
+	for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
+		if (sigaction(stops[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+			sigaction(stops[i], &stop, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
 	curl_global_init(CURL_GLOBAL_DEFAULT);

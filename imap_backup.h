@@ -209,7 +209,7 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	uint32_t unbound;              /* mails that are not gone and have no UID; by mbox_tally() */
+	uint32_t different, unbound;              /* mails that are not gone and have no UID; by mbox_tally() */
 	bool exists;                   /* the mbox file does */
 	bool fits;                     /* an index is there, at rest, for this name and this mbox */
 };
@@ -266,10 +266,11 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
  * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
  * Returns 1 if it is stored, 0 if it must be fetched, -1 with E_FORMAT or E_SYSTEM.
  */
-int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, struct err *e);
+int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);
 
 /* The same for a mail without a Message-ID. */
-int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct err *e);
+int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e);
+void mbox_assume(struct mbox *m, const struct mbox_claim *claim);
 
 /*
  * Every listed UID has been bound or will be stored: mark what has no UID left as gone.

@@ -1850,8 +1850,9 @@ static int give_uid(struct mbox *m, uint32_t i, uint32_t uid, struct err *e)
 	return set_state_alike(m, i, state_of(&m->entries[i]) & ~(unsigned)MBOX_GONE, e);
 }
 
-int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, struct err *e)
+int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)
 {
+(void)size;
 	struct record other = { .uid = uid, .kind = ENTRY_OTHER, .id = *id };
 	int64_t i, best = -1, gone = -1;
 	bool stored = false;
@@ -1888,8 +1889,10 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, struct err
 	return 1;
 }
 
-int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], struct err *e)
+void mbox_assume(struct mbox *m, const struct mbox_claim *claim) { m->now.claim = *claim; }
+int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e)
 {
+(void)size;
 	struct mbox_id id;
 	int64_t i;
 
@@ -2158,7 +2161,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	r.id = m->header.id[0];
 	if (m->known_already || record_by_uid(m, uid) != NULL) {
 		mbox_abort(m);
-		return mbox_bind(m, uid, &r.id, e) < 0 ? -1 : 0;
+		return mbox_bind(m, uid, &r.id, 0, e) < 0 ? -1 : 0;
 	}
 	/* What was held back; then the line end that may be missing, then the empty line. */
 	if ((m->cr && put(m, "\r", 1, e) != 0) ||

@@ -99,6 +99,11 @@ def made_id(fields, k=1):
     return b'<%s%s@imap_backup.py.local>' % (key.encode(), b'.%d' % k if k > 1 else b'')
 
 
+def made_again(key, k):
+    """The made ID of the k-th mail with this one."""
+    return key if k == 1 else key.replace(b'@', b'.%d@' % k, 1)
+
+
 def quote(data):
     """As it is stored: LF line ends, a final one, mboxrd."""
     data = lines_of(data)
@@ -116,8 +121,9 @@ def file_name(wire, delimiter='/'):
     """The archive's file name for a mailbox's name on the wire (str; surrogateescape for raw octets)."""
     raw = wire.encode('utf-8', 'surrogateescape')
     out = []
-    for part in raw.split(delimiter.encode()) if delimiter else [raw]:
-        part = decode_mutf7(part).decode('utf-8', 'surrogateescape')
+    for octets in raw.split(delimiter.encode()) if delimiter else [raw]:
+        decoded = decode_mutf7(octets)
+        part = (octets if decoded is None else decoded).decode('utf-8', 'surrogateescape')
         if not out and part.upper() == 'INBOX':
             part = 'INBOX'
         name = ''
@@ -125,6 +131,7 @@ def file_name(wire, delimiter='/'):
             edge = i in (0, len(part) - 1)
             bad = c in '/\\:*?"<>|%' or ord(c) < 32 or 127 <= ord(c) < 160 or 0xdc80 <= ord(c) <= 0xdcff \
                 or c == '.' and (edge or delimiter) or c == ' ' and edge
+            bad = bad or c == '&' and decoded is None
             name += ''.join('%%%02X' % o for o in c.encode('utf-8', 'surrogateescape')) if bad else c
         out.append(name)
     name = re.sub(r'^\.', '%2E', '.'.join(out)).encode()
@@ -138,7 +145,7 @@ def file_name(wire, delimiter='/'):
 
 
 def decode_mutf7(part):
-    """Modified UTF-7 to UTF-8; what does not decode stays as it is."""
+    """Modified UTF-7 to UTF-8; None if it is none."""
     def run(m):
         code = m.group(1)
         if code == b'':
@@ -153,7 +160,7 @@ def decode_mutf7(part):
             raise ValueError
         return re.sub(rb'&([A-Za-z0-9+,]*)-', run, part)
     except ValueError:
-        return part
+        return None
 
 
 # ---- what is on disk ----
@@ -178,22 +185,28 @@ def read(path):
 def compare(path, mails, duplicates=False, gone=()):
     """Is the archive what the server holds now (mails), and what it no longer holds (gone)? A list of
     complaints, empty if all is well."""
-    complaints, wanted, made = [], collections.OrderedDict(), collections.Counter()
+    complaints, wanted, made = [], collections.OrderedDict(), set()
     for m in sorted(mails, key=lambda m: m.uid) + [m._replace(state=GONE | m.state) for m in gone]:
         key, text = own_id(m.data), quote(m.data)
         if key == b'':
-            name = made_id(m.fields)
-            made[name] += 1
-            key = made_id(m.fields, made[name])
-            text = b'Message-ID: ' + key + b'\n' + text
+            key = made_id(m.fields)   # twins are numbered as they were stored
+            made.add(key)
         wanted.setdefault(key, []).append((from_date(m.when), m.state, text, m.uid))
-    found = collections.defaultdict(list)
+    found, numbers = collections.defaultdict(list), collections.defaultdict(list)
     stored = read(path)
     for s in stored:
-        found[own_id(s.text)].append(s)
+        key, base = own_id(s.text), re.sub(rb'\.\d+@', b'@', own_id(s.text))
+        if base in made and s.text.startswith(b'Message-ID: ' + key + b'\n'):
+            numbers[base].append(key)
+            key, s = base, s._replace(text=s.text.partition(b'\n')[2])
+        found[key].append(s)
+    for key, keys in numbers.items():
+        if sorted(keys) != sorted(made_again(key, k) for k in range(1, len(keys) + 1)):
+            complaints.append('made IDs are not numbered from 1: %r' % keys)
     for key, copies in wanted.items():
         have = found.pop(key, [])
-        wish = len(copies) if duplicates else 1
+        every = duplicates or key in made
+        wish = len(copies) if every else 1
         if len(have) != wish:
             complaints.append('%r stored %d times, not %d' % (key[:60], len(have), wish))
         for s in have:
@@ -203,7 +216,7 @@ def compare(path, mails, duplicates=False, gone=()):
                 complaints.append('%r (UID %d): %s' % (key[:60], c[3], ', '.join(
                     '%s %s instead of %s' % (what, brief(a, b), brief(b, a)) for what, a, b in
                     zip(('date', 'state', 'text'), s, c) if a != b)))
-            elif duplicates:
+            elif every:
                 copies.remove(fits[0])
     complaints += ['%r is stored but not on the server' % key[:60] for key in found]
     box = mailbox.mbox(path, create=False)

@@ -312,7 +312,7 @@ static void mailbox(struct imap *im, unsigned how)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct account account = { .host = "example.org", .port = 143, .ssl = SSL_OFF };
-	struct imap im = { .status_flight = IMAP_FLIGHT_MAX, .capabilities = 0 };
+	struct imap im = { .flight = IMAP_FLIGHT_MAX - 8, .capabilities = 0 };
 
 	if (*path == '\0') {
 		must(snprintf(path, sizeof path, "%s/INBOX.mbox", getenv("TMPDIR")) < (int)sizeof path);

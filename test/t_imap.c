@@ -431,7 +431,7 @@ static void serve(struct imap *im, const char *text, size_t n, size_t pieces)
 {
 	static struct account account = { .host = "example.org", .port = 143, .ssl = SSL_OFF };
 
-	*im = (struct imap){ .status_flight = IMAP_FLIGHT_MAX };
+	*im = (struct imap){ .flight = IMAP_FLIGHT_MAX - 8 };
 	im->s = (struct stream){ .fd = -1, .account = &account, .timeout_sec = 1,
 				 .plain = allocate(STREAM_PLAIN_OCTETS) };
 	said = text;

@@ -62,7 +62,7 @@ def test_what_was_not_foreseen_is_fetched_after_the_next_mailbox(t):
         t.config(t.account(server, mode='plain', ssl=False), timeout=5, retries=0, processes_per_account=1)
         t.backup()
         opened = [line.split('"')[1] for line in server.lines('EXAMINE')]
-        assert opened == ['INBOX', 'next', 'INBOX', 'last'], opened
+        assert opened == ['INBOX', 'next', 'last', 'INBOX'], opened
         assert len(server.lines('UID FETCH')) == 4, server.lines()
         all_held(t, boxes)
 
@@ -108,7 +108,7 @@ def test_a_lost_index_costs_two_flights(t):
                 session.need(lambda data: data if data.count(b'\n') >= 11 else None)
         server.hook = hook
         t.backup()
-        assert len(server.lines('UID FETCH')) == 10 and len(server.lines('UID SEARCH')) == 2, server.lines()
+        assert len(server.lines('UID FETCH')) == 10 and len(server.lines('UID SEARCH')) == 1, server.lines()
         with open(t.mbox(), 'rb') as f:
             assert f.read().count(b'X-Mozilla-Status: 0004\n') == 1
 
