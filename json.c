@@ -416,6 +416,8 @@ static int parse_children(struct parser *p, struct json *v)
 			struct json *child = p->node++;
 
 			skip_space(p);
+			if (v->count > 0 && peek(p) == *close)
+				return fail(p, "no trailing comma in front of it");
 			if (object && parse_name(p, &child->key) < 0)
 				return -1;
 			if (parse_value(p, child) < 0)
