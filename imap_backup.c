@@ -3,7 +3,7 @@
  *
  * To be read from top to bottom; a chapter calls only what stands above it:
  *
- *     log           one place for messages to the person
+ *     base          messages to the person, clocks, memory, signals
  *     config        the configuration file
  *     inflate       what a server compresses
  *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
@@ -108,7 +108,7 @@ enum {
 	PLACE_SEC = 10      /* a worker that must wait longer gives its place back */
 };
 
-/* ======== log: one place for messages to the person ======== */
+/* ======== base: messages to the person, clocks, memory, signals ======== */
 
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DETAIL, LOG_TRACE };
 
@@ -118,59 +118,55 @@ static struct {
 	char context[200];    /* "account: mailbox: ", in front of each line */
 } log_to = { .level = LOG_INFO };
 
-/* Make a text fit for the terminal: control characters and broken UTF-8 as \xNN. Returns out. */
+/*
+ * Make a text fit for the terminal: what controls it, is broken, or is not seen (zero-width and
+ * bidirectional marks, tags) becomes \xNN, octet by octet. Returns out.
+ */
 static char *log_visible(char *out, size_t size, const char *text, size_t n)
 {
-	size_t length = 0;
+	static const struct {
+		uint32_t low, high;
+	} hidden[] = {
+		{ 0, 0x1F },        { 0x7F, 0x9F },     { 0xAD, 0xAD },       { 0x61C, 0x61C },
+		{ 0x180E, 0x180E }, { 0x200B, 0x200F }, { 0x2028, 0x202E },   { 0x2060, 0x206F },
+		{ 0xFEFF, 0xFEFF }, { 0xFFF9, 0xFFFB }, { 0xE0000, 0xE0FFF },
+	};
+	size_t length = 0, octets;
 
-	for (size_t i = 0; i < n && length + 5 < size;) {
-		const uint8_t *p = (const uint8_t *)text + i;
-		size_t octets = utf8_char(p, n - i, NULL);
+	for (size_t i = 0; i < n && length + 5 < size; i += octets) {
+		uint32_t code = 0;
 
-		if (octets == 0 || *p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] < 0xA0)) {
-			length += (size_t)snprintf(out + length, 5, "\\x%02x", *p);
+		octets = utf8_char((const uint8_t *)text + i, n - i, &code);
+		for (size_t k = 0; k < sizeof hidden / sizeof *hidden; k++)
+			if (code >= hidden[k].low && code <= hidden[k].high)
+				octets = 0; /* so that its octets are told one by one */
+		if (octets == 0) {
+			length += (size_t)snprintf(out + length, 5, "\\x%02x", (uint8_t)text[i]);
 			octets = 1;
 		} else {
-			memcpy(out + length, p, octets);
+			memcpy(out + length, text + i, octets);
 			length += octets;
 		}
-		i += octets;
 	}
 	out[length] = '\0';
 	return out;
 }
 
-/*
- * How many octets of a text fit into so many columns of a terminal; *used receives the columns that
- * they take: East Asian characters and pictures two, combining marks none.
- */
-static size_t log_fit(const char *text, unsigned columns, unsigned *used)
+/* Return the octets of a text's first character; 1 if they are no UTF-8. The text is not empty. */
+static size_t text_step(const char *text)
 {
-	static const struct {
-		uint32_t first, last;
-		unsigned columns;
-	} ranges[] = {
-		{ 0x300, 0x36F, 0 },   { 0x1100, 0x115F, 2 },   { 0x200B, 0x200F, 0 },
-		{ 0x2E80, 0xA4CF, 2 }, { 0xAC00, 0xD7A3, 2 },   { 0xF900, 0xFAFF, 2 },
-		{ 0xFE00, 0xFE0F, 0 }, { 0xFE30, 0xFE6F, 2 },   { 0xFF00, 0xFF60, 2 },
-		{ 0xFFE0, 0xFFE6, 2 }, { 0x1F300, 0x1FAFF, 2 }, { 0x20000, 0x3FFFD, 2 },
-	};
-	size_t at = 0, octets;
+	size_t octets = utf8_char((const uint8_t *)text, strlen(text), NULL);
 
-	for (*used = 0; text[at] != '\0'; at += octets) {
-		const uint8_t *p = (const uint8_t *)text + at;
-		uint32_t c = *p;
-		unsigned width = 1;
+	return octets > 0 ? octets : 1;
+}
 
-		octets = utf8_char(p, strlen(text + at), &c);
-		for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-			if (c >= ranges[i].first && c <= ranges[i].last)
-				width = ranges[i].columns;
-		if (*used + width > columns)
-			break;
-		*used += width;
-		octets = octets > 0 ? octets : 1;
-	}
+/* Return how many octets of a text are at most so many characters; *used receives how many those are. */
+static size_t log_fit(const char *text, unsigned characters, unsigned *used)
+{
+	size_t at = 0;
+
+	for (*used = 0; text[at] != '\0' && *used < characters; ++*used)
+		at += text_step(text + at);
 	return at;
 }
 
@@ -318,341 +314,505 @@ static bool stop_due(void)
  */
 enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
 enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
+enum oauth_type { OAUTH_O365, OAUTH_GOOGLE, OAUTH_CUSTOM };
+
+struct oauth { /* what stands in the configuration; NULL: nothing */
+	const char *name;
+	unsigned type;               /* enum oauth_type */
+	unsigned client_credentials; /* 1: the program signs in as itself; 0: for a person */
+	const char *client_id, *tenant_id, *client_secret, *email;
+	const char *auth_url, *token_url, *device_url, *scope, *redirect;
+};
 
 struct account {
 	const char *email, *host, *username, *ca_file;
-	const char *password; /* or NULL, then: */
-	const char *password_command;
-	enum ssl_mode ssl;
-	enum compress_mode compress;
+	const char *password, *password_command; /* of these three one is given at most, ... */
+	const struct oauth *oauth;               /* ... and with none a person is asked */
+	unsigned ssl, compress;                  /* enum ssl_mode, enum compress_mode */
 	unsigned port, processes;
 	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
-	const struct json *ignore, *mailboxes; /* an array, or NULL */
+	const struct json *ignore, *mailboxes; /* arrays of names, or NULL */
 };
 
 struct config {
-	const char *path;  /* of the file, for messages */
-	struct json *root; /* owned */
-	const char *destination, *success_url, *failure_url, *ca_file;
+	const char *path;   /* of the file, for messages */
+	const char *folder; /* that it lies in: relative paths begin there */
+	struct json *root;  /* owned */
+	const char *destination, *start_url, *success_url, *failure_url, *ca_file, *oauth2_cache;
 	unsigned total_processes, processes_per_account, timeout_sec, retries;
-	unsigned header_batch, email_batch;
+	unsigned header_batch, email_batch, compress;
 	bool keep_duplicates, require_mount;
-	enum compress_mode compress;
-	const struct json *ignore, *mailboxes; /* an array, or NULL */
+	bool secret;                           /* the file holds one */
+	const struct json *ignore, *mailboxes; /* arrays of names, or NULL */
+	struct oauth *oauths;
 	struct account *accounts;
-	unsigned n_accounts, complaints;
+	unsigned n_oauths, n_accounts, complaints;
+	char where[80]; /* the path of the object at hand: "accounts[1]" */
 };
 
-/* Where a complaint is about: the value's line and column, and its path ("accounts[1].host"). */
-static void config_complain(struct config *c, const struct json *at, const char *where, const char *key,
-			    const char *format, ...) __attribute__((format(printf, 5, 6)));
+enum config_place { IN_TOP, IN_ACCOUNT, IN_OAUTH };
+enum config_kind {
+	KEY_TEXT,   /* const char *; an empty one counts as none */
+	KEY_PATH,   /* the same, relative to the configuration's folder */
+	KEY_URL,    /* the same, http or https */
+	KEY_HTTPS,  /* the same, https only */
+	KEY_WORD,   /* unsigned: the word's number in 'words' */
+	KEY_OAUTH,  /* const struct oauth *, by its name */
+	KEY_NUMBER, /* unsigned, from 'low' to 'high' */
+	KEY_BOOL,   /* bool */
+	KEY_MODE,   /* unsigned: 0 unset, 1 false, 2 true */
+	KEY_NAMES,  /* const struct json *: an array of at least 'low' names of mailboxes */
+	KEY_PINS,   /* struct account */
+	KEY_ARRAY,  /* left to the caller */
+	KEY_OBJECT
+};
+/* It has to be there; nobody may leave it out by a typo; the file is nobody else's business. */
+enum { KEY_MUST = 1, KEY_GUARDS = 2, KEY_SECRET = 4 };
 
-static void config_complain(struct config *c, const struct json *at, const char *where, const char *key,
-			    const char *format, ...)
+/* A row goes on behind it with flags, standard, low, high; what is left out is 0. */
+#define AT(type, field) .at = offsetof(struct type, field)
+
+static const struct config_key {
+	enum config_place in;
+	const char *name;
+	enum config_kind kind;
+	size_t at; /* where the value goes in struct config, account or oauth */
+	unsigned flags, standard, low, high;
+	const char *words;
+} config_keys[] = {
+	{ IN_TOP, "destination", KEY_PATH, AT(config, destination), KEY_MUST },
+	{ IN_TOP, "total_processes", KEY_NUMBER, AT(config, total_processes), 0, 4, 1,
+	  CONFIG_PROCESSES_MAX },
+	{ IN_TOP, "processes_per_account", KEY_NUMBER, AT(config, processes_per_account), 0, 2, 1,
+	  CONFIG_PROCESSES_MAX },
+	{ IN_TOP, "start_url", KEY_URL, AT(config, start_url) },
+	{ IN_TOP, "success_url", KEY_URL, AT(config, success_url) },
+	{ IN_TOP, "failure_url", KEY_URL, AT(config, failure_url) },
+	{ IN_TOP, "mailboxes", KEY_NAMES, AT(config, mailboxes), KEY_GUARDS, 0, 1 },
+	{ IN_TOP, "ignore_mailboxes", KEY_NAMES, AT(config, ignore), KEY_GUARDS },
+	{ IN_TOP, "timeout", KEY_NUMBER, AT(config, timeout_sec), 0, 120, 1, 3600 },
+	{ IN_TOP, "retries", KEY_NUMBER, AT(config, retries), 0, 6, 0, 100 },
+	{ IN_TOP, "header_batch_size", KEY_NUMBER, AT(config, header_batch), 0, 500, 1, 100000 },
+	{ IN_TOP, "email_batch_size", KEY_NUMBER, AT(config, email_batch), 0, 50, 1, 100000 },
+	{ IN_TOP, "keep_duplicates", KEY_BOOL, AT(config, keep_duplicates) },
+	{ IN_TOP, "require_mount", KEY_BOOL, AT(config, require_mount), KEY_GUARDS },
+	{ IN_TOP, "compress", KEY_MODE, AT(config, compress) },
+	{ IN_TOP, "ca_file", KEY_PATH, AT(config, ca_file), KEY_GUARDS },
+	{ IN_TOP, "oauth2_cache", KEY_PATH, AT(config, oauth2_cache) },
+	{ IN_TOP, "oauth2", KEY_OBJECT, .flags = 0 },
+	{ IN_TOP, "accounts", KEY_ARRAY, .flags = KEY_MUST },
+
+	{ IN_ACCOUNT, "email", KEY_TEXT, AT(account, email), KEY_MUST },
+	{ IN_ACCOUNT, "host", KEY_TEXT, AT(account, host), KEY_MUST },
+	{ IN_ACCOUNT, "username", KEY_TEXT, AT(account, username) },
+	{ IN_ACCOUNT, "password", KEY_TEXT, AT(account, password), KEY_SECRET },
+	{ IN_ACCOUNT, "password_command", KEY_TEXT, AT(account, password_command) },
+	{ IN_ACCOUNT, "oauth2", KEY_OAUTH, AT(account, oauth) },
+	{ IN_ACCOUNT, "ssl", KEY_MODE, AT(account, ssl), KEY_GUARDS },
+	{ IN_ACCOUNT, "port", KEY_NUMBER, AT(account, port), 0, 0, 1, 65535 },
+	{ IN_ACCOUNT, "ca_file", KEY_PATH, AT(account, ca_file), KEY_GUARDS },
+	{ IN_ACCOUNT, "tls_fingerprint", KEY_PINS, .flags = KEY_GUARDS },
+	{ IN_ACCOUNT, "processes_per_account", KEY_NUMBER, AT(account, processes), 0, 0, 1,
+	  CONFIG_PROCESSES_MAX },
+	{ IN_ACCOUNT, "mailboxes", KEY_NAMES, AT(account, mailboxes), KEY_GUARDS, 0, 1 },
+	{ IN_ACCOUNT, "ignore_mailboxes", KEY_NAMES, AT(account, ignore), KEY_GUARDS },
+	{ IN_ACCOUNT, "compress", KEY_MODE, AT(account, compress) },
+
+	{ IN_OAUTH, "type", KEY_WORD, AT(oauth, type), KEY_MUST, .words = "o365, google, custom" },
+	{ IN_OAUTH, "grant", KEY_WORD, AT(oauth, client_credentials), .words = "user, client_credentials" },
+	{ IN_OAUTH, "client_id", KEY_TEXT, AT(oauth, client_id), KEY_MUST },
+	{ IN_OAUTH, "tenant_id", KEY_TEXT, AT(oauth, tenant_id) },
+	{ IN_OAUTH, "client_secret", KEY_TEXT, AT(oauth, client_secret), KEY_SECRET },
+	{ IN_OAUTH, "email", KEY_TEXT, AT(oauth, email) },
+	{ IN_OAUTH, "auth_url", KEY_HTTPS, AT(oauth, auth_url) },
+	{ IN_OAUTH, "token_url", KEY_HTTPS, AT(oauth, token_url) },
+	{ IN_OAUTH, "device_url", KEY_HTTPS, AT(oauth, device_url) },
+	{ IN_OAUTH, "scope", KEY_TEXT, AT(oauth, scope) },
+	{ IN_OAUTH, "redirect", KEY_URL, AT(oauth, redirect) },
+};
+
+/* Tell what is wrong with the value 'at' of a key of the object at hand. */
+static void config_say(struct config *c, enum log_level level, const struct json *at, const char *key,
+		       const char *format, ...) __attribute__((format(printf, 5, 6)));
+
+#define config_bad(c, ...) config_say(c, LOG_ERROR, __VA_ARGS__)
+
+static void config_say(struct config *c, enum log_level level, const struct json *at, const char *key,
+		       const char *format, ...)
 {
-	char text[500];
+	char text[600];
 	va_list arguments;
 
 	va_start(arguments, format);
 	vsnprintf(text, sizeof text, format, arguments);
 	va_end(arguments);
-	log_error("%s:%u:%u: %s%s%s: %s", c->path, at->line, at->column, where,
-		  *where != '\0' && *key != '\0' ? "." : "", key, text);
-	c->complaints++;
+	log_write(level, "%s:%u:%u: %s%s%s%s%s", c->path, at->line, at->column, c->where,
+		  c->where[0] != '\0' && *key != '\0' ? "." : "", key,
+		  c->where[0] != '\0' || *key != '\0' ? ": " : "", text);
+	c->complaints += level == LOG_ERROR;
 }
 
-/* A member of the right type, or NULL; required: it must be there and not be empty. */
-static const struct json *config_get(struct config *c, const struct json *object, const char *where,
-				     const char *key, enum json_type type, bool required)
+/* Store up to CONFIG_PINS_MAX fingerprints: 64 hex digits, with or without colons between octets. */
+static void config_pins(struct config *c, const struct json *value, struct account *account)
 {
-	const struct json *value = json_get(object, key);
+	const struct json *pin = value->type == JSON_ARRAY ? value->child : value;
 
-	if (value == NULL || value->type == JSON_NULL) {
-		if (required)
-			config_complain(c, object, where, key, "missing; expected %s",
-					json_type_name(type));
-		return NULL;
+	for (; pin != NULL && account->pins < CONFIG_PINS_MAX; account->pins++) {
+		const uint8_t *p = (const uint8_t *)(pin->type == JSON_STRING ? pin->text : "");
+		unsigned i;
+
+		for (i = 0; i < 32 && isxdigit(p[0]) && isxdigit(p[1]); i++, p += p[2] == ':' ? 3 : 2)
+			account->pin[account->pins][i] = (uint8_t)strtoul((char[]){ (char)p[0], (char)p[1],
+										    '\0' },
+									  NULL, 16);
+		if (i < 32 || *p != '\0')
+			break;
+		pin = pin == value ? NULL : pin->next;
 	}
-	if (value->type != type) {
-		config_complain(c, value, where, key, "found %s, expected %s", json_type_name(value->type),
-				json_type_name(type));
-		return NULL;
-	}
-	if (type == JSON_STRING && required && value->text[0] == '\0') {
-		config_complain(c, value, where, key, "found an empty string, expected %s",
-				key[0] == 'e' ? "an e-mail address" : "some text");
-		return NULL;
-	}
-	return value;
+	if (pin != NULL || account->pins == 0)
+		config_bad(
+			c, pin != NULL ? pin : value, "tls_fingerprint",
+			"found %s, expected the SHA-256 of the server's certificate as 64 hex digits, or "
+			"1 to %d of them in an array",
+			pin != NULL ? json_type_name(pin->type) : "an empty array", CONFIG_PINS_MAX);
 }
 
-static const char *config_text(struct config *c, const struct json *object, const char *where,
-			       const char *key, bool required)
+/* Return the number of a text in a list of words ("one, two"), from 0; -1 if it is none of them. */
+static int config_word(const char *words, const char *text)
 {
-	const struct json *value = config_get(c, object, where, key, JSON_STRING, required);
+	for (int i = 0;; i++) {
+		size_t n = strcspn(words, ",");
 
-	return value != NULL && value->text[0] != '\0' ? value->text : NULL;
-}
-
-static unsigned config_number(struct config *c, const struct json *object, const char *where,
-			      const char *key, unsigned standard, unsigned low, unsigned high)
-{
-	const struct json *value = config_get(c, object, where, key, JSON_NUMBER, false);
-
-	if (value == NULL)
-		return standard;
-	if (!value->integral || value->number < low || value->number > high) {
-		config_complain(c, value, where, key, "found %s, expected a whole number from %u to %u",
-				value->text, low, high);
-		return standard;
-	}
-	return (unsigned)value->number;
-}
-
-static bool config_bool(struct config *c, const struct json *object, const char *where, const char *key)
-{
-	const struct json *value = config_get(c, object, where, key, JSON_BOOL, false);
-
-	return value != NULL && value->number != 0;
-}
-
-static enum compress_mode config_compress(struct config *c, const struct json *object, const char *where,
-					  enum compress_mode standard)
-{
-	const struct json *value = config_get(c, object, where, "compress", JSON_BOOL, false);
-
-	return value == NULL ? standard : value->number != 0 ? COMPRESS_ON : COMPRESS_OFF;
-}
-
-static const struct json *config_texts(struct config *c, const struct json *object, const char *where,
-				       const char *key)
-{
-	const struct json *list = config_get(c, object, where, key, JSON_ARRAY, false);
-	unsigned i = 0;
-
-	for (const struct json *entry = list != NULL ? list->child : NULL; entry != NULL;
-	     entry = entry->next, i++)
-		if (entry->type != JSON_STRING) {
-			char place[80];
-
-			snprintf(place, sizeof place, "%s[%u]", key, i);
-			config_complain(c, entry, where, place, "found %s, expected a string",
-					json_type_name(entry->type));
-		}
-	return list;
-}
-
-/* How many letters must change, at most 'limit', to make one word of the other. */
-static unsigned config_distance(const char *a, const char *b, unsigned limit)
-{
-	unsigned best;
-
-	while (*a != '\0' && *a == *b)
-		a++, b++;
-	if (*a == *b || limit == 0)
-		return *a == *b ? 0 : 1;
-	best = *a != '\0' ? config_distance(a + 1, b, limit - 1) : limit;
-	for (int both = 0; both < 2 && *b != '\0' && best > 0; both++) {
-		unsigned other = limit;
-
-		if (both == 0 || *a != '\0')
-			other = config_distance(a + both, b + 1, limit - 1);
-		best = other < best ? other : best;
-	}
-	return best + 1;
-}
-
-static void config_unknown_keys(struct config *c, const struct json *object, const char *where,
-				const char *const known[])
-{
-	for (const struct json *value = object->child; value != NULL; value = value->next) {
-		const char *near = NULL;
-		bool found = false;
-		unsigned best = 3;
-
-		for (int i = 0; known[i] != NULL && !found; i++) {
-			unsigned distance = config_distance(value->key, known[i], 2);
-
-			found = strcmp(value->key, known[i]) == 0;
-			if (distance < best && strlen(value->key) > distance) {
-				best = distance;
-				near = known[i];
-			}
-		}
-		if (!found)
-			log_warn("%s:%u:%u: %s%s%s: unknown key%s%s%s", c->path, value->line, value->column,
-				 where, *where != '\0' ? "." : "", value->key,
-				 near != NULL ? "; did you mean \"" : "", near != NULL ? near : "",
-				 near != NULL ? "\"?" : "");
+		if (strlen(text) == n && strncasecmp(words, text, n) == 0)
+			return i;
+		if (words[n] == '\0')
+			return -1;
+		words += n + 2;
 	}
 }
 
-/* 64 hex digits, with or without colons between the octets. */
-static bool config_pin(const char *text, uint8_t pin[32])
+/* Check an array of mailboxes' names. An entry may be an attribute of RFC 6154 instead. */
+static void config_names(struct config *c, const struct json *list, const struct config_key *key)
 {
-	unsigned digits = 0;
+	static const char attributes[] = "\\All, \\Archive, \\Drafts, \\Junk, \\Sent, \\Trash";
+	const struct json *entry = list->child;
+	char place[40];
 
-	for (; *text != '\0'; text++) {
-		static const char hex[] = "0123456789abcdef";
-		const char *digit = strchr(hex, tolower((unsigned char)*text));
-
-		if (*text == ':' && digits > 0 && digits % 2 == 0)
-			continue;
-		if (digit == NULL || digits == 64)
-			return false;
-		pin[digits / 2] = (uint8_t)(pin[digits / 2] << 4 | (digit - hex));
-		digits++;
+	if (list->count < key->low)
+		config_bad(c, list, key->name, "found an empty array, expected at least one name");
+	for (unsigned i = 0; entry != NULL; entry = entry->next, i++) {
+		snprintf(place, sizeof place, "%s[%u]", key->name, i);
+		if (entry->type != JSON_STRING)
+			config_bad(c, entry, place, "found %s, expected a string",
+				   json_type_name(entry->type));
+		else if (entry->text[0] == '\\' && config_word(attributes, entry->text) < 0)
+			config_bad(c, entry, place, "found \"%s\", expected a name or one of %s",
+				   entry->text, attributes);
 	}
-	return digits == 64;
 }
 
-static void config_pins(struct config *c, const struct json *object, const char *where,
-			struct account *account)
+/* Return a path that does not depend on the folder in which the program was started. */
+static const char *config_path(struct config *c, const struct json *value, const char *key)
 {
-	const struct json *value = json_get(object, "tls_fingerprint"), *pin = value;
+	size_t n = strlen(c->folder) + strlen(value->text) + 2;
+	char *path;
 
-	if (value == NULL || value->type == JSON_NULL)
+	if (value->text[0] == '~')
+		config_bad(c, value, key, "found \"%s\", expected the path in full: ~ is not expanded",
+			   value->text);
+	if (n > PATH_MAX_OCTETS / 2)
+		config_bad(c, value, key, "the path is too long; expected at most %d octets",
+			   PATH_MAX_OCTETS / 2 - 2);
+	if (value->text[0] == '/' || strcmp(c->folder, ".") == 0)
+		return value->text;
+	path = allocate(n);
+	snprintf(path, n, "%s/%s", c->folder, value->text);
+	return path;
+}
+
+/* Return the entry of "oauth2" with this name, or NULL. */
+static const struct oauth *config_oauth(const struct config *c, const char *name)
+{
+	for (unsigned i = 0; i < c->n_oauths; i++)
+		if (strcmp(c->oauths[i].name, name) == 0)
+			return &c->oauths[i];
+	return NULL;
+}
+
+/* Check and store what an object has for a key. */
+static void config_store(struct config *c, const struct json *object, const struct config_key *key,
+			 void *into)
+{
+	static const enum json_type types[] = {
+		[KEY_NUMBER] = JSON_NUMBER, [KEY_BOOL] = JSON_BOOL,  [KEY_MODE] = JSON_BOOL,
+		[KEY_NAMES] = JSON_ARRAY,   [KEY_PINS] = JSON_ARRAY, [KEY_ARRAY] = JSON_ARRAY,
+		[KEY_OBJECT] = JSON_OBJECT,
+	};
+	const struct json *value = json_get(object, key->name);
+	enum json_type type = types[key->kind] != JSON_NULL ? types[key->kind] : JSON_STRING;
+	const char *text = value != NULL ? value->text : NULL;
+	void *to = (char *)into + key->at;
+	int word;
+
+	if (key->kind == KEY_NUMBER)
+		*(unsigned *)to = key->standard;
+	if (value == NULL || value->type == JSON_NULL ||
+	    (type == JSON_STRING && value->type == JSON_STRING && *text == '\0')) {
+		if (key->flags & KEY_MUST)
+			config_bad(c, value != NULL ? value : object, key->name,
+				   "missing or empty; expected %s", json_type_name(type));
 		return;
-	if (value->type == JSON_ARRAY)
-		pin = value->child;
-	for (; pin != NULL; pin = value->type == JSON_ARRAY ? pin->next : NULL) {
-		if (pin->type != JSON_STRING || account->pins == CONFIG_PINS_MAX ||
-		    !config_pin(pin->text, account->pin[account->pins])) {
-			config_complain(c, pin, where, "tls_fingerprint",
-					"expected the SHA-256 of the "
-					"server's certificate as 64 hex digits, or up to %d of them in an "
-					"array",
-					CONFIG_PINS_MAX);
-			return;
-		}
-		account->pins++;
 	}
-	if (account->pins == 0)
-		config_complain(c, value, where, "tls_fingerprint",
-				"found an empty array, expected at "
-				"least one fingerprint");
+	if (value->type != type && (key->kind != KEY_PINS || value->type != JSON_STRING)) {
+		config_bad(c, value, key->name, "found %s, expected %s", json_type_name(value->type),
+			   json_type_name(type));
+		return;
+	}
+	c->secret = c->secret || key->flags & KEY_SECRET;
+	switch (key->kind) {
+	case KEY_TEXT:
+		*(const char **)to = text;
+		break;
+	case KEY_PATH:
+		*(const char **)to = config_path(c, value, key->name);
+		break;
+	case KEY_URL:
+	case KEY_HTTPS:
+		*(const char **)to = text;
+		if (strncasecmp(text, "https://", 8) != 0 &&
+		    (key->kind == KEY_HTTPS || strncasecmp(text, "http://", 7) != 0))
+			config_bad(c, value, key->name,
+				   "found \"%.8s\", expected a URL that begins with %s", text,
+				   key->kind == KEY_HTTPS ? "https://" : "http:// or https://");
+		break;
+	case KEY_WORD:
+		word = config_word(key->words, text);
+		*(unsigned *)to = (unsigned)word;
+		if (word < 0)
+			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", text,
+				   key->words);
+		break;
+	case KEY_OAUTH:
+		*(const struct oauth **)to = config_oauth(c, text);
+		if (config_oauth(c, text) == NULL)
+			config_bad(c, value, key->name,
+				   "found \"%s\", expected a name of the top-level \"oauth2\"", text);
+		break;
+	case KEY_NUMBER:
+		if (!value->integral || value->number < key->low || value->number > key->high)
+			config_bad(c, value, key->name, "found %s, expected a whole number from %u to %u",
+				   text, key->low, key->high);
+		else
+			*(unsigned *)to = (unsigned)value->number;
+		break;
+	case KEY_BOOL:
+		*(bool *)to = value->number != 0;
+		break;
+	case KEY_MODE:
+		*(unsigned *)to = value->number != 0 ? 2 : 1;
+		break;
+	case KEY_NAMES:
+		*(const struct json **)to = value;
+		config_names(c, value, key);
+		break;
+	case KEY_PINS:
+		config_pins(c, value, into);
+		break;
+	default:
+		break;
+	}
+}
+
+/* Count the letters that must be put in, taken out or changed to make one word of the other. */
+static unsigned config_distance(const char *word, const char *known)
+{
+	unsigned row[40], n = (unsigned)strlen(known), above, best;
+
+	for (unsigned i = 0; i <= n; i++)
+		row[i] = i;
+	for (; *word != '\0'; word++) {
+		above = row[0]++;
+		for (unsigned i = 1; i <= n; i++) {
+			best = above + (tolower((unsigned char)*word) != known[i - 1]);
+			above = row[i];
+			best = best > above + 1 ? above + 1 : best;
+			row[i] = best > row[i - 1] + 1 ? row[i - 1] + 1 : best;
+		}
+	}
+	return row[n];
+}
+
+/* Tell of a key that is not known at this place, and of one that may have been meant. */
+static void config_unknown(struct config *c, const struct json *value, enum config_place in)
+{
+	static const char *const places[] = { "at the top level", "in an account",
+					      "in an entry of \"oauth2\"" };
+	const struct config_key *near = NULL;
+	bool guards = false;
+	unsigned best = 3;
+	char hint[100] = "";
+
+	for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++) {
+		const struct config_key *key = &config_keys[i];
+		unsigned distance = strlen(value->key) < 40 ? config_distance(value->key, key->name) : 3;
+
+		if (key->in == in && strcmp(value->key, key->name) == 0)
+			return;
+		if (distance > 2 || distance >= strlen(value->key) ||
+		    (key->in != in && !(key->flags & KEY_GUARDS)))
+			continue;
+		guards = guards || key->flags & KEY_GUARDS;
+		if (distance < best || (distance == best && key->in == in)) {
+			best = distance;
+			near = key;
+		}
+	}
+	if (near != NULL)
+		snprintf(hint, sizeof hint, "; did you mean \"%s\" %s?", near->name, places[near->in]);
+	config_say(c, guards ? LOG_ERROR : LOG_WARN, value, value->key, "unknown key%s", hint);
+}
+
+static void config_object(struct config *c, const struct json *object, enum config_place in, void *into)
+{
+	if (object->type != JSON_OBJECT) {
+		config_bad(c, object, "", "found %s, expected an object", json_type_name(object->type));
+		return;
+	}
+	for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++)
+		if (config_keys[i].in == in)
+			config_store(c, object, &config_keys[i], into);
+	for (const struct json *value = object->child; value != NULL; value = value->next)
+		config_unknown(c, value, in);
+}
+
+/* Check that a name can be a file's, or a part of its name, and can be shown as it is. */
+static void config_file_name(struct config *c, const struct json *at, const char *key, const char *name)
+{
+	size_t n = strlen(name);
+	char visible[1000];
+
+	if (n == 0 || n > 200 || name[0] == '.' || name[n - 1] == '.' || name[n - 1] == ' ' ||
+	    strpbrk(name, "/\\:*?\"<>|") != NULL)
+		config_bad(c, at, key,
+			   "\"%s\" cannot name a file or folder; expected 1 to 200 octets without any of "
+			   "/ \\ : * ? \" < > | and without a dot at either end",
+			   name);
+	else if (strcmp(log_visible(visible, sizeof visible, name, n), name) != 0)
+		config_bad(c, at, key,
+			   "found a character that is not seen; expected the name of a file or folder");
+}
+
+static void config_sign_in(struct config *c, const struct json *object, struct oauth *oauth)
+{
+	snprintf(c->where, sizeof c->where, "oauth2.%.60s", object->key);
+	oauth->name = object->key;
+	config_object(c, object, IN_OAUTH, oauth);
+	config_file_name(c, object, "", oauth->name);
+	if (oauth->type == OAUTH_CUSTOM &&
+	    (oauth->auth_url == NULL || oauth->token_url == NULL || oauth->scope == NULL))
+		config_bad(c, object, "",
+			   "expected \"auth_url\", \"token_url\" and \"scope\" with \"type\": \"custom\"");
+	if (oauth->client_credentials && oauth->client_secret == NULL)
+		config_bad(c, object, "",
+			   "expected a \"client_secret\" with \"grant\": \"client_credentials\"");
 }
 
 static void config_account(struct config *c, const struct json *object, unsigned number)
 {
-	static const char *const known[] = { "email",
-					     "host",
-					     "username",
-					     "password",
-					     "password_command",
-					     "oauth2",
-					     "ssl",
-					     "port",
-					     "ca_file",
-					     "tls_fingerprint",
-					     "processes_per_account",
-					     "ignore_mailboxes",
-					     "compress",
-					     NULL };
 	struct account *account = &c->accounts[number];
-	const struct json *ssl, *at;
-	char where[32];
+	const char *colon;
 	int secrets;
 
-	snprintf(where, sizeof where, "accounts[%u]", number);
-	if (object->type != JSON_OBJECT) {
-		config_complain(c, object, where, "", "found %s, expected an object",
-				json_type_name(object->type));
-		return;
-	}
-	config_unknown_keys(c, object, where, known);
-	account->email = config_text(c, object, where, "email", true);
-	account->host = config_text(c, object, where, "host", true);
-	account->username = config_text(c, object, where, "username", false);
-	account->password = config_text(c, object, where, "password", false);
-	account->password_command = config_text(c, object, where, "password_command", false);
-	account->ca_file = config_text(c, object, where, "ca_file", false);
-	account->ignore = config_texts(c, object, where, "ignore_mailboxes");
-	account->compress = config_compress(c, object, where, c->compress);
-	account->processes = config_number(c, object, where, "processes_per_account",
-					   c->processes_per_account, 1, CONFIG_PROCESSES_MAX);
-	if (account->processes > c->processes_per_account)
-		account->processes = c->processes_per_account;
+	snprintf(c->where, sizeof c->where, "accounts[%u]", number);
+	config_object(c, object, IN_ACCOUNT, account);
 	if (account->username == NULL)
 		account->username = account->email;
 	if (account->ca_file == NULL)
 		account->ca_file = c->ca_file;
-	ssl = config_get(c, object, where, "ssl", JSON_BOOL, false);
-	account->ssl = ssl == NULL ? SSL_UNSET : ssl->number != 0 ? SSL_ON : SSL_OFF;
-	account->port = config_number(c, object, where, "port", account->ssl == SSL_ON ? 993 : 143, 1,
-				      65535);
-	config_pins(c, object, where, account);
-	secrets = (account->password != NULL) + (account->password_command != NULL);
-	if ((at = json_get(object, "oauth2")) != NULL && at->type != JSON_NULL)
-		config_complain(c, at, where, "oauth2",
-				"OAuth is not supported by this version; "
-				"expected \"password\" or \"password_command\" instead");
-	else if (secrets != 1)
-		config_complain(c, object, where, "password",
-				"expected %s of \"password\" and "
-				"\"password_command\"",
-				secrets == 0 ? "one" : "only one");
+	if (account->compress == COMPRESS_IF_SLOW)
+		account->compress = c->compress;
+	if (account->processes == 0 || account->processes > c->processes_per_account)
+		account->processes = c->processes_per_account;
+	if (account->ssl == SSL_UNSET && (account->oauth != NULL || account->port == 993))
+		account->ssl = SSL_ON;
+	if (account->port == 0)
+		account->port = account->ssl == SSL_ON ? 993 : 143;
+	secrets = (account->password != NULL) + (account->password_command != NULL) +
+		  (account->oauth != NULL);
+	if (secrets > 1)
+		config_bad(c, object, "",
+			   "expected only one of \"password\", \"password_command\" and \"oauth2\"");
+	colon = account->host != NULL ? strchr(account->host, ':') : NULL;
+	if (account->host != NULL && ((colon != NULL && strchr(colon + 1, ':') == NULL) ||
+				      strpbrk(account->host, "/@[] \t") != NULL))
+		config_bad(c, json_get(object, "host"), "host",
+			   "found \"%s\", expected a name or an address alone; a port goes into \"port\", "
+			   "imaps:// is \"ssl\": true",
+			   account->host);
 	if (account->email == NULL)
 		return;
-	at = json_get(object, "email");
-	if (strlen(account->email) > 200 || account->email[0] == '.' ||
-	    strpbrk(account->email, "/\\:*?\"<>|") != NULL)
-		config_complain(c, at, where, "email",
-				"\"%s\" cannot name a folder; expected an address "
-				"without any of / \\ : * ? \" < > | and without a leading dot, at most 200 "
-				"octets",
-				account->email);
-	for (const char *p = account->email; *p != '\0'; p++)
-		if ((unsigned char)*p < 0x20 || *p == 0x7F) {
-			config_complain(c, at, where, "email",
-					"a control character cannot be part of a "
-					"folder's name");
-			break;
-		}
+	config_file_name(c, json_get(object, "email"), "email", account->email);
 	for (unsigned i = 0; i < number; i++)
 		if (c->accounts[i].email != NULL && strcasecmp(c->accounts[i].email, account->email) == 0)
-			config_complain(c, at, where, "email",
-					"\"%s\" has the same folder as "
-					"accounts[%u].email",
-					account->email, i);
+			config_bad(c, json_get(object, "email"), "email",
+				   "\"%s\" has the same folder as accounts[%u].email", account->email, i);
 }
 
-static void config_url(struct config *c, const struct json *root, const char *key, const char **url)
+/* Take a configuration's text. Returns 0, or -1 after each complaint has been printed. */
+static int config_take(struct config *c, const char *text, size_t n)
 {
-	*url = config_text(c, root, "", key, false);
-	if (*url != NULL && strncasecmp(*url, "http://", 7) != 0 && strncasecmp(*url, "https://", 8) != 0)
-		config_complain(c, json_get(root, key), "", key,
-				"\"%s\" found, expected a URL that begins "
-				"with http:// or https://",
-				*url);
+	const struct json *oauths, *accounts;
+	struct err e = { 0 };
+
+	c->root = json_parse(text, n, &e);
+	if (c->root == NULL) {
+		log_error("%s:%s", c->path, e.text);
+		return -1;
+	}
+	config_object(c, c->root, IN_TOP, c);
+	if (c->oauth2_cache == NULL)
+		c->oauth2_cache = c->folder;
+	oauths = json_get(c->root, "oauth2");
+	if (oauths != NULL && oauths->type == JSON_OBJECT) {
+		c->oauths = allocate(oauths->count * sizeof *c->oauths);
+		for (const struct json *at = oauths->child; at != NULL; at = at->next)
+			config_sign_in(c, at, &c->oauths[c->n_oauths++]);
+	}
+	c->where[0] = '\0';
+	accounts = json_get(c->root, "accounts");
+	if (accounts == NULL || accounts->type != JSON_ARRAY)
+		return -1;
+	if (accounts->count == 0 || accounts->count > CONFIG_ACCOUNTS_MAX) {
+		config_bad(c, accounts, "accounts", "found %u accounts, expected 1 to %d", accounts->count,
+			   CONFIG_ACCOUNTS_MAX);
+		return -1;
+	}
+	c->accounts = allocate(accounts->count * sizeof *c->accounts);
+	for (const struct json *at = accounts->child; at != NULL; at = at->next)
+		config_account(c, at, c->n_accounts++);
+	return c->complaints > 0 ? -1 : 0;
 }
 
-/*
- * Read and check the configuration file. Returns 0, or -1 after each complaint has been printed.
- */
+/* Read and check the configuration file. Returns 0, or -1 after each complaint has been printed. */
 static int config_load(struct config *c, const char *path)
 {
-	static const char *const known[] = { "destination",      "total_processes", "processes_per_account",
-					     "success_url",      "failure_url",     "ignore_mailboxes",
-					     "timeout",          "retries",         "header_batch_size",
-					     "email_batch_size", "keep_duplicates", "require_mount",
-					     "ca_file",          "compress",        "oauth2",
-					     "oauth2_cache",     "accounts",        NULL };
-	const struct json *accounts, *account;
-	struct err e = { 0 };
+	const char *slash = strrchr(path, '/');
+	int result = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
+	char *text, *folder;
 	size_t room, got = 0;
 	struct stat st;
-	char *text;
 	ssize_t n;
-	int fd;
 
-	*c = (struct config){ .path = path };
-	fd = open(path, O_RDONLY | O_CLOEXEC);
+	*c = (struct config){ .path = path, .folder = "." };
 	if (fd < 0 || fstat(fd, &st) != 0) {
 		log_error("%s: cannot open the configuration: %s%s", path, strerror(errno),
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
+	}
+	if (slash != NULL) {
+		c->folder = folder = copy_text(path);
+		folder[slash > path ? slash - path : 1] = '\0';
 	}
 	room = S_ISREG(st.st_mode) && st.st_size < JSON_OCTETS_MAX ? (size_t)st.st_size + 1
 								   : JSON_OCTETS_MAX + 1;
@@ -660,80 +820,31 @@ static int config_load(struct config *c, const char *path)
 	while ((n = read(fd, text + got, room - got)) > 0)
 		got += (size_t)n;
 	if (n < 0)
-		err_errno(&e, E_CONFIG, " cannot read");
+		log_error("%s: cannot read: %s", path, strerror(errno));
 	else
-		c->root = json_parse(text, got, &e);
+		result = config_take(c, text, got);
 	close(fd);
-	memset(text, 0, got);
+	wipe(text, got);
 	free(text);
-	if (c->root == NULL) {
-		log_error("%s:%s", path, e.text);
-		return -1;
-	}
-	if (c->root->type != JSON_OBJECT) {
-		config_complain(c, c->root, "", "", "found %s, expected an object",
-				json_type_name(c->root->type));
-		return -1;
-	}
-	config_unknown_keys(c, c->root, "", known);
-	c->destination = config_text(c, c->root, "", "destination", true);
-	c->total_processes = config_number(c, c->root, "", "total_processes", 4, 1, CONFIG_PROCESSES_MAX);
-	c->processes_per_account = config_number(c, c->root, "", "processes_per_account", 2, 1,
-						 CONFIG_PROCESSES_MAX);
-	c->timeout_sec = config_number(c, c->root, "", "timeout", 120, 1, 3600);
-	c->retries = config_number(c, c->root, "", "retries", 6, 0, 100);
-	c->header_batch = config_number(c, c->root, "", "header_batch_size", 500, 1, 100000);
-	c->email_batch = config_number(c, c->root, "", "email_batch_size", 50, 1, 100000);
-	c->keep_duplicates = config_bool(c, c->root, "", "keep_duplicates");
-	c->require_mount = config_bool(c, c->root, "", "require_mount");
-	c->ca_file = config_text(c, c->root, "", "ca_file", false);
-	c->ignore = config_texts(c, c->root, "", "ignore_mailboxes");
-	c->compress = config_compress(c, c->root, "", COMPRESS_IF_SLOW);
-	config_url(c, c->root, "success_url", &c->success_url);
-	config_url(c, c->root, "failure_url", &c->failure_url);
-	if (c->destination != NULL && strlen(c->destination) > PATH_MAX_OCTETS / 2)
-		config_complain(c, json_get(c->root, "destination"), "", "destination",
-				"the path is too long; expected at most %d octets", PATH_MAX_OCTETS / 2);
-	accounts = config_get(c, c->root, "", "accounts", JSON_ARRAY, true);
-	if (accounts != NULL && (accounts->count == 0 || accounts->count > CONFIG_ACCOUNTS_MAX))
-		config_complain(c, accounts, "", "accounts", "found %u accounts, expected 1 to %d",
-				accounts->count, CONFIG_ACCOUNTS_MAX);
-	if (accounts == NULL || c->complaints > 0)
-		return -1;
-	c->accounts = allocate(accounts->count * sizeof *c->accounts);
-	for (account = accounts->child; account != NULL; account = account->next)
-		config_account(c, account, c->n_accounts++);
-	for (unsigned i = 0; i < c->n_accounts && st.st_mode & (S_IRGRP | S_IROTH); i++)
-		if (c->accounts[i].password != NULL) {
-			log_warn("%s holds a password and others may read it; try: chmod 600 %s", path,
-				 path);
-			break;
-		}
-	return c->complaints > 0 ? -1 : 0;
+	if (c->secret && st.st_mode & (S_IRGRP | S_IROTH))
+		log_warn("%s holds a secret and others may read it; try: chmod 600 %s", path, path);
+	return result;
 }
 
-/* Does a pattern with * and ? match the text? Octets, but '?' is a whole UTF-8 character. */
+/* Return true if a pattern with * and ? fits the text. A '?' stands for a whole UTF-8 character. */
 static bool match(const char *pattern, const char *text)
 {
 	const char *star = NULL, *back = NULL;
 
 	while (*text != '\0') {
-		size_t octets = utf8_char((const uint8_t *)text, strlen(text), NULL);
-
 		if (*pattern == '*') {
 			star = ++pattern;
 			back = text;
-		} else if (*pattern == '?') {
-			pattern++;
-			text += octets > 0 ? octets : 1;
-		} else if (*pattern == *text) {
-			pattern++;
-			text++;
+		} else if (*pattern == '?' || *pattern == *text) {
+			text += *pattern++ == '?' ? text_step(text) : 1;
 		} else if (star != NULL) {
-			size_t passed = utf8_char((const uint8_t *)back, strlen(back), NULL);
-
 			pattern = star;
-			text = back += passed > 0 ? passed : 1;
+			text = back += text_step(back);
 		} else {
 			return false;
 		}
@@ -6061,6 +6172,9 @@ static void account_run(struct run *run, struct board *b)
 		else
 			e = trust->err;
 	}
+	if (e.code == E_NONE && account->password == NULL && account->password_command == NULL)
+		err_set(&e, E_ACCOUNT,
+			"no password: expected one of \"password\", \"password_command\" and \"oauth2\"");
 	if (e.code == E_NONE && account->password_command != NULL)
 		account_ask_command(w, &e);
 	if (e.code == E_LOCKED) {
@@ -6499,24 +6613,23 @@ static int run_prepare(struct run *run)
 
 /*
  * Set the clock that certificates are judged by: the system's, unless it is earlier than the
- * program itself. Then the newest archive may know a later day than the program does.
+ * program itself. What is later than that is learned from certificates.
  */
 static void run_set_clock(void)
 {
 	int64_t built = build_sec() - 86400; /* whatever the time zone was */
-	time_t shown = time(NULL);
+	time_t shown = time(NULL), judged;
 	char now[20] = "", taken[20] = "";
 	struct tm tm;
 
-	clock_sec = shown;
-	if (clock_sec >= built)
+	clock_wrong = shown < built;
+	clock_sec = clock_wrong ? built : shown;
+	judged = (time_t)clock_sec;
+	if (!clock_wrong)
 		return;
-	clock_wrong = true;
-	clock_sec = built;
 	if (gmtime_r(&shown, &tm) != NULL)
 		strftime(now, sizeof now, "%Y-%m-%d", &tm);
-	shown = (time_t)clock_sec;
-	if (gmtime_r(&shown, &tm) != NULL)
+	if (gmtime_r(&judged, &tm) != NULL)
 		strftime(taken, sizeof taken, "%Y-%m-%d", &tm);
 	log_warn("this device's clock says %s, which cannot be: certificates are judged as of %s", now,
 		 taken);

@@ -66,10 +66,14 @@ static void test_log(void)
 	static const struct { const char *text, *visible; } texts[] = {
 		{ "plain", "plain" }, { "a\r\nb\033[m\x7F", "a\\x0d\\x0ab\\x1b[m\\x7f" },
 		{ "\xC3\xA9\xFF\xC2\x85", "\xC3\xA9\\xff\\xc2\\x85" }, { "", "" },
+		{ "a\xE2\x80\x8B" "b", "a\\xe2\\x80\\x8bb" },         /* a space of no width */
+		{ "\xE2\x80\xAE" "x", "\\xe2\\x80\\xaex" },           /* from right to left from here on */
+		{ "\xF3\xA0\x81\x81", "\\xf3\\xa0\\x81\\x81" },      /* a tag */
+		{ "\xF0\x9F\x98\x80 \xE2\x80\x93", "\xF0\x9F\x98\x80 \xE2\x80\x93" },
 	};
-	static const struct { const char *text; unsigned columns, fit, used; } fits[] = {
-		{ "abc", 2, 2, 2 }, { "abc", 9, 3, 3 }, { "\xE4\xB8\xAD\xE6\x96\x87", 3, 3, 2 },
-		{ "e\xCC\x81x", 1, 3, 1 }, { "\xF0\x9F\x98\x80", 2, 4, 2 }, { "\xFF\xFF", 1, 1, 1 },
+	static const struct { const char *text; unsigned characters, fit, used; } fits[] = {
+		{ "abc", 2, 2, 2 }, { "abc", 9, 3, 3 }, { "\xE4\xB8\xAD\xE6\x96\x87", 1, 3, 1 },
+		{ "\xF0\x9F\x98\x80", 2, 4, 1 }, { "\xFF\xFF", 1, 1, 1 }, { "", 1, 0, 0 },
 	};
 	static const struct { uint64_t octets; const char *text; } amounts[] = {
 		{ 0, "0 B" }, { 999, "999 B" }, { 1000, "1 kB" }, { 999499, "999 kB" },
@@ -84,8 +88,8 @@ static void test_log(void)
 	}
 	check(strlen(log_visible(out, 10, "\1\1\1\1", 4)) < 10, "visible in little room");
 	for (size_t i = 0; i < N(fits); i++)
-		check(log_fit(fits[i].text, fits[i].columns, &used) == fits[i].fit && used == fits[i].used,
-		      "fit %zu: %u columns", i, used);
+		check(log_fit(fits[i].text, fits[i].characters, &used) == fits[i].fit && used == fits[i].used,
+		      "fit %zu: %u characters", i, used);
 	for (size_t i = 0; i < N(amounts); i++)
 		check(strcmp(log_octets(amount, amounts[i].octets), amounts[i].text) == 0,
 		      "%llu octets: %s", (unsigned long long)amounts[i].octets, amount);
@@ -112,10 +116,20 @@ static const char *complaints(struct config *c, const char *text)
 	return result == 0 ? NULL : said_of_it;
 }
 
-#define ACCOUNT(more) "{\"destination\": \"d\", \"accounts\": [{\"email\": \"a@x\", \"host\": \"h\"" more "}]}"
+#define EMAIL(email, more) "{\"destination\": \"d\", \"accounts\": [{\"email\": \"" email "\", \"host\": \"h\"" more "}]}"
+#define ACCOUNT(more) EMAIL("a@x", more)
+#define HOST(host) "{\"destination\": \"d\", \"accounts\": [{\"email\": \"a@x\", \"host\": \"" host "\"}]}"
 #define TOP(more) "{\"destination\": \"d\", " more "\"accounts\": [{\"email\": \"a@x\", \"host\": \"h\", " \
 	"\"password\": \"p\"}]}"
+#define OAUTH(more) TOP("\"oauth2\": {\"work\": {\"client_id\": \"i\", " more "}}, ")
 #define PIN "\"00:11:22:33:44:55:66:77:88:99:aa:bb:cc:dd:ee:ff:00112233445566778899AABBCCDDEEFF\""
+
+static void config_free(struct config *c)
+{
+	json_free(c->root);
+	free(c->accounts);
+	free(c->oauths);
+}
 
 static void test_config(void)
 {
@@ -124,10 +138,10 @@ static void test_config(void)
 		{ TOP("\"timeout\": null, \"success_url\": \"\", \"ca_file\": null, "), NULL },
 		{ TOP("\"failure_url\": \"HTTPS://x/\", \"oauth2\": {}, "), NULL },
 		{ "", "config.json:1:1: found " },
-		{ "[]", ":1:1: : found an array, expected an object" },
-		{ "{}", "destination: missing; expected a string" },
-		{ "{}", "accounts: missing; expected an array" },
-		{ "{\"destination\": \"\", \"accounts\": []}", ":1:17: destination: found an empty string" },
+		{ "[]", ":1:1: found an array, expected an object" },
+		{ "{}", "destination: missing or empty; expected a string" },
+		{ "{}", "accounts: missing or empty; expected an array" },
+		{ "{\"destination\": \"\", \"accounts\": []}", ":1:17: destination: missing or empty" },
 		{ "{\"destination\": \"d\", \"accounts\": []}", "found 0 accounts, expected 1 to 1000" },
 		{ "{\"destination\": 1, \"accounts\": {}}", "destination: found a number, expected a string" },
 		{ "{\"destination\": \"d\", \"accounts\": [1]}", "accounts[0]: found a number, expected an object" },
@@ -139,31 +153,91 @@ static void test_config(void)
 		{ TOP("\"timeout\": \"9\", "), "timeout: found a string, expected a number" },
 		{ TOP("\"total_processes\": 65, "), "from 1 to 64" },
 		{ TOP("\"keep_duplicates\": 1, "), "keep_duplicates: found a number, expected true or false" },
+		{ TOP("\"success_url\": \"ftp://x\", "), "success_url: found \"ftp://x\", expected a URL" },
+		{ TOP("\"start_url\": \"secret.example.org/token\", "), "start_url: found \"secret.e\", expected" },
+		{ TOP("\"start_url\": \"http://x\", "), NULL },
+
+		/* names of mailboxes, and attributes */
 		{ TOP("\"ignore_mailboxes\": [\"a\", 2], "), "ignore_mailboxes[1]: found a number" },
-		{ TOP("\"success_url\": \"ftp://x\", "), "success_url: \"ftp://x\" found, expected a URL" },
-		{ ACCOUNT(""), "accounts[0].password: expected one of" },
-		{ ACCOUNT(", \"password\": \"p\", \"password_command\": \"c\""), "expected only one of" },
+		{ TOP("\"ignore_mailboxes\": [\"\\\\Junk\", \"\\\\all\", \"Junk\"], \"mailboxes\": [\"*\"], "), NULL },
+		{ TOP("\"mailboxes\": [\"\\\\Junk\", \"\\\\Junks\"], "), "mailboxes[1]: found \"\\Junks\", expected" },
+		{ TOP("\"mailboxes\": [], "), "mailboxes: found an empty array, expected at least one name" },
+		{ ACCOUNT(", \"mailboxes\": \"INBOX\""), "accounts[0].mailboxes: found a string, expected an array" },
+
+		/* secrets, TLS, the host */
+		{ ACCOUNT(""), NULL },
+		{ ACCOUNT(", \"password\": 1234"), "accounts[0].password: found a number, expected a string" },
+		{ ACCOUNT(", \"password\": \"p\", \"password_command\": \"c\""), "accounts[0]: expected only one of" },
 		{ ACCOUNT(", \"password_command\": \"c\", \"ssl\": 1"), "ssl: found a number, expected true or" },
-		{ ACCOUNT(", \"password\": \"p\", \"port\": 65536"), "port: found 65536, expected a whole" },
-		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": []"), "found an empty array" },
-		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": \"00:1\""), "64 hex digits" },
-		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": [" PIN ", 1]"), "64 hex digits" },
-		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": " PIN), NULL },
-		{ ACCOUNT(", \"password\": \"p\", \"tls_fingerprint\": [" PIN ", " PIN "]"), NULL },
-		{ ACCOUNT(", \"password\": \"p\", \"email\": \"\""), "\"email\" again" },
-		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"../x\", \"host\": \"h\", \"password\": "
-		  "\"p\"}]}", "accounts[0].email: \"../x\" cannot name a folder" },
-		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"a\\nb\", \"host\": \"h\", \"password\": "
-		  "\"p\"}]}", "accounts[0].email: a control character" },
-		{ "{\"destination\": \"d\", \"accounts\": [{\"email\": \"\", \"host\": \"h\", \"password\": "
-		  "\"p\"}]}", "accounts[0].email: found an empty string, expected an e-mail address" },
+		{ ACCOUNT(", \"port\": 65536"), "port: found 65536, expected a whole number from 1 to 65535" },
+		{ ACCOUNT(", \"tls_fingerprint\": []"), "found an empty array" },
+		{ ACCOUNT(", \"tls_fingerprint\": \"\""), "64 hex digits" },
+		{ ACCOUNT(", \"tls_fingerprint\": \"00:1\""), "64 hex digits" },
+		{ ACCOUNT(", \"tls_fingerprint\": [" PIN ", 1]"), "64 hex digits" },
+		{ ACCOUNT(", \"tls_fingerprint\": \"0" PIN "\""), "expected ',' or '}'" },
+		{ ACCOUNT(", \"tls_fingerprint\": " PIN), NULL },
+		{ ACCOUNT(", \"tls_fingerprint\": [" PIN ", " PIN "]"), NULL },
+		{ ACCOUNT(", \"tls_fingerprint\": [" PIN ", " PIN ", " PIN ", " PIN ", " PIN ", " PIN ", " PIN ", " PIN
+			  ", " PIN "]"), "1 to 8 of them" },
+		{ HOST("imap.example.org:993"), "accounts[0].host: found \"imap.example.org:993\", expected a name" },
+		{ HOST("imaps://imap.example.org"), "a port goes into \"port\", imaps:// is \"ssl\": true" },
+		{ HOST("[::1]"), "found \"[::1]\"" },
+		{ HOST("imap.example.org "), "found \"imap.example.org \"" },
+		{ HOST("::1"), NULL },
+		{ HOST("fe80::1%eth0"), NULL },
+		{ HOST("imap.example.org."), NULL },
+
+		/* folders and paths */
+		{ ACCOUNT(", \"email\": \"\""), "\"email\" again" },
+		{ EMAIL("../x", ""), "accounts[0].email: \"../x\" cannot name a file or folder" },
+		{ EMAIL("a@x.", ""), "\"a@x.\" cannot name a file or folder" },
+		{ EMAIL("a\\nb", ""), "accounts[0].email: found a character that is not seen" },
+		{ EMAIL("a\xC2\x9B" "b", ""), "accounts[0].email: found a character that is not seen" },
+		{ EMAIL("a\xE2\x80\x8B@x", ""), "accounts[0].email: found a character that is not seen" },
+		{ EMAIL("\xC3\xA9@x", ""), NULL },
+		{ EMAIL("", ""), "accounts[0].email: missing or empty; expected a string" },
 		{ "{\"destination\": \"d\", \"accounts\": [\n{\"email\": \"a@x\", \"host\": \"h\", \"password\": "
 		  "\"p\"},\n {\"email\": \"A@X\", \"host\": \"h\", \"password\": \"p\"}]}",
 		  "config.json:3:12: accounts[1].email: \"A@X\" has the same folder as accounts[0].email" },
+		{ TOP("\"ca_file\": \"~/ca.pem\", "), "ca_file: found \"~/ca.pem\", expected the path in full" },
+		{ ACCOUNT(", \"ca_file\": \"~\""), "accounts[0].ca_file: found \"~\"" },
+
+		/* keys that guard something, and others */
+		{ TOP("\"require_mout\": true, "), "error: config.json:1:38: require_mout: unknown key; did you mean "
+		  "\"require_mount\" at the top level?" },
+		{ TOP("\"RequireMount\": true, "), "error: config.json:1:38: RequireMount: unknown key; did" },
+		{ TOP("\"requiremounts\": true, "), "error: config.json:1:39: requiremounts: unknown key; did" },
+		{ TOP("\"ssl\": true, "), "error: config.json:1:29: ssl: unknown key; did you mean \"ssl\" in an acc" },
+		{ ACCOUNT(", \"SSL\": true"), "error: config.json:1:72: accounts[0].SSL: unknown key; did" },
+		{ ACCOUNT(", \"tls_fingreprint\": " PIN), "did you mean \"tls_fingerprint\" in an account?" },
+		{ ACCOUNT(", \"mailbox\": []"), "did you mean \"mailboxes\" in an account?" },
+		{ ACCOUNT(", \"ca_flie\": \"x\""), "accounts[0].ca_flie: unknown key; did you mean \"ca_file\" in an" },
+		{ ACCOUNT(", \"usrname\": \"x\", \"colour\": 1"), NULL },
+
+		/* OAuth */
+		{ OAUTH("\"type\": \"o365\""), NULL },
+		{ OAUTH("\"type\": \"google\", \"redirect\": \"http://127.0.0.1:8080/\""), NULL },
+		{ OAUTH("\"type\": \"o356\""), "oauth2.work.type: found \"o356\", expected one of: o365, google, custom" },
+		{ OAUTH("\"tenant_id\": \"x\""), "oauth2.work.type: missing" },
+		{ TOP("\"oauth2\": {\"work\": {\"type\": \"o365\"}}, "), "oauth2.work.client_id: missing" },
+		{ TOP("\"oauth2\": {\"work\": []}, "), "oauth2.work: found an array, expected an object" },
+		{ TOP("\"oauth2\": [], "), "oauth2: found an array, expected an object" },
+		{ TOP("\"oauth2\": {\"a/b\": {\"type\": \"o365\", \"client_id\": \"i\"}}, "), "\"a/b\" cannot name a file" },
+		{ OAUTH("\"type\": \"custom\", \"token_url\": \"https://x/t\", \"scope\": \"s\""),
+		  "oauth2.work: expected \"auth_url\", \"token_url\" and \"scope\" with" },
+		{ OAUTH("\"type\": \"custom\", \"auth_url\": \"https://x/a\", \"token_url\": \"https://x/t\", "
+			"\"scope\": \"s\""), NULL },
+		{ OAUTH("\"type\": \"o365\", \"token_url\": \"http://x/t\""),
+		  "oauth2.work.token_url: found \"http://x\", expected a URL that begins with https://" },
+		{ OAUTH("\"type\": \"o365\", \"grant\": \"client_credentials\", \"client_secret\": \"s\""), NULL },
+		{ OAUTH("\"type\": \"o365\", \"grant\": \"client_credentials\""), "oauth2.work: expected a \"client_secret\"" },
+		{ OAUTH("\"type\": \"o365\", \"grant\": \"x\""), "grant: found \"x\", expected one of: user, client_cr" },
+		{ ACCOUNT(", \"oauth2\": \"work\""), "accounts[0].oauth2: found \"work\", expected a name of the top-level" },
 	};
 	static const struct { const char *a, *b; unsigned distance; } words[] = {
 		{ "host", "host", 0 }, { "hst", "host", 1 }, { "hosst", "host", 1 }, { "hosr", "host", 1 },
-		{ "", "ab", 2 }, { "ab", "", 2 }, { "xost", "hos", 2 }, { "abcdef", "ghijkl", 3 },
+		{ "HOST", "host", 0 }, { "", "ab", 2 }, { "ab", "", 2 }, { "xost", "hos", 2 },
+		{ "ohst", "host", 2 }, { "abcdef", "ghijkl", 6 },
 	};
 	char text[PATH_MAX_OCTETS];
 	struct config c;
@@ -175,21 +249,30 @@ static void test_config(void)
 		if (said_of_it != NULL && expected != NULL)
 			check(strstr(said_of_it, expected) != NULL, "config %zu: %s not in %s", i, expected,
 			      said_of_it);
-		json_free(c.root);
-		free(c.accounts);
+		config_free(&c);
 	}
 	check(complaints(&c, ACCOUNT(", \"password\": \"p\", \"ssl\": true, \"processes_per_account\": 9"))
 	      == NULL && c.accounts[0].port == 993 && c.accounts[0].processes == 2 && c.timeout_sec == 120 &&
 	      c.retries == 6 && c.header_batch == 500 && c.email_batch == 50 && c.total_processes == 4 &&
-	      strcmp(c.accounts[0].username, "a@x") == 0, "defaults");
-	json_free(c.root);
-	free(c.accounts);
+	      strcmp(c.accounts[0].username, "a@x") == 0 && strcmp(c.oauth2_cache, ".") == 0, "defaults");
+	config_free(&c);
+	check(complaints(&c, ACCOUNT(", \"port\": 993")) == NULL && c.accounts[0].ssl == SSL_ON, "port 993");
+	config_free(&c);
+	check(complaints(&c, ACCOUNT("")) == NULL && c.accounts[0].ssl == SSL_UNSET && c.accounts[0].port == 143 &&
+	      c.accounts[0].password == NULL, "port 143");
+	config_free(&c);
+	check(complaints(&c, "{\"destination\": \"d\", \"compress\": false, \"oauth2\": {\"work\": {\"type\": \"google\", "
+			 "\"client_id\": \"i\"}}, \"accounts\": [{\"email\": \"a@x\", \"host\": \"h\", \"oauth2\": "
+			 "\"work\"}]}") == NULL && c.accounts[0].ssl == SSL_ON && c.accounts[0].port == 993 &&
+	      c.accounts[0].oauth == &c.oauths[0] && c.oauths[0].type == OAUTH_GOOGLE && c.oauths[0].scope == NULL &&
+	      !c.oauths[0].client_credentials && c.accounts[0].compress == COMPRESS_OFF, "OAuth");
+	config_free(&c);
 	snprintf(text, sizeof text, "{\"destination\": \"%0*d\"}", PATH_MAX_OCTETS / 2 + 1, 0);
 	check(strstr(complaints(&c, text), "the path is too long") != NULL, "a long path");
-	json_free(c.root);
+	config_free(&c);
 	for (size_t i = 0; i < N(words); i++)
-		check(config_distance(words[i].a, words[i].b, 2) == words[i].distance, "distance of %s and %s: %u",
-		      words[i].a, words[i].b, config_distance(words[i].a, words[i].b, 2));
+		check(config_distance(words[i].a, words[i].b) == words[i].distance, "distance of %s and %s: %u",
+		      words[i].a, words[i].b, config_distance(words[i].a, words[i].b));
 }
 
 static void test_match(void)
