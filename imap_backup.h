@@ -110,6 +110,13 @@ const struct json *json_get(const struct json *object, const char *key);
 /* "a string", "an object", ...: what the value is, for messages. */
 const char *json_type_name(enum json_type type);
 
+/*
+ * Write a text as a JSON string with its quotes and a NUL behind it, in pure valid form: what is not
+ * UTF-8 becomes U+FFFD. Returns the octets without the NUL, or 0 if 'size' (3 at least) does not do:
+ * then as many whole characters as fit are there. 6 octets for each of the text, and 3, always do.
+ */
+size_t json_escape(char *out, size_t size, const char *text);
+
 /* ======== mbox.c: the archive ======== */
 
 /*

@@ -536,3 +536,34 @@ const char *json_type_name(enum json_type type)
 
 	return names[type];
 }
+
+size_t json_escape(char *out, size_t size, const char *text)
+{
+	const char *end = text + strlen(text);
+	size_t n = 1, octets;
+
+	out[0] = '"';
+	for (; text < end; text += octets > 0 ? octets : 1) {
+		char escaped[8];
+		const char *from = text;
+		size_t length;
+
+		octets = utf8_octets((const uint8_t *)text, (size_t)(end - text));
+		length = octets;
+		if (octets == 0 || (unsigned char)*text < 0x20 || *text == 0x7F) {
+			from = escaped;
+			length = (size_t)snprintf(escaped, sizeof escaped, "\\u%04x",
+						  octets == 0 ? 0xFFFD : (unsigned)*text);
+		} else if (*text == '"' || *text == '\\') {
+			from = escaped;
+			length = (size_t)snprintf(escaped, sizeof escaped, "\\%c", *text);
+		}
+		if (n + length + 2 > size) /* the closing quote and NUL */
+			break;
+		memcpy(out + n, from, length);
+		n += length;
+	}
+	out[n++] = '"';
+	out[n] = '\0';
+	return text < end ? 0 : n;
+}

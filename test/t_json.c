@@ -10,6 +10,8 @@
 
 #include "unit.h"
 
+#define N(table) (sizeof (table) / sizeof *(table))
+
 /* ---- helpers ---- */
 
 static void *need(void *p)
@@ -809,6 +811,38 @@ static void test_members(void)
 	}
 }
 
+/* ---- writing ---- */
+
+static void test_escape(void)
+{
+	static const struct { const char *text, *escaped; } texts[] = {
+		{ "", "\"\"" }, { "plain /", "\"plain /\"" }, { "a\"b\\c", "\"a\\\"b\\\\c\"" },
+		{ "\n\x1f\x7f", "\"\\u000a\\u001f\\u007f\"" }, { "\xC3\xA9", "\"\xC3\xA9\"" },
+		{ "\xF0\x9F\x98\x80", "\"\xF0\x9F\x98\x80\"" },
+		{ "\xFFx\xC3", "\"\\ufffdx\\ufffd\"" }, { "\xED\xA0\x80", "\"\\ufffd\\ufffd\\ufffd\"" },
+	};
+	static const struct { size_t size; const char *escaped; } cuts[] = {
+		{ 3, "\"\"" }, { 4, "\"a\"" }, { 5, "\"a\"" }, { 6, "\"a\xC3\xA9\"" }, { 11, "\"a\xC3\xA9\"" },
+	};
+	char out[64];
+	struct err e = { 0 };
+
+	for (size_t i = 0; i < N(texts); i++) {
+		size_t n = json_escape(out, sizeof out, texts[i].text);
+		struct json *root;
+
+		check(n == strlen(texts[i].escaped) && strcmp(out, texts[i].escaped) == 0, "escape %zu: %s", i, out);
+		root = json_parse(out, n, &e);
+		check(root != NULL && (strstr(out, "fffd") != NULL || strcmp(root->text, texts[i].text) == 0),
+		      "escape %zu, read again", i);
+		json_free(root);
+	}
+	for (size_t i = 0; i < N(cuts); i++)
+		check(json_escape(out, cuts[i].size, "a\xC3\xA9\1") == 0 && strcmp(out, cuts[i].escaped) == 0,
+		      "cut at %zu: %s", cuts[i].size, out);
+	check(json_escape(out, 12, "a\xC3\xA9\1") == 11, "it fits");
+}
+
 /* ---- the rest ---- */
 
 static void test_names(void)
@@ -833,6 +867,7 @@ int main(void)
 	test_depth();
 	test_size();
 	test_members();
+	test_escape();
 	test_names();
 	return checked("t_json");
 }
