@@ -548,7 +548,7 @@ size_t json_escape(char *out, size_t size, const char *text)
 		const char *from = text;
 		size_t length;
 
-		octets = utf8_octets((const uint8_t *)text, (size_t)(end - text));
+		octets = utf8_char((const uint8_t *)text, (size_t)(end - text), NULL);
 		length = octets;
 		if (octets == 0 || (unsigned char)*text < 0x20 || *text == 0x7F) {
 			from = escaped;
