@@ -2615,9 +2615,7 @@ static int64_t imap_string(struct imap *im, char *out, size_t size)
 	for (; !literal || n < octets; n++) {
 		if ((c = imap_peek(im)) < 0)
 			return -1;
-		if (!literal && (c == '\r' || c == '\n'))
-			break;
-		if (!literal && !quoted && (c == ' ' || c == '(' || c == ')'))
+		if (!literal && (c == '\r' || c == '\n' || (!quoted && (c == ' ' || c == '(' || c == ')'))))
 			break;
 		imap_next(im);
 		if (quoted && c == '"')
@@ -2647,23 +2645,22 @@ static int imap_pass(struct imap *im)
 }
 
 /*
- * Pass over one value: an atom, a string, or a list with all that is in it; over nothing where the line
- * or the list that it should stand in ends.
+ * Pass over a string, or a list with all that is in it, if one comes next. An atom is no value to us, but
+ * the next word: it may as well be one, where a list has been closed too early.
  */
 static int imap_skip(struct imap *im)
 {
 	uint64_t depth = 0;
 
 	do {
-		char word[IMAP_ATOM_MAX];
+		char ignored[8];
 		int c = imap_blanks(im);
 
-		if (c == '\n' || (c == ')' && depth == 0))
+		if (c == '\n' || (depth == 0 && c != '(' && c != '"' && c != '{'))
 			return 0;
 		depth += c == '(';
 		depth -= c == ')';
-		if (c == '"' ? imap_string(im, word, sizeof word) < 0
-			     : imap_atom(im, word) == 0 && imap_pass(im) != 0)
+		if (c == '"' ? imap_string(im, ignored, sizeof ignored) < 0 : imap_pass(im) != 0)
 			return -1;
 	} while (depth > 0);
 	return 0;
@@ -2900,7 +2897,7 @@ static unsigned imap_flag(const char *word)
 /* What stands in the brackets of BODY[...], and perhaps <0> behind them: which literal is this? */
 static enum imap_section imap_section(struct imap *im)
 {
-	char text[200], part[IMAP_ATOM_MAX];
+	char text[200];
 	uint64_t ignored;
 	size_t n = 0;
 	int c;
@@ -2914,7 +2911,7 @@ static enum imap_section imap_section(struct imap *im)
 				text[n++] = (char)toupper(c);
 		}
 	text[n] = '\0';
-	if (!imap_is(im, ']') || (imap_blanks(im) == '<' && imap_atom(im, part) > 0))
+	if (!imap_is(im, ']') || (imap_blanks(im) == '<' && imap_atom(im, text) > 0))
 		return SECTION_NONE; /* a part of it: nothing that we asked for */
 	if (strncmp(text, "HEADER.FIELDS(", 14) == 0)
 		return strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
@@ -2942,7 +2939,7 @@ static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_sectio
 			return imap_proto(im, "a mail as a long quoted string", "a literal");
 		octets = (uint64_t)n;
 	} else {
-		return c == 'N' || c == 'n' ? imap_skip(im) : 0;
+		return 0;
 	}
 	if (section != SECTION_NONE && fetch->section == SECTION_NONE) {
 		fetch->section = section;
@@ -2987,9 +2984,8 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 			} else if (strcmp(word, "INTERNALDATE") == 0) {
 				result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
 				fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
-			} else if (word[0] == '\\') {
-				fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
 			} else {
+				fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
 				result = imap_skip(im);
 			}
 			if (result != 0)

@@ -577,7 +577,7 @@ static void test_responses(void)
 
 		{ "* STATUS Year 1 (MESSAGES 5)\r\n* STATUS a (1) (MESSAGES 5)\r\n* STATUS x MESSAGES 5\r\n"
 		  "* STATUS\r\n* STATUS \"a (MESSAGES 5)\r\n* STATUS {9 (MESSAGES 5) {3}\r\n)\r\n\r\nA1 OK\r\n", "OK", NULL },
-		{ "*  STATUS  x  (  MESSAGES  2  X  UIDNEXT  3  )  \r\n", "status x 2 0 0 0 0 0|", NULL },
+		{ "*  STATUS  x  (  MESSAGES  2  X  UIDNEXT  3  )  \r\n", "status x 2 3 0 0 0 0|", NULL },
 		{ "* STATUS x (MESSAGES 2 UIDNEXT 3\r\n* OK\r\n", "status x 2 3 0 0 0 0|", NULL },
 
 		{ "* SEARCH\r\n* SEARCH 1 2 4294967295 (MODSEQ 5)\r\n", "1:1|2:2|4294967295:4294967295|", NULL },
@@ -629,8 +629,10 @@ static void test_responses(void)
 		{ "* 3 FETCH (UID 7) FLAGS (\\Seen) BODY[] {1}\r\n)\r\n* 4 FETCH (UID 8) BODY[] {1}\r\nx)\r\n",
 		  "1 1<)> fetch 7 flags 1|1 1<x> fetch 8|", NULL },
 		{ "* 3 FETCH (FLAGS (\\Seen [a] ]b {c {2 \"d %e (f $forwarded) UID 7)\r\n", "> fetch 7 flags 1001|", NULL },
-		{ "* 3 FETCH (FLAGS (a(b) \\Seen \\X) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 1|", NULL },
-		{ "* 3 FETCH (FLAGS (a)b \\Draft) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 0|", NULL },
+		{ "* 3 FETCH (FLAGS (a(b) c \\Seen \\X) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 1|", NULL },
+		{ "* 3 FETCH (FLAGS (a)b \\Flagged) UID 7 BODY[] {1}\r\nx)\r\n", "1 1<x> fetch 7 flags 4|", NULL },
+		{ "* 3 FETCH (BINARY.SIZE[1] 5 X-NO 9 UID 7 X-Y (UID 8 (\"UID 8)\" NIL {2}\r\n))) UID 9) X))\r\n",
+		  "> fetch 7|", NULL },
 		{ "*  3  FETCH  (  FLAGS  ( )  UID  7  BODY [ ]  {1}\r\nx  )  \r\n", "1 1<x> fetch 7 flags 0|", NULL },
 		{ "* 3 FETCH (FLAGS NIL X \"\\\")\" UID 7)\r\n", "> fetch 7|", NULL },
 		{ "* 3 FETCH (BODY[] UID 7)\r\n", "> fetch 7|", NULL },
