@@ -15,6 +15,7 @@
 #ifndef IMAP_BACKUP_H
 #define IMAP_BACKUP_H
 
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -49,6 +50,8 @@ struct err {
 /* Fill in *e unless it already tells of an error. Returns -1, so that one can return err_set(...). */
 int err_set(struct err *e, enum err_code code, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
+
+int err_fill(struct err *e, enum err_code code, const char *format, va_list arguments);
 
 /* The same with ": " and strerror(errno) appended. */
 int err_errno(struct err *e, enum err_code code, const char *format, ...)

@@ -12,7 +12,6 @@
  */
 #include <assert.h>
 #include <errno.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,18 +20,13 @@
 
 /* ======== for all ======== */
 
-static void err_fill(struct err *e, enum err_code code, const char *reason, const char *format,
-		     va_list arguments)
+int err_fill(struct err *e, enum err_code code, const char *format, va_list arguments)
 {
-	size_t n;
-
-	if (e->code != E_NONE)
-		return;
-	e->code = code;
-	vsnprintf(e->text, sizeof e->text, format, arguments);
-	n = strlen(e->text);
-	if (reason != NULL)
-		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
+	if (e->code == E_NONE) {
+		e->code = code;
+		vsnprintf(e->text, sizeof e->text, format, arguments);
+	}
+	return -1;
 }
 
 int err_set(struct err *e, enum err_code code, const char *format, ...)
@@ -40,7 +34,7 @@ int err_set(struct err *e, enum err_code code, const char *format, ...)
 	va_list arguments;
 
 	va_start(arguments, format);
-	err_fill(e, code, NULL, format, arguments);
+	err_fill(e, code, format, arguments);
 	va_end(arguments);
 	return -1;
 }
@@ -48,11 +42,16 @@ int err_set(struct err *e, enum err_code code, const char *format, ...)
 int err_errno(struct err *e, enum err_code code, const char *format, ...)
 {
 	const char *reason = strerror(errno);
+	bool first = e->code == E_NONE;
 	va_list arguments;
+	size_t n;
 
 	va_start(arguments, format);
-	err_fill(e, code, reason, format, arguments);
+	err_fill(e, code, format, arguments);
 	va_end(arguments);
+	n = strlen(e->text);
+	if (first)
+		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
 	return -1;
 }
 

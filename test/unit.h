@@ -1,7 +1,6 @@
 /*
  * unit.h - what units and fuzz targets share
  */
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
