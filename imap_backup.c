@@ -31,6 +31,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <getopt.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <netdb.h>
@@ -50,6 +51,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -329,6 +331,7 @@ struct account {
 	const char *password, *password_command; /* of these three one is given at most, ... */
 	const struct oauth *oauth;               /* ... and with none a person is asked */
 	unsigned ssl, compress;                  /* enum ssl_mode, enum compress_mode */
+	bool never_clear;                        /* without TLS from the start: STARTTLS or nothing */
 	unsigned port, processes;
 	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
@@ -343,7 +346,7 @@ struct config {
 	unsigned total_processes, processes_per_account, timeout_sec, retries;
 	unsigned header_batch, email_batch, compress;
 	bool keep_duplicates, require_mount;
-	bool secret;                           /* the file holds one */
+	bool secret, quick; /* the file holds a secret; there is no file, it is the quick form */
 	const struct json *ignore, *mailboxes; /* arrays of names, or NULL */
 	struct oauth *oauths;
 	struct account *accounts;
@@ -441,13 +444,15 @@ static void config_say(struct config *c, enum log_level level, const struct json
 static void config_say(struct config *c, enum log_level level, const struct json *at, const char *key,
 		       const char *format, ...)
 {
-	char text[600];
+	char text[600], line[24] = "";
 	va_list arguments;
 
 	va_start(arguments, format);
 	vsnprintf(text, sizeof text, format, arguments);
 	va_end(arguments);
-	log_write(level, "%s:%u:%u: %s%s%s%s%s", c->path, at->line, at->column, c->where,
+	if (!c->quick)
+		snprintf(line, sizeof line, ":%u:%u", at->line, at->column);
+	log_write(level, "%s%s: %s%s%s%s%s", c->path, line, c->where,
 		  c->where[0] != '\0' && *key != '\0' ? "." : "", key,
 		  c->where[0] != '\0' || *key != '\0' ? ": " : "", text);
 	c->complaints += level == LOG_ERROR;
@@ -462,10 +467,11 @@ static void config_pins(struct config *c, const struct json *value, struct accou
 		const uint8_t *p = (const uint8_t *)(pin->type == JSON_STRING ? pin->text : "");
 		unsigned i;
 
-		for (i = 0; i < 32 && isxdigit(p[0]) && isxdigit(p[1]); i++, p += p[2] == ':' ? 3 : 2)
-			account->pin[account->pins][i] = (uint8_t)strtoul((char[]){ (char)p[0], (char)p[1],
-										    '\0' },
-									  NULL, 16);
+		for (i = 0; i < 32 && isxdigit(p[0]) && isxdigit(p[1]); i++, p += p[2] == ':' ? 3 : 2) {
+			char octet[3] = { (char)p[0], (char)p[1] };
+
+			account->pin[account->pins][i] = (uint8_t)strtoul(octet, NULL, 16);
+		}
 		if (i < 32 || *p != '\0')
 			break;
 		pin = pin == value ? NULL : pin->next;
@@ -693,14 +699,12 @@ static void config_file_name(struct config *c, const struct json *at, const char
 	char visible[1000];
 
 	if (n == 0 || n > 200 || name[0] == '.' || name[n - 1] == '.' || name[n - 1] == ' ' ||
-	    strpbrk(name, "/\\:*?\"<>|") != NULL)
+	    strpbrk(name, "/\\:*?\"<>|") != NULL ||
+	    strcmp(log_visible(visible, sizeof visible, name, n), name) != 0)
 		config_bad(c, at, key,
-			   "\"%s\" cannot name a file or folder; expected 1 to 200 octets without any of "
-			   "/ \\ : * ? \" < > | and without a dot at either end",
+			   "\"%s\" cannot name a file; expected 1 to 200 octets that can be seen, "
+			   "none of / \\ : * ? \" < > |, and no dot at either end",
 			   name);
-	else if (strcmp(log_visible(visible, sizeof visible, name, n), name) != 0)
-		config_bad(c, at, key,
-			   "found a character that is not seen; expected the name of a file or folder");
 }
 
 static void config_sign_in(struct config *c, const struct json *object, struct oauth *oauth)
@@ -736,6 +740,7 @@ static void config_account(struct config *c, const struct json *object, unsigned
 		account->processes = c->processes_per_account;
 	if (account->ssl == SSL_UNSET && (account->oauth != NULL || account->port == 993))
 		account->ssl = SSL_ON;
+	account->never_clear = account->pins > 0;
 	if (account->port == 0)
 		account->port = account->ssl == SSL_ON ? 993 : 143;
 	secrets = (account->password != NULL) + (account->password_command != NULL) +
@@ -829,6 +834,159 @@ static int config_load(struct config *c, const char *path)
 	if (c->secret && st.st_mode & (S_IRGRP | S_IROTH))
 		log_warn("%s holds a secret and others may read it; try: chmod 600 %s", path, path);
 	return result;
+}
+
+/* What the command line asks for. Flags are int, as getopt_long() sets them. */
+enum run_mode { RUN_BACKUP, RUN_LIST, RUN_CHECK, RUN_VERIFY, RUN_RESTORE, RUN_EXPORT, RUN_AUTHORIZE };
+
+struct options {
+	enum run_mode mode;
+	int dry, json, online, yes, include_gone, paste;
+	int all, gone;           /* RUN_EXPORT: all mails; of these the ones that left the server */
+	const char *what;        /* RUN_EXPORT: a Message-ID; RUN_AUTHORIZE: a name in "oauth2" */
+	const char *into;        /* RUN_RESTORE: the mailbox above all, or NULL */
+	const char *config_path; /* NULL: the quick form, which has these: */
+	const char *host, *port, *user, *to, *password_command;
+	const struct json *mailboxes; /* -m: patterns, or NULL */
+	unsigned accounts;            /* -a: how many of these: */
+	const char **account;
+};
+
+/* Write a member of a JSON object, unless it has no value. */
+static void quick_member(FILE *out, const char *key, const char *value)
+{
+	char *text;
+
+	if (value == NULL)
+		return;
+	text = allocate(6 * strlen(value) + 3);
+	json_escape(text, 6 * strlen(value) + 3, value);
+	fprintf(out, "%s: %s", key, text);
+	free(text);
+}
+
+/* Write the configuration that the quick form stands for. */
+static void quick_write(FILE *out, const struct options *o)
+{
+	unsigned long port = o->port != NULL ? strtoul(o->port, NULL, 10) : 993;
+
+	quick_member(out, "{\n  \"destination\"", o->to);
+	quick_member(out, ",\n  \"accounts\": [{\n    \"email\"", o->user);
+	quick_member(out, ",\n    \"host\"", o->host);
+	quick_member(out, ",\n    \"password_command\"", o->password_command);
+	fprintf(out, ",\n    \"port\": %lu%s\n  }]\n}\n", port, port == 143 ? "" : ",\n    \"ssl\": true");
+}
+
+/*
+ * Make the configuration of a quick run. Its password is in the environment (borrowed; NULL: it is not),
+ * else printed by the command, else asked. Returns 0, or -1 after each complaint has been printed.
+ */
+static int quick_load(struct config *c, const struct options *o, const char *password)
+{
+	char *text = NULL;
+	size_t n = 0;
+	FILE *out = open_memstream(&text, &n);
+	int result = -1;
+
+	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
+	if (out != NULL) {
+		quick_write(out, o);
+		if (fclose(out) == 0)
+			result = config_take(c, text, n);
+	}
+	free(text);
+	if (result == 0) {
+		c->accounts[0].never_clear = true;
+		c->accounts[0].password = password;
+		if (password != NULL)
+			c->accounts[0].password_command = NULL;
+	}
+	return result;
+}
+
+/* Show the configuration with which a quick run can go on. */
+static void quick_hint(const struct options *o)
+{
+	char folder[PATH_MAX_OCTETS / 2], to[PATH_MAX_OCTETS];
+	struct options full = *o;
+
+	if (log_to.level < LOG_INFO || getcwd(folder, sizeof folder) == NULL)
+		return;
+	snprintf(to, sizeof to, "%s/%s", folder, o->to);
+	if (o->to[0] != '/')
+		full.to = to;
+	if (o->password_command == NULL)
+		full.password_command = "cat FILE-WITH-THE-PASSWORD";
+	log_info("to go on with it, say every night, run imap_backup with a file that holds:");
+	quick_write(stderr, &full);
+}
+
+/* Take the password out of the environment, where others could read it. The caller frees it; NULL: none. */
+static char *quick_password(void)
+{
+	char *value = getenv("IMAP_BACKUP_PASSWORD"), *password = NULL;
+
+	if (value != NULL && *value != '\0') {
+		password = copy_text(value);
+		wipe(value, strlen(value));
+	}
+	return password;
+}
+
+static volatile sig_atomic_t prompt_signal;
+
+static void on_prompt_signal(int number)
+{
+	prompt_signal = number;
+}
+
+/*
+ * Ask for an account's password on the terminal, without echo. A signal takes its usual way after the
+ * terminal has been restored. Returns the password (the caller wipes and frees it), or NULL if there is
+ * no terminal or no answer.
+ */
+static char *password_prompt(const char *email)
+{
+	static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction ours = { .sa_handler = on_prompt_signal }, former[3];
+	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
+	char text[1024], *password = NULL;
+	struct termios shown, hidden;
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+	ssize_t n;
+
+	if (fd < 0 || tcgetattr(fd, &shown) != 0) {
+		if (fd >= 0)
+			close(fd);
+		return NULL;
+	}
+	prompt_signal = 0;
+	sigemptyset(&ours.sa_mask);
+	for (int i = 0; i < 3; i++)
+		if (sigaction(numbers[i], NULL, &former[i]) == 0 && former[i].sa_handler != SIG_IGN)
+			sigaction(numbers[i], &ours, NULL);
+	hidden = shown;
+	hidden.c_lflag = (hidden.c_lflag & ~(tcflag_t)ECHO) | ECHONL | ICANON;
+	hidden.c_cc[VQUIT] = hidden.c_cc[VSUSP] = _POSIX_VDISABLE; /* nor may these leave it so */
+	tcsetattr(fd, TCSAFLUSH, &hidden);
+	dprintf(fd, "password of %s: ", email);
+	do
+		n = poll(&ready, 1, 1000);
+	while ((n == 0 || (n < 0 && errno == EINTR)) && prompt_signal == 0 && !stop_asked);
+	if (n > 0)
+		n = read(fd, text, sizeof text);
+	tcsetattr(fd, TCSAFLUSH, &shown);
+	close(fd);
+	for (int i = 0; i < 3; i++)
+		sigaction(numbers[i], &former[i], NULL);
+	if (prompt_signal != 0)
+		raise(prompt_signal);
+	else if (n > 0 && text[n - 1] == '\n') {
+		text[n - 1] = '\0';
+		password = copy_text(text);
+	}
+	wipe(text, sizeof text);
+	return password;
 }
 
 /* Return true if a pattern with * and ? fits the text. A '?' stands for a whole UTF-8 character. */
@@ -3540,7 +3698,7 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 		return -1;
 	if (account->ssl == SSL_ON)
 		return imap_know_capabilities(im);
-	if (im->preauth && !stream_is_local(&im->s))
+	if (im->preauth && (account->never_clear || !stream_is_local(&im->s)))
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "the server lets us in without a login and without "
 				   "TLS (PREAUTH): it cannot be trusted; try \"ssl\": true");
@@ -3559,12 +3717,12 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 		im->capabilities_known = false;
 		return imap_know_capabilities(im);
 	}
-	if (account->ssl == SSL_OFF) {
+	if (account->ssl == SSL_OFF && !account->never_clear) {
 		if (!stream_is_local(&im->s))
 			log_warn("%s offers no STARTTLS: the password goes over the line in the clear, as "
 				 "\"ssl\": false says",
 				 account->host);
-	} else if (!stream_is_local(&im->s)) {
+	} else if (account->never_clear || !stream_is_local(&im->s)) {
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "%s, port %u, offers no STARTTLS; set \"ssl\": true for "
 				   "TLS on port 993, or \"ssl\": false to send the password in the clear",
@@ -5427,17 +5585,6 @@ static int session_run(struct session *s, struct err *e)
  * pauses for long puts it back; whoever reaps a process that died puts it back for that. A process ends
  * when its parent does.
  */
-enum run_mode { RUN_BACKUP, RUN_LIST, RUN_CHECK };
-
-struct options {
-	enum run_mode mode;
-	bool dry;
-	const char *config_path;
-	const struct json *mailboxes; /* -m: patterns, or NULL */
-	unsigned accounts;            /* -a: how many of these: */
-	const char **account;
-};
-
 struct slot {               /* of a worker */
 	struct counts counts;   /* of the mailboxes that are over */
 	uint64_t mails, octets; /* that came, for the progress line */
@@ -6413,130 +6560,188 @@ static void run_all(struct run *run)
 /* ======== command line ======== */
 
 /*
- * Exit status: 0 everything was backed up; 1 something failed, the rest was done; 2 the command
- * line or the configuration is wrong, nothing was done; 3 nothing failed, but another run holds an
- * account's archive.
+ * Exit status, of every mode: 0 everything was done, or is well; 1 something failed (the rest was still
+ * done), or is damaged; 2 the command line or the configuration is wrong, nothing was done; 3 nothing
+ * failed, but another run holds an account's archive.
  */
-static const char usage[] =
-	"usage: imap_backup [options] [config.json]\n"
-	"\n"
-	"Backs up all mailboxes of IMAP accounts into mbox files.\n"
-	"\n"
-	"  --list                 show accounts, mailboxes, messages, and the file each goes to\n"
-	"  --check                try configuration, connection, certificate and login\n"
-	"\n"
-	"  -a, --account EMAIL    only this account (may be repeated)\n"
-	"  -m, --mailbox NAME     only this mailbox (may be repeated; * and ? are wildcards)\n"
-	"  -n, --dry-run          say what would be done\n"
-	"  -q, --quiet            warnings and errors only (for cron)\n"
-	"  -v, --verbose          more; -vv shows the protocol, never secrets\n"
-	"  -h, --help             this\n"
-	"  -V, --version          version and libraries\n"
-	"\n"
-	"The configuration is ./config.json unless named. Exit status: 0 all is backed up, 1 something\n"
-	"failed, 2 wrong options or configuration, 3 another run is at work.\n";
+static const char
+	usage[] = "usage: imap_backup [options] [config.json]\n"
+		  "       imap_backup --host HOST --user EMAIL --to FOLDER [options]\n"
+		  "\n"
+		  "Backs up all mailboxes of IMAP accounts into mbox files. Or:\n"
+		  "  --list                 show accounts, mailboxes, messages, and their files\n"
+		  "  --check                try configuration, connection, certificate and login\n"
+		  "  --verify [--online]    compare the archives with their indexes (and the server)\n"
+		  "  --restore [--yes] [--include-gone] [--into MAILBOX]\n"
+		  "                         put archived mail back on the server\n"
+		  "  --export MESSAGE-ID    write one archived mail to standard output\n"
+		  "  --export-all [--gone]  write all mails (or what left the server) as one mbox\n"
+		  "  --authorize NAME [--paste]   sign in for an entry of \"oauth2\"\n"
+		  "\n"
+		  "  -a, --account EMAIL    only this account (may be repeated)\n"
+		  "  -m, --mailbox NAME     only this mailbox (may be repeated; wildcards * and ?)\n"
+		  "  -n, --dry-run          say what would be done\n"
+		  "  -q, --quiet            warnings and errors only (for cron)\n"
+		  "  -v, --verbose          more; -vv shows the protocol, never secrets\n"
+		  "      --json             tell what was done as JSON on standard output\n"
+		  "  -h, --help             this\n"
+		  "  -V, --version          version and libraries\n"
+		  "\n"
+		  "The configuration is ./config.json unless named. Without one, for one account:\n"
+		  "  --host HOST --user EMAIL --to FOLDER   and, if need be,\n"
+		  "  --port PORT            993; 143 for STARTTLS\n"
+		  "  --password-command COMMAND   else IMAP_BACKUP_PASSWORD in the environment,\n"
+		  "                         else it is asked\n"
+		  "\n"
+		  "Exit status: 0 all is done or well, 1 something failed or is damaged, 2 wrong\n"
+		  "options or configuration, 3 another run is at work.\n";
 
-static int usage_error(const char *format, const char *what)
+#define usage_error(...) (log_error(__VA_ARGS__), fputs("try: imap_backup --help\n", stderr), 2)
+
+/* Check that the options fit together. Returns -1 if they do, else the exit status. */
+static int options_check(const struct options *o, const char *mode)
 {
-	log_error(format, what);
-	fputs("try: imap_backup --help\n", stderr);
-	return 2;
+	const unsigned verify = 1u << RUN_VERIFY, restore = 1u << RUN_RESTORE, export = 1u << RUN_EXPORT;
+	const unsigned authorize = 1u << RUN_AUTHORIZE;
+	bool quick = o->host != NULL || o->port != NULL || o->user != NULL || o->to != NULL ||
+		     o->password_command != NULL;
+	const struct {
+		const char *word;
+		bool given;
+		unsigned modes; /* that it goes with */
+	} limits[] = {
+		{ "--online", o->online, verify },
+		{ "--yes", o->yes, restore },
+		{ "--include-gone", o->include_gone, restore },
+		{ "--into", o->into != NULL, restore },
+		{ "--gone", o->gone, o->all ? export : 0 },
+		{ "--paste", o->paste, authorize },
+		{ "--json", o->json, ~(export | authorize) },
+		{ "--dry-run", o->dry, ~(export | authorize) },
+		{ "--account", o->accounts > 0, ~authorize },
+		{ "--mailbox", o->mailboxes != NULL, ~authorize },
+		{ "--host", quick, ~authorize },
+	};
+
+	for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+		if (limits[i].given && !(limits[i].modes & 1u << o->mode))
+			return usage_error("%s does not go together with %s", limits[i].word, mode);
+	if (!quick)
+		return -1;
+	if (o->host == NULL || o->user == NULL || o->to == NULL)
+		return usage_error("a run without a configuration file needs --host, --user and --to");
+	if (o->config_path != NULL)
+		return usage_error("%s: a configuration file does not go together with --host",
+				   o->config_path);
+	if (o->port != NULL && (o->port[0] == '\0' || o->port[strspn(o->port, "0123456789")] != '\0'))
+		return usage_error("--port: found \"%s\", expected a number", o->port);
+	return -1;
 }
 
 /* Take the options. Returns -1 to go on, else the exit status. */
 static int options_parse(struct options *o, int argc, char **argv)
 {
-	enum { LIST = 1, CHECK = 2 }; /* options without a letter */
-	static const struct {
-		const char *word;
-		char letter;
-		bool value;
-	} known[] = {
-		{ "--list", LIST, false },   { "--check", CHECK, false }, { "--account", 'a', true },
-		{ "--mailbox", 'm', true },  { "--dry-run", 'n', false }, { "--quiet", 'q', false },
-		{ "--verbose", 'v', false }, { "--help", 'h', false },    { "--version", 'V', false },
+	enum { INTO = 1, HOST, PORT, USER, TO, COMMAND }; /* options without a letter */
+	const char **const texts[] = {
+		[INTO] = &o->into, [HOST] = &o->host, [PORT] = &o->port,
+		[USER] = &o->user, [TO] = &o->to,     [COMMAND] = &o->password_command
+	};
+	int mode = RUN_BACKUP, letter, which = 0;
+	const struct option words[] = {
+		{ "list", no_argument, &mode, RUN_LIST },
+		{ "check", no_argument, &mode, RUN_CHECK },
+		{ "verify", no_argument, &mode, RUN_VERIFY },
+		{ "restore", no_argument, &mode, RUN_RESTORE },
+		{ "export", required_argument, &mode, RUN_EXPORT },
+		{ "export-all", no_argument, &mode, RUN_EXPORT },
+		{ "authorize", required_argument, &mode, RUN_AUTHORIZE },
+		{ "online", no_argument, &o->online, 1 },
+		{ "yes", no_argument, &o->yes, 1 },
+		{ "include-gone", no_argument, &o->include_gone, 1 },
+		{ "gone", no_argument, &o->gone, 1 },
+		{ "paste", no_argument, &o->paste, 1 },
+		{ "json", no_argument, &o->json, 1 },
+		{ "into", required_argument, NULL, INTO },
+		{ "host", required_argument, NULL, HOST },
+		{ "port", required_argument, NULL, PORT },
+		{ "user", required_argument, NULL, USER },
+		{ "to", required_argument, NULL, TO },
+		{ "password-command", required_argument, NULL, COMMAND },
+		{ "account", required_argument, NULL, 'a' },
+		{ "mailbox", required_argument, NULL, 'm' },
+		{ "dry-run", no_argument, NULL, 'n' },
+		{ "quiet", no_argument, NULL, 'q' },
+		{ "verbose", no_argument, NULL, 'v' },
+		{ "help", no_argument, NULL, 'h' },
+		{ "version", no_argument, NULL, 'V' },
+		{ NULL, 0, NULL, 0 },
 	};
 	struct json *patterns = NULL, *last = NULL;
-	bool options_over = false;
+	const char *mode_word = NULL;
+	char shown[40] = "a backup";
 
 	o->account = allocate((size_t)argc * sizeof *o->account);
-	for (int i = 1; i < argc; i++) {
-		const char *word = argv[i], *value = NULL, *rest = "";
-
-		if (options_over || word[0] != '-' || word[1] == '\0') {
-			if (o->config_path != NULL)
-				return usage_error("one configuration file is enough: %s", word);
-			o->config_path = word;
-			continue;
+	opterr = 0;
+	while ((letter = getopt_long(argc, argv, ":a:m:nqvhV", words, &which)) != -1)
+		switch (letter) {
+		case 0:
+			if (words[which].flag != &mode)
+				break;
+			if (mode_word != NULL &&
+			    (strcmp(mode_word, words[which].name) != 0 || optarg != NULL))
+				return usage_error("only one of --%s and --%s", mode_word,
+						   words[which].name);
+			mode_word = words[which].name;
+			o->what = optarg;
+			break;
+		case 'a':
+			o->account[o->accounts++] = optarg;
+			break;
+		case 'm':
+			if (patterns == NULL)
+				last = patterns = allocate((size_t)(argc + 1) * sizeof *patterns);
+			else
+				last->next = last + 1;
+			*++last = (struct json){ .type = JSON_STRING, .text = optarg };
+			patterns->child = patterns + 1;
+			o->mailboxes = patterns;
+			break;
+		case 'n':
+			o->dry = 1;
+			break;
+		case 'q':
+			log_to.level = LOG_WARN;
+			break;
+		case 'v':
+			log_to.level = log_to.level < LOG_DETAIL ? LOG_DETAIL : LOG_TRACE;
+			break;
+		case 'h':
+			fputs(usage, stdout);
+			return fflush(stdout) != 0;
+		case 'V':
+			printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
+			return fflush(stdout) != 0;
+		case ':':
+		case '?':
+			return usage_error(letter == ':'
+						   ? "%s%.1s needs a value"
+						   : "unknown option, or one that takes no value: %s%.1s",
+					   optopt > ' ' ? "-" : argv[optind - 1],
+					   optopt > ' ' ? (char[]){ (char)optopt, '\0' } : "");
+		default:
+			*texts[letter] = optarg;
 		}
-		if (strcmp(word, "--") == 0) {
-			options_over = true;
-			continue;
-		}
-		if (word[1] != '-')
-			rest = word + 1;
-		do { /* letters may stand together: -nv */
-			size_t k, n = strcspn(word, "=");
-
-			for (k = 0; k < sizeof known / sizeof *known; k++)
-				if (*rest != '\0' ? known[k].letter == *rest
-						  : strlen(known[k].word) == n &&
-							    strncmp(known[k].word, word, n) == 0)
-					break;
-			if (k == sizeof known / sizeof *known)
-				return usage_error("unknown option: %s", word);
-			rest += *rest != '\0';
-			if (known[k].value) {
-				value = *rest != '\0'                      ? rest
-					: word[1] == '-' && word[n] == '=' ? word + n + 1
-					: i + 1 < argc                     ? argv[++i]
-									   : NULL;
-				if (value == NULL)
-					return usage_error("%s needs a value", word);
-				rest = "";
-			} else if (word[1] == '-' && word[n] == '=') {
-				return usage_error("this option takes no value: %s", word);
-			}
-			switch (known[k].letter) {
-			case LIST:
-				o->mode = RUN_LIST;
-				break;
-			case CHECK:
-				o->mode = RUN_CHECK;
-				break;
-			case 'a':
-				o->account[o->accounts++] = value;
-				break;
-			case 'm':
-				if (last == NULL)
-					last = patterns = allocate((size_t)(argc + 1) * sizeof *patterns);
-				else
-					last->next = last + 1;
-				*++last = (struct json){ .type = JSON_STRING, .text = value };
-				patterns->child = patterns + 1;
-				o->mailboxes = patterns;
-				break;
-			case 'n':
-				o->dry = true;
-				break;
-			case 'q':
-				log_to.level = LOG_WARN;
-				break;
-			case 'v':
-				log_to.level = log_to.level < LOG_DETAIL ? LOG_DETAIL : LOG_TRACE;
-				break;
-			case 'h':
-				fputs(usage, stdout);
-				return fflush(stdout) != 0;
-			default:
-				printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
-				return fflush(stdout) != 0;
-			}
-		} while (*rest != '\0');
-	}
-	if (o->config_path == NULL)
+	o->mode = (enum run_mode)mode;
+	o->all = o->mode == RUN_EXPORT && o->what == NULL;
+	if (optind < argc)
+		o->config_path = argv[optind++];
+	if (optind < argc)
+		return usage_error("one configuration file is enough: %s", argv[optind]);
+	if (mode_word != NULL)
+		snprintf(shown, sizeof shown, "--%s", mode_word);
+	if ((letter = options_check(o, shown)) < 0 && o->host == NULL && o->config_path == NULL)
 		o->config_path = "config.json";
-	return -1;
+	return letter;
 }
 
 /* Is the destination on another file system than the root, as require_mount wants it? */
@@ -6566,11 +6771,19 @@ static int run_prepare(struct run *run)
 	const struct options *o = run->options;
 	char octet = 0;
 
+	for (unsigned k = 0; k < o->accounts; k++) {
+		unsigned i = 0;
+
+		while (i < c->n_accounts && strcasecmp(o->account[k], c->accounts[i].email) != 0)
+			i++;
+		if (i == c->n_accounts)
+			return usage_error("no such account in the configuration: %s", o->account[k]);
+	}
 	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + sizeof *run->starving);
 	run->starving = (volatile unsigned *)(void *)(run->boards + c->n_accounts);
 	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
 	for (unsigned i = 0; i < c->n_accounts; i++) {
-		const struct account *account = &c->accounts[i];
+		struct account *account = &c->accounts[i];
 		struct board *b = &run->boards[run->n_boards];
 		struct trust *trust;
 		bool wanted = o->accounts == 0;
@@ -6581,6 +6794,8 @@ static int run_prepare(struct run *run)
 			continue;
 		run->n_boards++;
 		b->account = account;
+		if (account->password == NULL && account->password_command == NULL && account->oauth == NULL)
+			account->password = password_prompt(account->email);
 		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
 		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
 		if (account->pins > 0 || run_trust(run, account->ca_file) != NULL)
@@ -6588,14 +6803,6 @@ static int run_prepare(struct run *run)
 		trust = &run->trusts[run->n_trusts++];
 		trust->named = account->ca_file;
 		trust_load(trust, account->ca_file, &trust->err);
-	}
-	for (unsigned k = 0; k < o->accounts; k++) {
-		bool found = false;
-
-		for (unsigned i = 0; i < c->n_accounts; i++)
-			found = found || strcasecmp(o->account[k], c->accounts[i].email) == 0;
-		if (!found)
-			return usage_error("no such account in the configuration: %s", o->account[k]);
 	}
 	if (pipe(run->places) != 0 || fcntl(run->places[0], F_SETFL, O_NONBLOCK) != 0) {
 		log_error("pipe: %s", strerror(errno));
@@ -6700,39 +6907,47 @@ int main(int argc, char **argv)
 	static struct run run;
 	static struct config config;
 	static struct options options;
-	static const int stops[] = { SIGINT, SIGTERM, SIGHUP };
-	struct sigaction stop = { .sa_handler = on_stop_signal }, before;
+	struct sigaction stop = { .sa_handler = on_stop_signal }, former;
+	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
+	char *password;
 	int status;
 
 	/* Descriptors 0 to 2 must be taken, or a socket or an archive would become stderr. */
-	while ((status = open("/dev/null", O_RDWR)) >= 0 && status <= 2)
-		;
-	if (status > 2)
-		close(status);
+	for (int fd = 0; fd <= 2; fd++)
+		if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
+			return 2;
 	umask(077);
 	log_to.terminal = isatty(STDERR_FILENO) != 0;
 	log_to.color = log_to.terminal && getenv("NO_COLOR") == NULL;
+	password = quick_password();
 	status = options_parse(&options, argc, argv);
 	if (status >= 0)
 		return status;
-	if (config_load(&config, options.config_path) != 0)
+	if (options.config_path != NULL ? config_load(&config, options.config_path) != 0
+					: quick_load(&config, &options, password) != 0)
 		return 2;
+	if (options.mode > RUN_CHECK) {
+		log_error("this is not possible yet");
+		return 2;
+	}
 	run.config = &config;
 	run.options = &options;
-	if ((status = run_prepare(&run)) != 0)
-		return status;
 	run_set_clock();
 	sigemptyset(&stop.sa_mask);
-	for (size_t i = 0; i < sizeof stops / sizeof *stops; i++)
-		if (sigaction(stops[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-			sigaction(stops[i], &stop, NULL);
+	for (int i = 0; i < 3; i++) /* nohup wants its signal ignored */
+		if (sigaction(signals[i], NULL, &former) == 0 && former.sa_handler != SIG_IGN)
+			sigaction(signals[i], &stop, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
 	curl_global_init(CURL_GLOBAL_DEFAULT);
+	if ((status = run_prepare(&run)) != 0)
+		return status;
 	status = 1;
 	if (!config.require_mount || destination_mounted(&config)) {
 		run_all(&run);
 		status = run_summary(&run);
+		if (config.quick && status == 0 && options.mode == RUN_BACKUP && !options.dry)
+			quick_hint(&options);
 		if (fflush(stdout) != 0 && status == 0)
 			status = 1;
 	}

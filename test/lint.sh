@@ -54,7 +54,7 @@ done
 #   narrowing-conversions        -Wconversion says it better; these are values below 128
 #   not-null-terminated-result   memchr() in an alphabet of 64 digits
 #   suspicious-memory-comparison struct state: a difference in the padding costs a write, no more
-#   no-recursion                 JSON values, JSON_DEPTH_MAX deep; config_distance(), two deep
+#   no-recursion                 JSON values, JSON_DEPTH_MAX deep
 #   no-int-to-ptr                takes const from BearSSL's argument
 #   insecureAPI                  memcpy() and the like: their _s forms are in no C library that we use
 #   core.*, unix.Malloc          it does not know that a pointer belongs to a count (boxes and n_boxes,

@@ -97,22 +97,42 @@ static void test_log(void)
 
 /* ---- config ---- */
 
+/* What a part of the program says on stderr, between these two. */
+static FILE *said_to;
+static int said_before;
+
+static void hear(void)
+{
+	said_to = tmpfile();
+	said_before = dup(STDERR_FILENO);
+	dup2(fileno(said_to), STDERR_FILENO);
+}
+
+static const char *heard(void)
+{
+	static char text[4000];
+
+	fflush(stderr);
+	dup2(said_before, STDERR_FILENO);
+	close(said_before);
+	rewind(said_to);
+	text[fread(text, 1, sizeof text - 1, said_to)] = '\0';
+	fclose(said_to);
+	return text;
+}
+
 /* What config_load() says about a text; NULL: it was taken. */
 static const char *complaints(struct config *c, const char *text)
 {
-	static char said_of_it[2000];
-	FILE *f = fopen("config.json", "w"), *err = tmpfile();
-	int saved = dup(STDERR_FILENO), result;
+	FILE *f = fopen("config.json", "w");
+	const char *said_of_it;
+	int result;
 
 	fputs(text, f);
 	fclose(f);
-	dup2(fileno(err), STDERR_FILENO);
+	hear();
 	result = config_load(c, "config.json");
-	dup2(saved, STDERR_FILENO);
-	close(saved);
-	rewind(err);
-	said_of_it[fread(said_of_it, 1, sizeof said_of_it - 1, err)] = '\0';
-	fclose(err);
+	said_of_it = heard();
 	return result == 0 ? NULL : said_of_it;
 }
 
@@ -189,11 +209,11 @@ static void test_config(void)
 
 		/* folders and paths */
 		{ ACCOUNT(", \"email\": \"\""), "\"email\" again" },
-		{ EMAIL("../x", ""), "accounts[0].email: \"../x\" cannot name a file or folder" },
-		{ EMAIL("a@x.", ""), "\"a@x.\" cannot name a file or folder" },
-		{ EMAIL("a\\nb", ""), "accounts[0].email: found a character that is not seen" },
-		{ EMAIL("a\xC2\x9B" "b", ""), "accounts[0].email: found a character that is not seen" },
-		{ EMAIL("a\xE2\x80\x8B@x", ""), "accounts[0].email: found a character that is not seen" },
+		{ EMAIL("../x", ""), "accounts[0].email: \"../x\" cannot name a file" },
+		{ EMAIL("a@x.", ""), "\"a@x.\" cannot name a file" },
+		{ EMAIL("a\\nb", ""), "cannot name a file; expected 1 to 200 octets that can be seen" },
+		{ EMAIL("a\xC2\x9B" "b", ""), "cannot name a file; expected 1 to 200 octets that can be seen" },
+		{ EMAIL("a\xE2\x80\x8B@x", ""), "cannot name a file; expected 1 to 200 octets that can be seen" },
 		{ EMAIL("\xC3\xA9@x", ""), NULL },
 		{ EMAIL("", ""), "accounts[0].email: missing or empty; expected a string" },
 		{ "{\"destination\": \"d\", \"accounts\": [\n{\"email\": \"a@x\", \"host\": \"h\", \"password\": "
@@ -273,6 +293,165 @@ static void test_config(void)
 	for (size_t i = 0; i < N(words); i++)
 		check(config_distance(words[i].a, words[i].b) == words[i].distance, "distance of %s and %s: %u",
 		      words[i].a, words[i].b, config_distance(words[i].a, words[i].b));
+}
+
+static void test_paths(void)
+{
+	struct config c;
+
+	check(mkdir("sub", 0700) == 0, "a folder");
+	complaints(&c, "{\"destination\": \"d/e\", \"ca_file\": \"/etc/ca\", \"accounts\": [{\"email\": \"a@x\", "
+		       "\"host\": \"h\", \"ca_file\": \"ca\"}]}");
+	config_free(&c);
+	check(rename("config.json", "sub/config.json") == 0 && config_load(&c, "sub/config.json") == 0, "sub");
+	check(strcmp(c.destination, "sub/d/e") == 0 && strcmp(c.ca_file, "/etc/ca") == 0 &&
+	      strcmp(c.accounts[0].ca_file, "sub/ca") == 0 && strcmp(c.oauth2_cache, "sub") == 0,
+	      "relative to the file's folder: %s, %s, %s", c.destination, c.accounts[0].ca_file, c.oauth2_cache);
+	free((void *)(uintptr_t)c.destination);
+	free((void *)(uintptr_t)c.accounts[0].ca_file);
+	free((void *)(uintptr_t)c.folder);
+	config_free(&c);
+	unlink("sub/config.json");
+	rmdir("sub");
+}
+
+/* ---- options ---- */
+
+/* Take a command line whose words stand between blanks. */
+static int take_options(struct options *o, const char *line, char words[400])
+{
+	char *argv[40] = { "imap_backup" };
+	int argc = 1;
+
+	snprintf(words, 400, "%s", line);
+	for (char *word = strtok(words, " "); word != NULL; word = strtok(NULL, " "))
+		argv[argc++] = word;
+	memset(o, 0, sizeof *o);
+	optind = 0; /* getopt_long() begins anew */
+	log_to.level = LOG_INFO;
+	return options_parse(o, argc, argv);
+}
+
+static void free_options(struct options *o)
+{
+	free(o->account);
+	free((void *)(uintptr_t)o->mailboxes);
+}
+
+static void test_options(void)
+{
+	static const struct { const char *line, *complaint; } rows[] = {
+		{ "--nonsense", "unknown option" }, { "-x", "unknown option" }, { "--list=x", "unknown option" },
+		{ "-a", "-a needs a value" }, { "--into", "--into needs a value" }, { "a b", "is enough: b" },
+		{ "--list --check", "only one of --list and --check" }, { "--export a --export b", "only one of" },
+		{ "--export a --export-all", "only one of --export and --export-all" },
+		{ "--list --list", NULL }, { "--list -n", NULL }, { "-n --json", NULL }, { "--check -m x", NULL },
+		{ "--online", "--online does not go together with a backup" }, { "--verify --online --json", NULL },
+		{ "--yes", "--yes does not" }, { "--list --yes", "--yes does not go together with --list" },
+		{ "--restore --yes --include-gone --into A/B -a a@x -m x -n --json c.json", NULL },
+		{ "--verify --include-gone", "--include-gone does" }, { "--check --into x", "--into does not" },
+		{ "--gone", "--gone does not" }, { "--export x --gone", "--gone does not go together with --export" },
+		{ "--export-all --gone", NULL }, { "--export-all --json", "--json does not" },
+		{ "--export x -n", "--dry-run does not" }, { "--authorize w --paste", NULL },
+		{ "--paste", "--paste does not" }, { "--authorize w -a a@x", "--account does not" },
+		{ "--authorize w -m x", "--mailbox does not" },
+		{ "--host h", "needs --host, --user and --to" }, { "--user u --to d", "needs --host, --user and --to" },
+		{ "--port 993", "needs --host" }, { "--password-command x", "needs --host" },
+		{ "--host h --user u --to d", NULL }, { "--host h --user u --to d c.json", "c.json: a configuration" },
+		{ "--host h --user u --to d --list -m x -n", NULL }, { "--host h --user u --to d --restore", NULL },
+		{ "--host h --user u --to d --authorize w", "--host does not go together with --authorize" },
+		{ "--host h --user u --to d --port 99x", "--port: found \"99x\", expected a number" },
+		{ "--host h --user u --to d --port -1", "--port: found \"-1\"" },
+	};
+	struct options o;
+	char words[400];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		const char *said_of_it;
+		int result;
+
+		hear();
+		result = take_options(&o, rows[i].line, words);
+		said_of_it = heard();
+		check(result == (rows[i].complaint == NULL ? -1 : 2) &&
+		      strstr(said_of_it, rows[i].complaint != NULL ? rows[i].complaint : "") != NULL,
+		      "options %s: %d, %s", rows[i].line, result, said_of_it);
+		free_options(&o);
+	}
+	check(take_options(&o, "", words) == -1 && o.mode == RUN_BACKUP && strcmp(o.config_path, "config.json") == 0,
+	      "no options");
+	free_options(&o);
+	check(take_options(&o, "c.json -nqa a@x --account=b@x -mINBOX --mailbox A/* -vvv", words) == -1 && o.dry &&
+	      strcmp(o.config_path, "c.json") == 0 && log_to.level == LOG_TRACE && o.accounts == 2 &&
+	      strcmp(o.account[1], "b@x") == 0 && strcmp(o.mailboxes->child->text, "INBOX") == 0 &&
+	      strcmp(o.mailboxes->child->next->text, "A/*") == 0 && o.mailboxes->child->next->next == NULL, "options");
+	free_options(&o);
+	check(take_options(&o, "--export <a@x> -q -- -c.json", words) == -1 && o.mode == RUN_EXPORT && !o.all &&
+	      strcmp(o.what, "<a@x>") == 0 && strcmp(o.config_path, "-c.json") == 0 && log_to.level == LOG_WARN,
+	      "a file with a dash");
+	free_options(&o);
+	check(take_options(&o, "--export-all", words) == -1 && o.mode == RUN_EXPORT && o.all, "all of them");
+	free_options(&o);
+	log_to.level = LOG_INFO;
+}
+
+static void test_quick(void)
+{
+	static const struct { const char *line, *complaint; } rows[] = {
+		{ "--host h:993 --user u@x --to d", "error: command line: accounts[0].host: found \"h:993\", expected" },
+		{ "--host h --user ../u --to d", "command line: accounts[0].email: \"../u\" cannot name" },
+		{ "--host h --user u@x --to ~/d", "command line: destination: found \"~/d\", expected the path" },
+		{ "--host h --user u@x --to d --port 65536", "accounts[0].port: found 65536, expected a whole" },
+		{ "--host h --user u@x --to d --port 0", "accounts[0].port: found 0" },
+	};
+	struct options o;
+	struct config c;
+	char words[400], cwd[300], expected[600];
+	const char *said_of_it;
+
+	for (size_t i = 0; i < N(rows); i++) {
+		take_options(&o, rows[i].line, words);
+		hear();
+		check(quick_load(&c, &o, NULL) == -1, "quick form %s", rows[i].line);
+		said_of_it = heard();
+		check(strstr(said_of_it, rows[i].complaint) != NULL, "quick form %s: %s", rows[i].line, said_of_it);
+		config_free(&c);
+		free_options(&o);
+	}
+	take_options(&o, "--host h --user u@x --to a\"b --password-command x", words);
+	check(quick_load(&c, &o, NULL) == 0 && strcmp(c.destination, "a\"b") == 0 && c.accounts[0].ssl == SSL_ON &&
+	      c.accounts[0].port == 993 && c.accounts[0].never_clear && c.timeout_sec == 120 &&
+	      strcmp(c.accounts[0].email, "u@x") == 0 && strcmp(c.accounts[0].username, "u@x") == 0 &&
+	      strcmp(c.accounts[0].password_command, "x") == 0 && c.accounts[0].password == NULL, "quick form");
+	config_free(&c);
+	check(quick_load(&c, &o, "secret") == 0 && strcmp(c.accounts[0].password, "secret") == 0 &&
+	      c.accounts[0].password_command == NULL, "quick form with a password in the environment");
+	config_free(&c);
+	hear();
+	quick_hint(&o);
+	said_of_it = heard();
+	snprintf(expected, sizeof expected, "{\n  \"destination\": \"%s/a\\\"b\",\n  \"accounts\": [{\n"
+		 "    \"email\": \"u@x\",\n    \"host\": \"h\",\n    \"password_command\": \"x\",\n    \"port\": 993,\n"
+		 "    \"ssl\": true\n  }]\n}\n", getcwd(cwd, sizeof cwd));
+	check(strstr(said_of_it, expected) != NULL, "the lines of config: %s", said_of_it);
+	check(complaints(&c, strchr(said_of_it, '{')) == NULL && strcmp(c.accounts[0].host, "h") == 0, "they are one");
+	config_free(&c);
+	free_options(&o);
+	take_options(&o, "--host h --user u@x --to d --port 143", words);
+	check(quick_load(&c, &o, NULL) == 0 && c.accounts[0].ssl == SSL_UNSET && c.accounts[0].port == 143 &&
+	      c.accounts[0].never_clear, "quick form with STARTTLS");
+	config_free(&c);
+	free_options(&o);
+	setenv("IMAP_BACKUP_PASSWORD", "hidden", 1);
+	{
+		const char *left = getenv("IMAP_BACKUP_PASSWORD");
+		char *password = quick_password();
+
+		check(password != NULL && strcmp(password, "hidden") == 0 && memcmp(left, "\0\0\0\0\0\0", 6) == 0,
+		      "the environment is wiped");
+		free(password);
+	}
+	check(quick_password() == NULL, "there is none any more");
 }
 
 static void test_match(void)
@@ -1034,6 +1213,9 @@ int main(void)
 {
 	test_log();
 	test_config();
+	test_paths();
+	test_options();
+	test_quick();
 	test_match();
 	test_certificates();
 	test_sets();

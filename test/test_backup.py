@@ -1,10 +1,13 @@
 """The whole program against a real server, Dovecot."""
 import imaplib
+import fcntl
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
+import termios
 import time
 
 import archive
@@ -575,6 +578,125 @@ def test_require_mount(t):
     t.config(require_mount=True, destination='/', failure_url=web.url + '/bad')
     assert 'mounted' in t.backup(status=1).err
     assert web.requests == ['/bad']
+
+
+def quick(t, *more, host='localhost', port=None):
+    """The quick form's options. The server knows --user as it is."""
+    t.email = t.user
+    return ['--host', host, '--user', t.user, '--to', t.dest, '--port', str(port or t.dovecot().tls), *more]
+
+
+def test_quick_form(t):
+    """Without a configuration; then with the lines that it printed."""
+    held = fill(t, {'INBOX': few(3), 'A/B': few(2)})
+    env = {'SSL_CERT_FILE': t.certs.ca}
+    options = quick(t, '--password-command', 'echo ' + servers.PASSWORD)
+    got = t.backup('--list', *options, config=False, env=env)
+    assert re.search(r'INBOX +3 ', got.out) and '"destination"' not in got.err, got
+    got = t.backup('-m', 'INBOX', *options, config=False, env=env)
+    assert ': 3 new' in got.err, got.err
+    with open(t.path, 'w') as f:
+        f.write(got.err[got.err.index('\n{') + 1:])
+    got = t.backup(env=env)
+    assert ': 2 new' in got.err, got.err
+    t.same(held)
+    got = t.backup('-q', *quick(t), config=False, env=dict(env, IMAP_BACKUP_PASSWORD=servers.PASSWORD))
+    assert got.err == '', got.err
+    assert 'do not go together' in t.backup(*options, status=2).err.replace('does not', 'do not')
+    assert servers.PASSWORD not in got.err
+
+
+def test_a_password_in_the_environment_does_not_stay_there(t):
+    with socket.create_server(('127.0.0.1', 0)) as listener:   # and says nothing
+        process = subprocess.Popen([PROGRAM, *quick(t, port=listener.getsockname()[1], host='127.0.0.1')],
+                                   env=dict(os.environ, IMAP_BACKUP_PASSWORD='wiped-away', SSL_CERT_FILE=t.certs.ca),
+                                   stderr=subprocess.PIPE, cwd=t.folder)
+        line = listener.accept()[0]
+        pids = [process.pid] + children(process.pid)
+        for pid in pids:
+            with open('/proc/%d/environ' % pid, 'rb') as f:
+                environ = f.read()
+            assert b'SSL_CERT_FILE' in environ and b'wiped-away' not in environ, environ
+        assert len(pids) > 1
+        process.send_signal(signal.SIGTERM)
+        line.close()
+        err = process.communicate(timeout=60)[1]
+    assert b'wiped-away' not in err, err
+
+
+def at_a_terminal(t, answer, *options, config=True):
+    """Run at a terminal of its own, and answer the question. (status, what was shown, echo meanwhile, echo after)"""
+    master, slave = os.openpty()
+    t.cleanups.append(lambda: os.close(master))
+
+    def own():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    def echo():
+        return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
+
+    process = subprocess.Popen([PROGRAM, *options, *([t.path] if config else [])], stdin=slave, stdout=slave, stderr=slave,
+                               cwd=t.folder, preexec_fn=own, env=dict(os.environ, SSL_CERT_FILE=t.certs.ca))
+    shown = b''
+    while b'password of ' + t.email.encode() + b': ' not in shown:
+        shown += os.read(master, 1000)
+    asked = echo()
+    if isinstance(answer, bytes):
+        os.write(master, answer)
+    else:
+        process.send_signal(answer)
+    status = process.wait(timeout=60)
+    after = echo()
+    os.close(slave)
+    try:
+        while chunk := os.read(master, 1000):
+            shown += chunk
+    except OSError:   # EIO: nobody has it open any more
+        pass
+    return status, shown.decode(), asked, after
+
+
+def test_a_password_is_asked_on_a_terminal(t):
+    held = fill(t, {'INBOX': few(3)})
+    account = t.account()
+    del account['password']
+    t.config(account)
+    status, shown, asked, after = at_a_terminal(t, servers.PASSWORD.encode() + b'\n')
+    assert status == 0 and not asked and after and servers.PASSWORD not in shown, (status, shown, asked, after)
+    t.same(held)
+    # Ctrl-C, and a signal from elsewhere: the terminal is as it was.
+    for answer in (b'\x03', signal.SIGTERM):
+        status, shown, asked, after = at_a_terminal(t, answer)
+        assert status == 1 and not asked and after and 'stopped by a signal' in shown, (status, shown, asked, after)
+    status, shown, asked, after = at_a_terminal(t, b'\x04')
+    assert status == 1 and after and 'expected one of "password", "password_command"' in shown, shown
+    status, shown, asked, after = at_a_terminal(t, servers.PASSWORD.encode() + b'\n', *quick(t), config=False)
+    assert status == 0 and not asked and servers.PASSWORD not in shown, (status, shown)
+    # Without a terminal nobody is asked.
+    got = subprocess.run([PROGRAM, t.path], stderr=subprocess.PIPE, start_new_session=True)
+    assert got.returncode == 1 and b'expected one of "password", "password_command" and "oauth2"' in got.stderr, got
+
+
+def test_nothing_goes_in_the_clear_with_a_fingerprint(t):
+    server = t.dovecot('clear', starttls=False)
+    fill(t, {'INBOX': few(1)}, server)
+    t.config(t.account(server, mode='plain', ssl=False, host='127.0.0.1'))
+    t.backup()
+    t.config(t.account(server, mode='plain', ssl=False, host='127.0.0.1', tls_fingerprint='00' * 32))
+    assert 'offers no STARTTLS' in t.backup(status=1).err
+
+
+def test_signals_that_are_ignored_stay_so(t):
+    """As nohup wants it."""
+    fill(t, {'INBOX': few(300)})
+    t.config(email_batch_size=1)
+    process = subprocess.Popen(['sh', '-c', 'trap "" HUP; exec "$0" "$@"', PROGRAM, t.path], stderr=subprocess.PIPE)
+    while not os.path.exists(t.mbox()):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGHUP)
+    err = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 0 and 'stopped' not in err, err
 
 
 def test_memory_does_not_grow_with_a_mail(t):
