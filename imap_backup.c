@@ -6,6 +6,7 @@
  *     base          messages to the person, clocks, memory, signals
  *     config        the configuration file
  *     inflate       what a server compresses
+ *     certificates  whether a server is the one that was meant
  *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
  *     sets          of UIDs, as ranges
  *     imap          commands and responses (RFC 3501 and some of its extensions)
@@ -70,11 +71,11 @@
 enum {
 	CONFIG_ACCOUNTS_MAX = 1000,
 	CONFIG_PROCESSES_MAX = 64,
-	CONFIG_PINS_MAX = 8,    /* fingerprints of one account */
-	PATH_MAX_OCTETS = 3900, /* mbox.c adds a suffix to it */
-	CA_FILE_MAX = 4 << 20,  /* octets of a CA bundle */
-	CA_DER_MAX = 8 << 10,   /* of one certificate; also of the server's, if it is kept */
-	CA_ANCHORS_MAX = 1000,
+	CONFIG_PINS_MAX = 8,            /* fingerprints of one account */
+	PATH_MAX_OCTETS = 3900,         /* mbox.c adds a suffix to it */
+	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
+	CHAIN_OCTETS = 32 << 10,        /* of the certificates that a server sends */
+	CHAIN_DEPTH = 8,                /* issuers of its own */
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
 	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
 	DRIP_RATE = 16,                 /* octets a second: what comes more slowly ... */
@@ -1379,199 +1380,560 @@ static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
 	return f->at > from ? 0 : -1;
 }
 
-/* ======== stream: octets to and from one server ======== */
+/* ======== certificates: whether a server is the one that was meant ======== */
 
 /*
- * TCP, TLS, timeouts and counters; it knows no IMAP. Everything sticks: after an error each call
- * fails and s->err says why. What arrives is lent from the TLS engine's own buffer, uncopied.
+ * Judges the chain of certificates that a server sends (RFC 5280 6.1), as an X.509 engine for BearSSL.
+ * BearSSL's own wants a chain in order and knows no name constraints, so it only takes keys and dates
+ * out of certificates here, and checks signatures. The chain is kept, as far as CHAIN_OCTETS go, and
+ * its issuers are looked for by name; what does not belong to it is of no importance. Revocation and
+ * policies are not looked at.
  */
-struct trust {                         /* what a server's certificate is checked against */
-	br_x509_trust_anchor *anchors; /* owned, as all that they point to */
-	size_t n;
+struct der { /* octets in DER: the inside of an element, or elements in a row; borrowed */
+	const uint8_t *at, *end;
+};
+
+struct cert {
+	struct der whole, tbs, issuer, subject, signature;
+	struct der usage, names, basic, constraints, purposes; /* extensions; 'at' is NULL: absent */
+	bool unknown;            /* it has a critical extension that we do not know */
+	const br_x509_pkey *key; /* in 'decoder', once that has run; NULL: BearSSL cannot use it */
+	br_x509_decoder_context decoder;
+};
+
+struct trust {                      /* what a server's certificate is checked against */
+	struct der anchors;         /* certificates in a row; owned */
 	const char *named;          /* "ca_file" of the config, NULL: the system's */
 	char path[PATH_MAX_OCTETS]; /* of the CA bundle; "": there is none */
 	struct err err;             /* why it could not be loaded */
 };
 
-struct verifier { /* an X.509 engine around BearSSL's own, for the server's leaf */
+struct verifier {
 	const br_x509_class *vtable;
-	br_x509_minimal_context *chain;
-	br_x509_decoder_context leaf; /* key and dates */
-	br_sha256_context hash;
-	uint8_t fingerprint[32];
-	const struct account *account; /* borrowed: its pins */
+	const struct trust *trust;     /* borrowed; NULL: none but the pins */
+	const struct account *account; /* borrowed: its pins; NULL: it has none */
+	char host[256];                /* as it is to stand in the certificate */
 	uint8_t address[16];           /* the host, if it is an IP address */
 	unsigned address_octets;       /* 4, 16; 0: the host is a name */
-	bool first, pinned;
-	uint8_t *der; /* the leaf, kept only to look for an address; owned */
-	size_t der_octets;
+	struct cert leaf;              /* the server's own certificate */
+	unsigned usages;               /* of its key, as BearSSL wants to know them */
+	uint8_t fingerprint[32];
+	struct err err;   /* what is wrong with the chain */
+	struct der chain; /* what came, in 'octets' */
+	uint8_t *top;     /* where the certificate in hand ends so far; NULL: it does not fit */
+	uint8_t octets[CHAIN_OCTETS];
 };
 
-struct tls {
-	br_ssl_client_context client;
-	br_x509_minimal_context chain;
-	struct verifier verifier;
-	char names[2][256]; /* the certificate's: common name, DNS name */
-	br_name_element elements[2];
-	uint8_t buffer[BR_SSL_BUFSIZE_BIDI];
-};
+enum { DER_SEQUENCE = 0x30, NAME_DNS = 0x82, NAME_DIRECTORY = 0xA4, NAME_ADDRESS = 0x87 };
 
-struct stream {
-	int fd;
-	const struct account *account; /* borrowed */
-	unsigned timeout_sec;
-	struct tls *tls;         /* owned; NULL: in the clear */
-	struct err err;          /* the first error; sticks */
-	const uint8_t *at, *end; /* what has arrived and is not consumed */
-	size_t lent;             /* octets of the TLS engine's that 'end' ends */
-	uint8_t *plain;          /* owned; without TLS they are here */
-	struct inflate *inflate; /* owned; NULL: nothing is compressed */
-	uint64_t in, out;        /* octets of payload, as they are on the line */
-	unsigned waits;          /* how often it was our turn to wait for an answer */
-	int64_t waited_ms;       /* how long, for that and for what followed */
-	int64_t owed_ms;         /* of that, what came too slowly for DRIP_RATE */
-	int64_t quiet_ms;        /* of that, since anything came that stands for octets */
-	size_t empty;            /* octets on the line since then */
-	int64_t stop_ms;         /* when it was first seen that the run is to end; 0: not yet */
-	bool sent;               /* something was sent since the last wait */
-	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
-};
-
-static bool der_next(const uint8_t **p, const uint8_t *end, unsigned tag, const uint8_t **value, size_t *n)
+/* Take the next element out of *in if it has this tag; 0: any. Returns false if there is none. */
+static bool der_next(struct der *in, unsigned tag, struct der *value)
 {
-	size_t octets;
+	const uint8_t *p = in->at;
+	size_t n;
 
-	if (end - *p < 2 || (tag != 0 && **p != tag))
+	if (in->end - p < 2 || (tag != 0 && *p != tag))
 		return false;
-	octets = (*p)[1];
-	*p += 2;
-	if (octets >= 0x80) {
-		unsigned lengths = octets & 0x7F;
+	n = p[1];
+	p += 2;
+	if (n >= 0x80) {
+		unsigned lengths = n & 0x7F;
 
-		for (octets = 0; lengths > 0 && *p < end && octets < CA_DER_MAX; lengths--)
-			octets = octets << 8 | *(*p)++;
-		if (lengths > 0)
+		if (lengths < 1 || lengths > 3 || in->end - p < (ptrdiff_t)lengths)
 			return false;
+		for (n = 0; lengths > 0; lengths--)
+			n = n << 8 | *p++;
 	}
-	if (octets > (size_t)(end - *p))
+	if (n > (size_t)(in->end - p))
 		return false;
-	*value = *p;
-	*n = octets;
-	*p += octets;
+	*value = (struct der){ p, p + n };
+	in->at = p + n;
 	return true;
 }
 
-/* Does the certificate carry this address as subjectAltName iPAddress (RFC 5280 4.2.1.6)? */
-static bool der_has_address(const uint8_t *der, size_t n, const uint8_t *address, size_t octets)
+static size_t der_octets(struct der v)
 {
-	static const uint8_t san[] = { 0x55, 0x1D, 0x11 };
-	const uint8_t *p = der, *end = der + n, *v;
+	return (size_t)(v.end - v.at);
+}
 
-	if (!der_next(&p, end, 0x30, &v, &n) || (p = v, end = v + n, false) ||
-	    !der_next(&p, end, 0x30, &v, &n)) /* Certificate, TBSCertificate */
+/* Return octet i of a value, 0 if it has not so many. */
+static unsigned der_octet(struct der v, size_t i)
+{
+	return i < der_octets(v) ? v.at[i] : 0;
+}
+
+static bool der_same(struct der a, const void *octets, size_t n)
+{
+	return der_octets(a) == n && memcmp(a.at, octets, n) == 0;
+}
+
+/*
+ * Read the next certificate of a list. Returns false at the list's end, or if it is none in form; what
+ * is not looked at here, br_x509_decoder looks at.
+ */
+static bool cert_next(struct der *list, struct cert *c)
+{
+	/* Of 2.5.29.N these N are known, or of no importance. */
+	static const uint8_t known[] = { 9, 14, 15, 17, 18, 19, 30, 31, 32, 35, 37, 46 };
+	struct der all, tbs, extensions = { 0 }, extension, oid, v;
+
+	memset(c, 0, sizeof *c);
+	c->whole.at = list->at;
+	if (!der_next(list, DER_SEQUENCE, &all))
 		return false;
-	p = v;
-	end = v + n;
-	while (p < end && *p != 0xA3) /* up to the extensions */
-		if (!der_next(&p, end, 0, &v, &n))
+	c->whole.end = list->at;
+	c->tbs.at = all.at;
+	if (!der_next(&all, DER_SEQUENCE, &tbs))
+		return false;
+	c->tbs.end = all.at;
+	der_next(&tbs, 0xA0, &v); /* version */
+	if (!der_next(&all, DER_SEQUENCE, &v) || !der_next(&all, 0x03, &c->signature) ||
+	    der_octets(c->signature) == 0 || !der_next(&tbs, 0x02, &v) ||
+	    !der_next(&tbs, DER_SEQUENCE, &v) || !der_next(&tbs, DER_SEQUENCE, &c->issuer) ||
+	    !der_next(&tbs, DER_SEQUENCE, &v) || !der_next(&tbs, DER_SEQUENCE, &c->subject) ||
+	    !der_next(&tbs, DER_SEQUENCE, &v))
+		return false;
+	c->signature.at++;        /* over the number of bits that are not used: none */
+	der_next(&tbs, 0x81, &v); /* unique identifiers */
+	der_next(&tbs, 0x82, &v);
+	if (der_next(&tbs, 0xA3, &v) && !der_next(&v, DER_SEQUENCE, &extensions))
+		return false;
+	while (der_octets(extensions) > 0) {
+		bool critical;
+		unsigned n;
+		struct der *field;
+
+		if (!der_next(&extensions, DER_SEQUENCE, &extension) || !der_next(&extension, 0x06, &oid))
 			return false;
-	if (!der_next(&p, end, 0xA3, &v, &n) || (p = v, end = v + n, false) ||
-	    !der_next(&p, end, 0x30, &v, &n))
-		return false;
-	for (const uint8_t *list = v, *list_end = v + n; der_next(&list, list_end, 0x30, &v, &n);) {
-		p = v;
-		end = v + n;
-		if (!der_next(&p, end, 0x06, &v, &n) || n != sizeof san || memcmp(v, san, n) != 0)
+		critical = der_next(&extension, 0x01, &v) && der_octet(v, 0) != 0;
+		n = der_octets(oid) == 3 && memcmp(oid.at, "\x55\x1D", 2) == 0 ? oid.at[2] : 0;
+		field = n == 15   ? &c->usage
+			: n == 17 ? &c->names
+			: n == 19 ? &c->basic
+			: n == 30 ? &c->constraints
+			: n == 37 ? &c->purposes
+				  : NULL;
+		if (!der_next(&extension, 0x04, &v) || (field != NULL && !der_next(&v, 0, field)))
+			return false;
+		c->unknown = c->unknown || (critical && memchr(known, (int)n, sizeof known) == NULL);
+	}
+	return true;
+}
+
+/* Decode key, dates and what it is signed with. Returns false if BearSSL cannot use the key. */
+static bool cert_decode(struct cert *c)
+{
+	br_x509_decoder_init(&c->decoder, NULL, NULL);
+	br_x509_decoder_push(&c->decoder, c->whole.at, der_octets(c->whole));
+	c->key = br_x509_decoder_get_pkey(&c->decoder);
+	return c->key != NULL;
+}
+
+/* Write a distinguished name's values for a person, or only its common name. Returns out. */
+static char *cert_name(struct der name, bool common, char *out, size_t size)
+{
+	struct der set, pair, oid, value;
+	size_t n = 0;
+
+	while (der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair)) {
+		if (!der_next(&pair, 0x06, &oid) || !der_next(&pair, 0, &value) ||
+		    (common && !der_same(oid, "\x55\x04\x03", 3)))
 			continue;
-		if (p < end && *p == 0x01 && !der_next(&p, end, 0x01, &v, &n)) /* critical */
-			return false;
-		if (!der_next(&p, end, 0x04, &v, &n))
-			return false;
-		p = v;
-		end = v + n;
-		if (!der_next(&p, end, 0x30, &v, &n))
-			return false;
-		for (p = v, end = v + n; p < end;) {
-			bool is_address = *p == 0x87;
+		if (n > 0)
+			n += (size_t)snprintf(out + n, size - n, ", ");
+		for (; value.at < value.end && n + 3 < size; value.at++)
+			out[n++] = (char)(*value.at != 0 ? *value.at : '?');
+	}
+	out[n] = '\0';
+	return out;
+}
 
-			if (!der_next(&p, end, 0, &v, &n))
-				return false;
-			if (is_address && n == octets && memcmp(v, address, n) == 0)
-				return true;
+/* Return true if the signature on a certificate, which is decoded, was made with this key. */
+static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
+{
+	static const struct {
+		const br_hash_class *class;
+		const char *oid;
+	} hashes[] = { { &br_sha256_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01" },
+		       { &br_sha384_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02" },
+		       { &br_sha512_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03" } };
+	int hash = c->decoder.signer_hash_id - br_sha256_ID;
+	br_hash_compat_context context;
+	uint8_t sum[64], signed_sum[64];
+	size_t n;
+
+	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type)
+		return false;
+	hashes[hash].class->init(&context.vtable);
+	context.vtable->update(&context.vtable, c->tbs.at, der_octets(c->tbs));
+	context.vtable->out(&context.vtable, sum);
+	n = context.vtable->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
+	if (key->key_type == BR_KEYTYPE_EC)
+		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec,
+							c->signature.at, der_octets(c->signature)) == 1;
+	return br_rsa_pkcs1_vrfy_get_default()(c->signature.at, der_octets(c->signature),
+					       (const unsigned char *)hashes[hash].oid, n, &key->key.rsa,
+					       signed_sum) == 1 &&
+	       memcmp(sum, signed_sum, n) == 0;
+}
+
+/* Return true if a DNS name ends with, or is, this domain; one with a dot in front is only its end. */
+static bool name_within(struct der name, struct der domain)
+{
+	size_t n = der_octets(name), m = der_octets(domain);
+
+	return n >= m && strncasecmp((const char *)name.end - m, (const char *)domain.at, m) == 0 &&
+	       (m == 0 || n == m || *domain.at == '.' || name.end[-(ptrdiff_t)m - 1] == '.');
+}
+
+/* Return true if a name of a certificate stands for the host: "*" for its first part. */
+static bool name_is_host(const struct verifier *v, unsigned tag, struct der name)
+{
+	const char *dot = strchr(v->host, '.'), *host = v->host;
+
+	if (v->address_octets > 0)
+		return tag == NAME_ADDRESS && der_same(name, v->address, v->address_octets);
+	if (der_octets(name) > 2 && memcmp(name.at, "*.", 2) == 0 && dot != NULL) {
+		name.at++;
+		host = dot;
+	}
+	return tag == NAME_DNS && *host != '\0' && der_octets(name) == strlen(host) &&
+	       strncasecmp((const char *)name.at, host, der_octets(name)) == 0;
+}
+
+/* Return 1 if a name lies within the base of a name constraint, 0 if not, -1 if that cannot be judged. */
+static int name_in_base(unsigned tag, struct der name, struct der base)
+{
+	size_t n = der_octets(name);
+
+	switch (tag) {
+	case NAME_DNS:
+		return name_within(name, base);
+	case NAME_ADDRESS:
+		for (size_t i = 0; i < n; i++) /* behind the address is a mask */
+			if (((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) != 0)
+				return 0;
+		return der_octets(base) == 2 * n;
+	case NAME_DIRECTORY:
+		return der_next(&base, DER_SEQUENCE, &base) && n >= der_octets(base) &&
+		       der_same((struct der){ name.at, name.at + der_octets(base) }, base.at,
+				der_octets(base));
+	default:
+		return -1;
+	}
+}
+
+/*
+ * Judge one name by the name constraints of an issuer (RFC 5280 4.2.1.10). Returns 0 if it lies within,
+ * 1 if outside, 2 if that cannot be judged.
+ */
+static int name_judge(struct der constraints, unsigned tag, struct der name)
+{
+	bool limited = false, permitted = false;
+	struct der trees, tree, base;
+
+	for (unsigned list = 0xA0; list <= 0xA1; list++) { /* permitted, excluded */
+		if (!der_next(&constraints, list, &trees))
+			continue;
+		while (der_octets(trees) > 0) {
+			int matches;
+
+			if (!der_next(&trees, DER_SEQUENCE, &tree))
+				return 2;
+			if (der_octet(tree, 0) != tag)
+				continue;
+			/* A minimum or maximum may follow. What is excluded may be spelt in another way. */
+			if (!der_next(&tree, tag, &base) || der_octets(tree) > 0 ||
+			    (matches = name_in_base(tag, name, base)) < 0 ||
+			    (list == 0xA1 && tag == NAME_DIRECTORY))
+				return 2;
+			if (list == 0xA1 && matches)
+				return 1;
+			limited = limited || list == 0xA0;
+			permitted = permitted || matches;
 		}
 	}
-	return false;
+	return der_octets(constraints) > 0 ? 2 : limited && !permitted;
+}
+
+/* Judge all names of the server's certificate, and the host's, by what an issuer may certify. As above. */
+static int names_judge(const struct verifier *v, const struct cert *issuer)
+{
+	struct der host = { (const uint8_t *)v->host, (const uint8_t *)strchr(v->host, '\0') };
+	struct der address = { v->address, v->address + v->address_octets };
+	struct der constraints = issuer->constraints, names = v->leaf.names, name;
+	int result;
+
+	if (constraints.at == NULL)
+		return 0;
+	result = v->address_octets > 0 ? name_judge(constraints, NAME_ADDRESS, address)
+				       : name_judge(constraints, NAME_DNS, host);
+	if (der_octets(v->leaf.subject) > 0)
+		result |= name_judge(constraints, NAME_DIRECTORY, v->leaf.subject);
+	while (der_octets(names) > 0) {
+		unsigned tag = *names.at;
+
+		if (!der_next(&names, tag, &name))
+			return 2;
+		result |= name_judge(constraints, tag, name);
+	}
+	return result;
+}
+
+/* A day of BearSSL's (from year 0) as a date. */
+static const char *cert_date(char out[16], uint32_t days)
+{
+	time_t sec = ((time_t)days - 719528) * 86400;
+	struct tm tm;
+
+	if (gmtime_r(&sec, &tm) == NULL || strftime(out, 16, "%Y-%m-%d", &tm) == 0)
+		strcpy(out, "an odd date");
+	return out;
+}
+
+/* Return true if a certificate may be a server's, or its CA's: its purposes, if it has any, say so. */
+static bool cert_serves(const struct cert *c)
+{
+	struct der list = c->purposes, purpose;
+
+	while (der_next(&list, 0x06, &purpose))
+		if (der_same(purpose, "\x2B\x06\x01\x05\x05\x07\x03\x01", 8) || /* serverAuth */
+		    der_same(purpose, "\x55\x1D\x25\0", 4))                     /* any */
+			return true;
+	return c->purposes.at == NULL;
+}
+
+/* Return true if a certificate is a CA's that may have so many others between it and the server's. */
+static bool cert_issues(const struct cert *c, unsigned below)
+{
+	struct der basic = c->basic, v;
+
+	return (c->usage.at == NULL || (der_octet(c->usage, 1) & 0x04) != 0) && basic.at != NULL &&
+	       der_next(&basic, 0x01, &v) && der_octet(v, 0) != 0 &&
+	       (!der_next(&basic, 0x02, &v) || der_octets(v) > 1 || der_octet(v, 0) >= below);
+}
+
+/* Judge what holds for every certificate of a chain, which has been decoded. */
+static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, struct err *e)
+{
+	const br_x509_decoder_context *d = &c->decoder;
+	int64_t now = now_sec + (int64_t)719528 * 86400; /* as BearSSL counts */
+	char date[16], today[16];
+
+	if (c->key->key_type == BR_KEYTYPE_RSA && c->key->key.rsa.nlen < 256)
+		return err_set(e, E_ACCOUNT, "%s has an RSA key of less than 2048 bits", whose);
+	if (c->unknown)
+		return err_set(e, E_ACCOUNT, "%s has a restriction that cannot be judged here", whose);
+	if (!cert_serves(c))
+		return err_set(e, E_ACCOUNT, "%s is not meant for servers (its extended key usage)", whose);
+	if (now < (int64_t)d->notbefore_days * 86400 + d->notbefore_seconds)
+		return err_set(e, E_ACCOUNT, "%s is not valid before %s, and this device's clock says %s",
+			       whose, cert_date(date, d->notbefore_days),
+			       cert_date(today, (uint32_t)(now / 86400)));
+	if (now > (int64_t)d->notafter_days * 86400 + d->notafter_seconds)
+		return err_set(e, E_ACCOUNT, "%s expired on %s", whose, cert_date(date, d->notafter_days));
+	return 0;
+}
+
+/* Judge an issuer that has signed the certificate below it. */
+static int issuer_judge(const struct verifier *v, const struct cert *c, unsigned below, int64_t now_sec,
+			struct err *e)
+{
+	char name[100];
+	int result = names_judge(v, c);
+
+	if (!cert_issues(c, below))
+		return err_set(e, E_ACCOUNT,
+			       "the certificate was issued by one that is no CA, or not one for this");
+	if (result != 0)
+		return err_set(e, E_ACCOUNT, "%s: %s (name constraints)",
+			       cert_name(c->subject, false, name, sizeof name),
+			       result == 1 ? "may not certify this name"
+					   : "may only certify names of a kind that cannot be judged here");
+	return cert_judge(c, "an issuer's certificate", now_sec, e);
+}
+
+/*
+ * Go from the server's certificate to an anchor, always by an issuer that is well. Where several have
+ * an issuer's name and key (certificates that were renewed, or signed by two CAs), one is enough.
+ */
+static int chain_judge(const struct verifier *v, int64_t now_sec, struct err *e)
+{
+	const struct cert *c = &v->leaf;
+	struct cert issuers[2];
+	char name[100];
+
+	if (cert_judge(c, "the certificate", now_sec, e) != 0)
+		return -1;
+	for (unsigned below = 0; below < CHAIN_DEPTH; below++) {
+		struct cert *issuer = &issuers[below % 2];
+		struct der anchors = v->trust->anchors, chain = v->chain;
+		bool anchor, found = false;
+
+		while (!found && ((anchor = cert_next(&anchors, issuer)) || cert_next(&chain, issuer))) {
+			bool itself = der_same(issuer->whole, c->whole.at, der_octets(c->whole));
+
+			if (itself && anchor)
+				return 0;
+			if (itself || !der_same(issuer->subject, c->issuer.at, der_octets(c->issuer)) ||
+			    !cert_decode(issuer) || !cert_signed(c, issuer->key))
+				continue;
+			*e = (struct err){ 0 };
+			found = issuer_judge(v, issuer, below, now_sec, e) == 0;
+			if (found && anchor)
+				return 0;
+		}
+		if (!found && c->decoder.signer_hash_id < br_sha256_ID)
+			return err_set(e, E_ACCOUNT,
+				       "the certificate is signed in a way that is weak, or unknown to "
+				       "BearSSL (SHA-1, RSA-PSS, Ed25519)");
+		if (!found)
+			return err_set(
+				e, E_ACCOUNT,
+				"the certificate is signed by nobody whom the CA bundle knows (%s%s)",
+				cert_name(c->issuer, false, name, sizeof name),
+				der_same(c->subject, c->issuer.at, der_octets(c->issuer))
+					? ""
+					: ", whose certificate the server does not send");
+		c = issuer;
+	}
+	return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
+}
+
+/* Judge whether the server's certificate is for the host: by its names, else by its common name. */
+static int host_judge(const struct verifier *v, struct err *e)
+{
+	struct der names = v->leaf.names, name;
+	char text[256] = "";
+
+	if (names.at == NULL) {
+		cert_name(v->leaf.subject, true, text, sizeof text);
+		name = (struct der){ (const uint8_t *)text, (const uint8_t *)strchr(text, '\0') };
+		if (name_is_host(v, NAME_DNS, name))
+			return 0;
+	}
+	while (der_octets(names) > 0) {
+		unsigned tag = *names.at;
+
+		if (!der_next(&names, tag, &name))
+			break;
+		if (name_is_host(v, tag, name))
+			return 0;
+		if (tag == NAME_DNS && *text == '\0')
+			snprintf(text, sizeof text, "%.*s", (int)der_octets(name), (const char *)name.at);
+	}
+	return err_set(e, E_ACCOUNT, "the certificate is for %s, not for %s",
+		       *text != '\0' ? text : "another name", v->host);
+}
+
+static char *verifier_fingerprint(const struct verifier *v, char hex[65])
+{
+	for (int i = 0; i < 32; i++)
+		snprintf(hex + 2 * i, 3, "%02x", v->fingerprint[i]);
+	return hex;
+}
+
+/* Judge the chain that has come. A clock that is wrong follows a certificate that is well otherwise. */
+static int verifier_judge(struct verifier *v)
+{
+	const unsigned usage = der_octet(v->leaf.usage, 1);
+	struct err e = { 0 };
+	int64_t first_sec;
+	char date[16];
+
+	if (!cert_decode(&v->leaf))
+		return err_set(&v->err, E_ACCOUNT,
+			       "the certificate has a kind of key that BearSSL cannot use "
+			       "(RSA-PSS, Ed25519, RSA of more than 4096 bits)");
+	v->usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
+	if (v->account != NULL && v->account->pins > 0) {
+		for (unsigned i = 0; i < v->account->pins; i++)
+			if (memcmp(v->account->pin[i], v->fingerprint, 32) == 0)
+				return 0;
+		return err_set(&v->err, E_ACCOUNT,
+			       "the certificate's SHA-256 is %s, which is not \"tls_fingerprint\"",
+			       verifier_fingerprint(v, (char[65]){ 0 }));
+	}
+	if (v->leaf.usage.at != NULL)
+		v->usages = ((usage & 0x38) != 0 ? BR_KEYTYPE_KEYX : 0) |
+			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
+	if (host_judge(v, &v->err) != 0)
+		return -1;
+	if (chain_judge(v, clock_sec, &v->err) == 0)
+		return 0;
+	first_sec = ((int64_t)v->leaf.decoder.notbefore_days - 719527) * 86400;
+	if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &e) != 0)
+		return -1;
+	clock_sec = first_sec;
+	log_warn(
+		"%s: the certificate is not valid before %s, and this device's clock is wrong: taking the day "
+		"after as today",
+		v->host, cert_date(date, v->leaf.decoder.notbefore_days));
+	return 0;
 }
 
 static void verifier_start_chain(const br_x509_class **self, const char *name)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
 
-	v->first = true;
-	v->der_octets = 0;
-	br_x509_decoder_init(&v->leaf, NULL, NULL);
-	br_sha256_init(&v->hash);
-	v->chain->vtable->start_chain(&v->chain->vtable, v->address_octets > 0 ? NULL : name);
+	if (name != NULL && *name != '\0')
+		snprintf(v->host, sizeof v->host, "%s", name);
+	v->err = (struct err){ 0 };
+	v->chain = (struct der){ v->octets, v->octets };
 }
 
 static void verifier_start_cert(const br_x509_class **self, uint32_t n)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
 
-	v->chain->vtable->start_cert(&v->chain->vtable, n);
+	(void)n;
+	v->top = v->octets + der_octets(v->chain);
 }
 
 static void verifier_append(const br_x509_class **self, const unsigned char *octets, size_t n)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
 
-	v->chain->vtable->append(&v->chain->vtable, octets, n);
-	if (!v->first)
-		return;
-	br_x509_decoder_push(&v->leaf, octets, n);
-	br_sha256_update(&v->hash, octets, n);
-	if (v->der != NULL && n <= CA_DER_MAX - v->der_octets) {
-		memcpy(v->der + v->der_octets, octets, n);
-		v->der_octets += n;
-	}
+	if (v->top != NULL && n > (size_t)(v->octets + sizeof v->octets - v->top))
+		v->top = NULL;
+	if (v->top != NULL)
+		v->top = (uint8_t *)memcpy(v->top, octets, n) + n;
 }
 
+/* What is no certificate, or finds no room, is passed over, but for the server's own. */
 static void verifier_end_cert(const br_x509_class **self)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
+	struct der list = { v->chain.end, v->top };
+	struct cert c;
 
-	v->chain->vtable->end_cert(&v->chain->vtable);
-	if (v->first)
-		br_sha256_out(&v->hash, v->fingerprint);
-	v->first = false;
+	if (v->top != NULL && cert_next(&list, &c) && der_octets(list) == 0)
+		v->chain.end = v->top;
+	else if (der_octets(v->chain) == 0)
+		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
 }
 
 static unsigned verifier_end_chain(const br_x509_class **self)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
-	unsigned error;
+	struct der list = v->chain;
+	br_sha256_context hash;
 
-	for (unsigned i = 0; i < v->account->pins; i++)
-		if (memcmp(v->account->pin[i], v->fingerprint, 32) == 0)
-			v->pinned = true;
-	error = v->chain->vtable->end_chain(&v->chain->vtable);
-	if (v->account->pins > 0)
-		return v->pinned ? 0 : BR_ERR_X509_NOT_TRUSTED;
-	if (error == 0 && v->address_octets > 0 &&
-	    !der_has_address(v->der, v->der_octets, v->address, v->address_octets))
-		return BR_ERR_X509_BAD_SERVER_NAME;
-	return error;
+	if (v->err.code != E_NONE || !cert_next(&list, &v->leaf))
+		return BR_ERR_X509_EMPTY_CHAIN;
+	br_sha256_init(&hash);
+	br_sha256_update(&hash, v->leaf.whole.at, der_octets(v->leaf.whole));
+	br_sha256_out(&hash, v->fingerprint);
+	return verifier_judge(v) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
 }
 
 static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, unsigned *usages)
 {
 	const struct verifier *v = (const struct verifier *)(const void *)self;
 
-	if (!v->pinned)
-		return v->chain->vtable->get_pkey(&v->chain->vtable, usages);
 	if (usages != NULL)
-		*usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
-	return br_x509_decoder_get_pkey((br_x509_decoder_context *)(uintptr_t)&v->leaf);
+		*usages = v->usages;
+	return v->leaf.key;
 }
 
 static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_start_chain,
@@ -1579,88 +1941,40 @@ static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_
 					      verifier_end_cert,       verifier_end_chain,
 					      verifier_get_pkey };
 
-/* Octets in DER that br_x509_decoder gives out piece by piece: a subject's name. */
-struct dn {
-	uint8_t octets[CA_DER_MAX];
-	size_t n;
-};
-
-static void dn_append(void *context, const void *octets, size_t n)
-{
-	struct dn *dn = context;
-
-	if (n <= sizeof dn->octets - dn->n) {
-		memcpy(dn->octets + dn->n, octets, n);
-		dn->n += n;
-	}
-}
-
-static unsigned char *copy_octets(const void *octets, size_t n)
-{
-	return memcpy(allocate(n), octets, n);
-}
-
-/* Take one certificate as an anchor. What BearSSL cannot use (Ed25519, say) is passed over. */
-static void trust_add(struct trust *t, const uint8_t *der, size_t n)
-{
-	br_x509_decoder_context decoder;
-	br_x509_trust_anchor anchor;
-	const br_x509_pkey *key;
-	struct dn dn = { .n = 0 };
-
-	br_x509_decoder_init(&decoder, dn_append, &dn);
-	br_x509_decoder_push(&decoder, der, n);
-	key = br_x509_decoder_get_pkey(&decoder);
-	if (key == NULL || t->n == CA_ANCHORS_MAX)
-		return;
-	if (t->n % 32 == 0) {
-		br_x509_trust_anchor *more = allocate((t->n + 32) * sizeof *more);
-
-		if (t->n > 0)
-			memcpy(more, t->anchors, t->n * sizeof *more);
-		free(t->anchors);
-		t->anchors = more;
-	}
-	memset(&anchor, 0, sizeof anchor);
-	anchor.dn.data = copy_octets(dn.octets, dn.n);
-	anchor.dn.len = dn.n;
-	anchor.flags = br_x509_decoder_isCA(&decoder) ? BR_X509_TA_CA : 0;
-	anchor.pkey = *key;
-	if (key->key_type == BR_KEYTYPE_RSA) {
-		anchor.pkey.key.rsa.n = copy_octets(key->key.rsa.n, key->key.rsa.nlen);
-		anchor.pkey.key.rsa.e = copy_octets(key->key.rsa.e, key->key.rsa.elen);
-	} else {
-		anchor.pkey.key.ec.q = copy_octets(key->key.ec.q, key->key.ec.qlen);
-	}
-	t->anchors[t->n++] = anchor;
-}
-
 /*
- * Read the certificates of a PEM file (RFC 7468). Our own reader: BearSSL's loses a certificate
- * without a final line end, and all of them in a file with CRLF.
+ * Read the certificates of a PEM file (RFC 7468) that BearSSL can use. Our own reader: BearSSL's loses
+ * a certificate without a final line end, and all of them in a file with CRLF.
  */
 static int trust_read(struct trust *t, const char *path, struct err *e)
 {
 	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-	static uint8_t der[CA_DER_MAX];
 	FILE *file = fopen(path, "re");
-	char line[256];
 	size_t n = 0, total = 0;
 	uint32_t bits = 0;
 	unsigned digits = 0;
 	bool inside = false;
+	struct stat st;
+	uint8_t *der;
+	char line[256];
 
-	if (file == NULL)
+	if (file == NULL || fstat(fileno(file), &st) != 0)
 		return err_errno(e, E_ACCOUNT, "%s: cannot read the CA bundle", path);
-	while (fgets(line, sizeof line, file) != NULL && (total += strlen(line)) < CA_FILE_MAX) {
+	der = allocate(st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX);
+	t->anchors = (struct der){ der, der };
+	while (fgets(line, sizeof line, file) != NULL && (total += strlen(line)) <= (size_t)st.st_size &&
+	       total <= CA_FILE_MAX) {
+		struct der list = { t->anchors.end, der + n };
+		struct cert c;
+
 		if (strncmp(line, "-----BEGIN ", 11) == 0) {
 			inside = strstr(line, "CERTIFICATE-----") != NULL;
-			n = digits = 0;
+			n = der_octets(t->anchors);
+			digits = 0;
 			continue;
 		}
 		if (strncmp(line, "-----END ", 9) == 0) {
-			if (inside && n < sizeof der)
-				trust_add(t, der, n);
+			if (inside && cert_next(&list, &c) && der_octets(list) == 0 && cert_decode(&c))
+				t->anchors.end = der + n;
 			inside = false;
 		}
 		for (const char *p = line; inside && *p != '\0' && *p != '='; p++) {
@@ -1669,16 +1983,16 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 			if (digit == NULL)
 				continue;
 			bits = bits << 6 | (uint32_t)(digit - alphabet);
-			if (++digits % 4 != 1 && n < sizeof der)
+			if (++digits % 4 != 1)
 				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
 		}
 	}
 	fclose(file);
-	if (t->n == 0)
-		return err_set(e, E_ACCOUNT,
-			       "%s: no certificate in it that could be used; expected a CA "
-			       "bundle in PEM form",
-			       path);
+	if (der_octets(t->anchors) == 0)
+		return err_set(
+			e, E_ACCOUNT,
+			"%s: no certificate in it that could be used; expected a CA bundle in PEM form",
+			path);
 	return 0;
 }
 
@@ -1712,6 +2026,40 @@ static int trust_load(struct trust *t, const char *path, struct err *e)
 	snprintf(t->path, sizeof t->path, "%s", path);
 	return trust_read(t, path, e);
 }
+
+/* ======== stream: octets to and from one server ======== */
+
+/*
+ * TCP, TLS, timeouts and counters; it knows no IMAP. Everything sticks: after an error each call
+ * fails and s->err says why. What arrives is lent from the TLS engine's own buffer, uncopied.
+ */
+struct tls {
+	br_ssl_client_context client;
+	br_x509_minimal_context unused; /* BearSSL's own engine, which comes with the other defaults */
+	struct verifier verifier;
+	uint8_t buffer[BR_SSL_BUFSIZE_BIDI];
+};
+
+struct stream {
+	int fd;
+	const struct account *account; /* borrowed */
+	unsigned timeout_sec;
+	struct tls *tls;         /* owned; NULL: in the clear */
+	struct err err;          /* the first error; sticks */
+	const uint8_t *at, *end; /* what has arrived and is not consumed */
+	size_t lent;             /* octets of the TLS engine's that 'end' ends */
+	uint8_t *plain;          /* owned; without TLS they are here */
+	struct inflate *inflate; /* owned; NULL: nothing is compressed */
+	uint64_t in, out;        /* octets of payload, as they are on the line */
+	unsigned waits;          /* how often it was our turn to wait for an answer */
+	int64_t waited_ms;       /* how long, for that and for what followed */
+	int64_t owed_ms;         /* of that, what came too slowly for DRIP_RATE */
+	int64_t quiet_ms;        /* of that, since anything came that stands for octets */
+	size_t empty;            /* octets on the line since then */
+	int64_t stop_ms;         /* when it was first seen that the run is to end; 0: not yet */
+	bool sent;               /* something was sent since the last wait */
+	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
+};
 
 static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
@@ -1828,116 +2176,103 @@ static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 	}
 }
 
-/* A day of BearSSL's (from year 0) as a date. */
-static const char *tls_date(char out[16], uint32_t days)
-{
-	time_t sec = ((time_t)days - 719528) * 86400;
-	struct tm tm;
+#define SUITE(name)                  \
+	{                            \
+		BR_TLS_##name, #name \
+	}
 
-	if (gmtime_r(&sec, &tm) == NULL || strftime(out, 16, "%Y-%m-%d", &tm) == 0)
-		strcpy(out, "an odd date");
-	return out;
-}
-
-/* A clock that is known to be wrong is set to a certificate's first day, if that is later: is it? */
-static bool clock_follow(const br_x509_decoder_context *leaf)
-{
-	if (!clock_wrong || clock_sec / 86400 + 719528 >= (int64_t)leaf->notbefore_days)
-		return false;
-	clock_sec = ((int64_t)leaf->notbefore_days - 719527) * 86400;
-	return true;
-}
+static const struct {
+	uint16_t id;
+	const char *name;
+} tls_suites[] = {
+	/* in the order for a CPU without AES */
+	SUITE(ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256),
+	SUITE(ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256),
+	SUITE(ECDHE_ECDSA_WITH_AES_128_GCM_SHA256),
+	SUITE(ECDHE_RSA_WITH_AES_128_GCM_SHA256),
+	SUITE(ECDHE_ECDSA_WITH_AES_256_GCM_SHA384),
+	SUITE(ECDHE_RSA_WITH_AES_256_GCM_SHA384),
+	SUITE(ECDHE_RSA_WITH_AES_128_CBC_SHA256),
+	SUITE(ECDHE_RSA_WITH_AES_256_CBC_SHA384),
+	SUITE(RSA_WITH_AES_128_GCM_SHA256),
+	SUITE(RSA_WITH_AES_256_GCM_SHA384),
+};
 
 /* Why the handshake or the connection failed, in words. */
 static int tls_fail(struct stream *s)
 {
 	static const struct {
 		int code;
+		bool final; /* it would be the same at the next try */
 		const char *text;
 	} words[] = {
-		{ BR_ERR_UNSUPPORTED_VERSION, "the server speaks no TLS 1.2 here (143 is the port for "
-					      "\"ssl\": false, 993 for true)" },
-		{ BR_ERR_BAD_VERSION, "what answers here does not speak TLS (a proxy or captive portal?)" },
-		{ BR_ERR_UNKNOWN_TYPE,
-		  "what answers here does not speak TLS (a proxy or captive portal?)" },
-		{ BR_ERR_BAD_MAC, "data damaged on the way" },
-		{ BR_ERR_NO_RANDOM, "no random numbers: /dev/urandom cannot be read" },
-		{ BR_ERR_BAD_CIPHER_SUITE, "the server chose a cipher that was not offered" },
-		{ BR_ERR_X509_UNSUPPORTED, "the certificate has a kind of key or signature that BearSSL "
-					   "cannot check (Ed25519, RSA-PSS, SHA-1)" },
-		{ BR_ERR_X509_LIMIT_EXCEEDED, "the certificate's key is larger than BearSSL can check" },
-		{ BR_ERR_X509_BAD_SIGNATURE, "the certificate is forged or damaged: bad signature" },
-		{ BR_ERR_X509_DN_MISMATCH, "the server sends its certificates in the wrong order" },
-		{ BR_ERR_X509_CRITICAL_EXTENSION, "the certificate has a restriction that BearSSL cannot "
-						  "check" },
-		{ BR_ERR_X509_NOT_CA, "the certificate was issued by one that is no CA" },
-		{ BR_ERR_X509_FORBIDDEN_KEY_USAGE, "the certificate is not meant for a server" },
-		{ BR_ERR_X509_WEAK_PUBLIC_KEY, "the certificate's key is too weak" },
-		{ BR_ERR_RECV_FATAL_ALERT + 40, "no cipher in common with the server" },
-		{ BR_ERR_RECV_FATAL_ALERT + 70, "the server speaks only TLS 1.3, or only something older "
-						"than 1.2; BearSSL speaks 1.2" },
-		{ BR_ERR_RECV_FATAL_ALERT + 112, "the server does not know this host name" },
+		{ BR_ERR_BAD_VERSION, false,
+		  "what answers does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_UNKNOWN_TYPE, false,
+		  "what answers does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_BAD_MAC, false, "data damaged on the way" },
+		{ BR_ERR_NO_RANDOM, true, "no random numbers: /dev/urandom cannot be read" },
+		{ BR_ERR_WRONG_KEY_USAGE, true, "the certificate's key usage does not allow this cipher" },
+		{ BR_ERR_RECV_FATAL_ALERT + 40, true, "no cipher in common with the server" },
+		{ BR_ERR_RECV_FATAL_ALERT + 70, true,
+		  "the server speaks only TLS 1.3, or only something older than 1.2; BearSSL speaks 1.2" },
+		{ BR_ERR_RECV_FATAL_ALERT + 80, false, "the server has an internal error" },
+		{ BR_ERR_RECV_FATAL_ALERT + 112, true, "the server does not know this host name" },
 	};
 	struct tls *t = s->tls;
 	const struct verifier *v = &t->verifier;
 	int code = br_ssl_engine_last_error(&t->client.eng);
 	const char *host = s->account->host;
-	char from[16], until[16], hex[65];
-	uint32_t today = (uint32_t)(clock_sec / 86400 + 719528);
-	bool final;
+	bool unpinned = s->account->pins == 0;
+	char hex[65];
 
 	if (s->err.code != E_NONE)
 		return -1;
 	if (code == BR_ERR_OK)
 		return stream_fail(s, E_NET, "connection closed by the server");
-	for (int i = 0; i < 32; i++)
-		snprintf(hex + 2 * i, 3, "%02x", v->fingerprint[i]);
-	if (code == BR_ERR_X509_EXPIRED) {
-		tls_date(from, v->leaf.notbefore_days);
-		tls_date(until, v->leaf.notafter_days);
-		if (clock_follow(&v->leaf))
-			return stream_fail(s, E_NET,
-					   "%s: the certificate is not valid before %s, and this "
-					   "device's clock is wrong: taking that day as today",
-					   host, from);
-		if (today < v->leaf.notbefore_days)
-			return stream_fail(s, E_ACCOUNT,
-					   "%s: the certificate is not valid before %s, and "
-					   "this device's clock says %s",
-					   host, from, tls_date(until, today));
-		if (today >= v->leaf.notafter_days)
-			return stream_fail(s, E_ACCOUNT, "%s: the certificate expired on %s", host, until);
-		return stream_fail(s, E_ACCOUNT,
-				   "%s: the certificate of an issuer has expired, or is not "
-				   "valid yet",
-				   host);
-	}
-	if (code == BR_ERR_X509_BAD_SERVER_NAME) {
-		const char *name = t->elements[1].status > 0   ? t->names[1]
-				   : t->elements[0].status > 0 ? t->names[0]
-							       : "another name";
-
-		return stream_fail(s, E_ACCOUNT, "the certificate is for %s, not for %s", name, host);
-	}
-	if (code == BR_ERR_X509_NOT_TRUSTED && s->account->pins > 0)
-		return stream_fail(s, E_ACCOUNT,
-				   "%s: the certificate's SHA-256 is %s, which is not "
-				   "\"tls_fingerprint\"",
-				   host, hex);
-	if (code == BR_ERR_X509_NOT_TRUSTED)
-		return stream_fail(s, E_ACCOUNT,
-				   "%s: the certificate is signed by nobody whom the CA bundle "
-				   "knows; to trust it alone: \"tls_fingerprint\": \"%s\"",
-				   host, hex);
-	/* Damage and garbage on the line may pass; anything else is the same at the next try. */
-	final = code != BR_ERR_BAD_MAC && code != BR_ERR_BAD_VERSION && code != BR_ERR_UNKNOWN_TYPE &&
-		code != BR_ERR_RECV_FATAL_ALERT + 80;
+	if (v->err.code != E_NONE)
+		return stream_fail(s, E_ACCOUNT, "%.100s: %s%s%s%s", host, v->err.text,
+				   unpinned ? "; to trust it alone: \"tls_fingerprint\": \"" : "",
+				   unpinned ? verifier_fingerprint(v, hex) : "", unpinned ? "\"" : "");
+	if (code == BR_ERR_UNSUPPORTED_VERSION)
+		return stream_fail(
+			s, E_ACCOUNT, "%s: TLS: %s", host,
+			t->client.eng.version_in != 0
+				? "the server speaks only TLS 1.0 or 1.1; BearSSL speaks 1.2"
+				: "no TLS is spoken here (143 is the port for \"ssl\": false, 993 for true)");
 	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
 		if (words[i].code == code)
-			return stream_fail(s, final ? E_ACCOUNT : E_NET, "%s: TLS: %s", host,
+			return stream_fail(s, words[i].final ? E_ACCOUNT : E_NET, "%s: TLS: %s", host,
 					   words[i].text);
-	return stream_fail(s, final && code < 64 ? E_ACCOUNT : E_NET,
-			   "%s: TLS failed with BearSSL's error %d", host, code);
+	return stream_fail(s, code < 64 ? E_ACCOUNT : E_NET, "%s: TLS failed with BearSSL's error %d", host,
+			   code);
+}
+
+/* Say how the line is protected, and by whose certificate. */
+static void tls_describe(const struct stream *s, char *out, size_t size)
+{
+	br_ssl_session_parameters session;
+	const struct cert *leaf;
+	const char *suite = "";
+	char hex[65], subject[100], issuer[100], date[16];
+
+	if (s->tls == NULL) {
+		snprintf(out, size, "NOT encrypted");
+		return;
+	}
+	leaf = &s->tls->verifier.leaf;
+	br_ssl_engine_get_session_parameters(&s->tls->client.eng, &session);
+	for (size_t i = 0; i < sizeof tls_suites / sizeof *tls_suites; i++)
+		if (tls_suites[i].id == session.cipher_suite)
+			suite = tls_suites[i].name;
+	snprintf(out, size,
+		 "TLS 1.2, %s; certificate of %s, issued by %s, valid until %s (%lld days)\n"
+		 "    \"tls_fingerprint\": \"%s\"",
+		 suite, cert_name(leaf->subject, false, subject, sizeof subject),
+		 cert_name(leaf->issuer, false, issuer, sizeof issuer),
+		 cert_date(date, leaf->decoder.notafter_days),
+		 (long long)leaf->decoder.notafter_days - 719528 - clock_sec / 86400,
+		 verifier_fingerprint(&s->tls->verifier, hex));
 }
 
 /* Run the TLS engine until it has what is wanted: BR_SSL_SENDAPP or BR_SSL_RECVAPP. */
@@ -1971,14 +2306,6 @@ static int tls_run(struct stream *s, unsigned wanted)
 	}
 }
 
-/* How any chain of certificates is judged: without SHA-1, and by our clock. */
-static void tls_judge(br_x509_minimal_context *chain)
-{
-	br_x509_minimal_set_hash(chain, br_sha1_ID, NULL);
-	br_x509_minimal_set_time(chain, (uint32_t)(clock_sec / 86400 + 719528),
-				 (uint32_t)(clock_sec % 86400));
-}
-
 /*
  * Begin TLS. Everything that arrived before is refused: whoever sits on the line may have sent it,
  * to be taken for the server's once we trust it (RFC 3501 11.1). 'trust' is NULL where fingerprints
@@ -1986,24 +2313,8 @@ static void tls_judge(br_x509_minimal_context *chain)
  */
 static int stream_start_tls(struct stream *s, const struct trust *trust)
 {
-	static const uint16_t suites[] = {
-		/* for a CPU without AES; with it the order is another */
-		BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
-		BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-		BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
-		BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
-		BR_TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA256,
-		BR_TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA384,
-		BR_TLS_RSA_WITH_AES_128_GCM_SHA256,
-		BR_TLS_RSA_WITH_AES_256_GCM_SHA384,
-	};
-	static const unsigned char common_name[] = { 3, 0x55, 0x04, 0x03 };
-	static const unsigned char dns_name[] = { 0, 2 };
-	const size_t n = sizeof suites / sizeof *suites;
-	uint16_t order[sizeof suites / sizeof *suites];
-	const char *host = s->account->host;
+	uint16_t order[sizeof tls_suites / sizeof *tls_suites];
+	struct verifier *v;
 	struct tls *t;
 	uint8_t seed[32];
 	FILE *random;
@@ -2011,34 +2322,29 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	if (s->at < s->end)
 		return stream_fail(s, E_PROTO, "the server talked before the TLS handshake");
 	t = allocate(sizeof *t);
+	v = &t->verifier;
 	s->tls = t;
 	s->quiet_ms = 0;
 	s->empty = 0;
-	br_ssl_client_init_full(&t->client, &t->chain, trust != NULL ? trust->anchors : NULL,
-				trust != NULL ? trust->n : 0);
+	br_ssl_client_init_full(&t->client, &t->unused, NULL, 0);
 	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
-	memcpy(order, suites, sizeof order);
-	if (br_aes_x86ni_ctr_get_vtable() != NULL) {
-		memcpy(order, suites + 2, 2 * sizeof *order);
-		memcpy(order + 2, suites, 2 * sizeof *order);
-	}
-	br_ssl_engine_set_suites(&t->client.eng, order, n);
-	tls_judge(&t->chain);
-	for (int i = 0; i < 2; i++)
-		t->elements[i] = (br_name_element){ .oid = i == 0 ? common_name : dns_name,
-						    .buf = t->names[i],
-						    .len = sizeof t->names[i] };
-	br_x509_minimal_set_name_elements(&t->chain, t->elements, 2);
-	t->verifier.vtable = &verifier_class;
-	t->verifier.chain = &t->chain;
-	t->verifier.account = s->account;
-	if (inet_pton(AF_INET, host, t->verifier.address) == 1)
-		t->verifier.address_octets = 4;
-	else if (inet_pton(AF_INET6, host, t->verifier.address) == 1)
-		t->verifier.address_octets = 16;
-	if (t->verifier.address_octets > 0)
-		t->verifier.der = allocate(CA_DER_MAX);
-	br_ssl_engine_set_x509(&t->client.eng, &t->verifier.vtable);
+	br_ssl_engine_add_flags(&t->client.eng, BR_OPT_NO_RENEGOTIATION);
+	for (unsigned i = 0; i < sizeof order / sizeof *order;
+	     i++) /* with AES the first two pairs change places */
+		order[i] = tls_suites[br_aes_x86ni_ctr_get_vtable() != NULL && i < 4 ? i ^ 2 : i].id;
+	br_ssl_engine_set_suites(&t->client.eng, order, sizeof order / sizeof *order);
+	v->vtable = &verifier_class;
+	v->account = s->account;
+	v->trust = trust;
+	snprintf(v->host, sizeof v->host, "%s", s->account->host);
+	if (*v->host != '\0' &&
+	    v->host[strlen(v->host) - 1] == '.') /* which DNS may want and TLS must not have */
+		v->host[strlen(v->host) - 1] = '\0';
+	if (inet_pton(AF_INET, v->host, v->address) == 1)
+		v->address_octets = 4;
+	else if (inet_pton(AF_INET6, v->host, v->address) == 1)
+		v->address_octets = 16;
+	br_ssl_engine_set_x509(&t->client.eng, &v->vtable);
 	br_ssl_engine_set_buffer(&t->client.eng, t->buffer, sizeof t->buffer, 1);
 	/* On top of BearSSL's own seed, which may come from RDRAND alone. */
 	random = fopen("/dev/urandom", "re");
@@ -2048,7 +2354,7 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 			br_ssl_engine_inject_entropy(&t->client.eng, seed, sizeof seed);
 		fclose(random);
 	}
-	if (!br_ssl_client_reset(&t->client, t->verifier.address_octets > 0 ? NULL : host, 0))
+	if (!br_ssl_client_reset(&t->client, v->address_octets > 0 ? NULL : v->host, 0))
 		return tls_fail(s);
 	return tls_run(s, BR_SSL_SENDAPP);
 }
@@ -2085,8 +2391,6 @@ static void stream_close(struct stream *s)
 {
 	if (s->fd >= 0)
 		close(s->fd);
-	if (s->tls != NULL)
-		free(s->tls->verifier.der);
 	free(s->tls);
 	free(s->plain);
 	free(s->inflate);
@@ -3774,22 +4078,17 @@ static size_t http_ignore(char *octets, size_t size, size_t n, void *context)
 
 struct http { /* what a libcurl that uses BearSSL too judges certificates by */
 	const struct trust *trust;
-	br_x509_minimal_context chain;
 	struct verifier verifier;
 };
 
 /* It is given our anchors and our clock: its own loader fails on the first root that it cannot use. */
 static CURLcode http_tls(CURL *curl, void *client, void *context)
 {
-	static const struct account no_pins;
 	struct http *h = context;
 
 	(void)curl;
-	br_x509_minimal_init_full(&h->chain, h->trust->anchors, h->trust->n);
-	tls_judge(&h->chain);
-	h->verifier = (struct verifier){ .vtable = &verifier_class,
-					 .chain = &h->chain,
-					 .account = &no_pins };
+	h->verifier.vtable = &verifier_class;
+	h->verifier.trust = h->trust;
 	br_ssl_engine_set_x509(&((br_ssl_client_context *)client)->eng, &h->verifier.vtable);
 	return CURLE_OK;
 }
@@ -3839,8 +4138,6 @@ static int http_get(const char *url, const struct trust *trust, struct err *e)
 		}
 		code = curl_easy_perform(curl);
 		curl_easy_cleanup(curl);
-		if (http.chain.err == BR_ERR_X509_EXPIRED)
-			clock_follow(&http.verifier.leaf); /* the next attempt goes by it */
 	}
 	if (code == CURLE_OK)
 		return 0;
@@ -6060,22 +6357,27 @@ static void account_print_list(const struct worker *w)
 	}
 }
 
-/* Print what --check found: how the line is protected, and by which certificate. */
+/* Print what --check found: how the line is protected, what the server can do, and what there is. */
 static void account_print_check(const struct worker *w)
 {
-	const struct tls *tls = w->im.s.tls;
-	char until[16] = "";
+	static const struct {
+		unsigned capability;
+		const char *word;
+	} matters[] = { { CAP_LIST_STATUS, "LIST-STATUS" }, { CAP_CONDSTORE, "CONDSTORE" },
+			{ CAP_ESEARCH, "ESEARCH" },         { CAP_COMPRESS, "COMPRESS" },
+			{ CAP_LITERAL_PLUS, "LITERAL+" },   { CAP_SPECIAL_USE, "SPECIAL-USE" } };
+	char line[600];
+	uint64_t mails = 0, mailboxes = 0;
 
-	if (tls == NULL) {
-		printf("%s: login works; NOT encrypted\n", w->account->email);
-		return;
+	tls_describe(&w->im.s, line, sizeof line);
+	printf("%s: login works; %s\n   ", w->account->email, line);
+	for (size_t i = 0; i < sizeof matters / sizeof *matters; i++)
+		printf(" %s%s", w->im.capabilities & matters[i].capability ? "" : "no ", matters[i].word);
+	for (uint32_t i = 0; i < w->list.n; i++) {
+		mailboxes += w->list.boxes[i].wanted;
+		mails += w->list.boxes[i].wanted ? w->list.boxes[i].status.messages : 0;
 	}
-	printf("%s: login works; %s, certificate valid until %s\n    \"tls_fingerprint\": \"",
-	       w->account->email, w->account->ssl == SSL_ON ? "TLS" : "STARTTLS",
-	       tls_date(until, tls->verifier.leaf.notafter_days));
-	for (int i = 0; i < 32; i++)
-		printf("%02x", tls->verifier.fingerprint[i]);
-	printf("\"\n");
+	printf("\n    %llu mailboxes, %llu mails\n", (unsigned long long)mailboxes, (unsigned long long)mails);
 }
 
 /* List the mailboxes, and find out what there is to do. */
@@ -6886,7 +7188,7 @@ static void run_report(const struct run *run, int status)
 	const struct config *c = run->config;
 	const struct options *o = run->options;
 	const char *url = status == 0 ? c->success_url : status == 1 ? c->failure_url : NULL;
-	struct trust *trust = run_trust(run, c->ca_file), own = { .n = 0 };
+	struct trust *trust = run_trust(run, c->ca_file), own = { .named = NULL };
 	struct err e = { 0 };
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||

@@ -104,7 +104,7 @@ def test_certificates(t):
         context = Session.context(self)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         return context
-    nobody = 'signed by nobody whom the CA bundle knows; to trust it alone: "tls_fingerprint": "%s"'
+    nobody = r'signed by nobody whom the CA bundle knows \(imap_backup test %s\); to trust it alone: "tls_fingerprint": "%s"'
     walk(t, {
         'good': fine(context=noting),
         'rsa': fine(kind='rsa'),
@@ -119,8 +119,9 @@ def test_certificates(t):
                             account={'host': '127.0.0.1'}),
         'wrong-address': Way(r'certificate is for .*not for localhost', kind='ip'),
         'wildcard': Way(r'the certificate is for \*.example.org, not for localhost', kind='wildcard'),
-        'other-ca': Way(nobody % pin('other_ca'), kind='other_ca'),
-        'self-signed': Way(nobody % pin('self_signed'), kind='self_signed'),
+        'other-ca': Way(nobody % ('other, whose certificate the server does not send', pin('other_ca')),
+                        kind='other_ca'),
+        'self-signed': Way(nobody % ('self_signed', pin('self_signed')), kind='self_signed'),
         'missing': Way('signed by nobody', kind='missing'),
         'pinned': fine(kind='self_signed', account={'tls_fingerprint': pin('self_signed'), 'ca_file': None}),
         'pinned-colons': fine(kind='other_ca', account={'tls_fingerprint': [pin('good'), ':'.join(
@@ -134,7 +135,7 @@ def test_certificates(t):
         'ca-empty': Way('no certificate in it', account={'ca_file': empty}),
         'ca-junk': Way('no certificate in it', account={'ca_file': junk}),
         'only13': Way('speaks only TLS 1.3', context=only_tls13),
-        'plain': Way('speaks no TLS 1.2 here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
+        'plain': Way('no TLS is spoken here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
         'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
         'alerts': Way('more than 65536 octets from the server stand for nothing',
                       start_tls=records(b'\x15\3\3\0\2\1\x5a')),
