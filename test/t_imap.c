@@ -891,7 +891,8 @@ static void test_unasked(void)
 static void test_noise(void)
 {
 	static const char *const endless[] = { "x", "* OK x\r\n", "* SEARCH\r\n", "* 1 EXISTS\r\n", "* X a ",
-		"* 1 FETCH (UID 1)\r\n", "* 1 FETCH (BODY[TEXT] {4}\r\n1234)\r\n", "* OK [X ", "* LIST (\\x " };
+		"* 1 FETCH (UID 1)\r\n", "* 1 FETCH (BODY[TEXT] {4}\r\n1234)\r\n", "* OK [X ", "* LIST (\\x ",
+		"\r\n", "* LIST () NIL x", "* 1 FETCH (UID 1) (", "* 1 FETCH (X (\"", "* X {1}\r\n" };
 	size_t room = IMAP_NOISE_MAX + 1000, n;
 
 	for (size_t i = 0; i < N(endless); i++) {
@@ -901,6 +902,7 @@ static void test_noise(void)
 		for (n = 0; n + strlen(endless[i]) < room; n += strlen(endless[i]))
 			memcpy(text + n, endless[i], strlen(endless[i]));
 		serve(&im, text, n, SIZE_MAX);
+		im.on_list = saw_list;
 		im.on_literal = saw_literal;
 		im.on_octets = saw_octets;
 		im.on_fetch = saw_fetch;
