@@ -13,7 +13,7 @@ CFLAGS       ?= -Os -g
 PREFIX       ?= /usr/local
 BEARSSL_LIBS ?= -lbearssl
 CURL_LIBS    ?= -lcurl
-OURS = -std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 \
+OURS = -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 \
 	-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wmissing-prototypes \
 	-Werror=implicit-function-declaration -ffunction-sections -fdata-sections \
 	$(BEARSSL_CFLAGS) $(CURL_CFLAGS)

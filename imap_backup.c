@@ -27,7 +27,6 @@
  * IDLE (it is run by cron), UTF8=ACCEPT (renames mailboxes on the wire), sequence numbers (they
  * shift), POP3.
  */
-#define _DEFAULT_SOURCE 1 /* MAP_ANONYMOUS, which came to POSIX in 2024 */
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>

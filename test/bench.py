@@ -481,7 +481,7 @@ def build():
     os.makedirs(BUILD, exist_ok=True)
     cc = os.environ.get('CC', 'cc').split()
     for name, source, libs in (('line', 'bench_line.c', []), ('drain', 'drain.c', ['-lbearssl'])):
-        servers.tool(*cc, '-std=c11', '-D_POSIX_C_SOURCE=200809L', '-O2', '-o', os.path.join(BUILD, name),
+        servers.tool(*cc, '-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_DEFAULT_SOURCE', '-O2', '-o', os.path.join(BUILD, name),
                      os.path.join(TOP, 'test', source), *libs)
 
 

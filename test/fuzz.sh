@@ -18,7 +18,7 @@ TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/fuzz-XXXXXX") # where the targets keep their
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 trap 'exit 1' INT TERM
-flags='-std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64 -g -O1 -fno-sanitize-recover=undefined'
+flags='-std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -D_FILE_OFFSET_BITS=64 -g -O1 -fno-sanitize-recover=undefined'
 engine=fuzz
 echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
 	clang -fsanitize=fuzzer,address -x c - -o "$TMPDIR/probe" 2>/dev/null || engine=replay

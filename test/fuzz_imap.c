@@ -141,7 +141,7 @@ static void responses(struct imap *im)
 	must(im->s.err.code == E_NET || im->s.err.code == E_PROTO || im->s.err.code == E_WAIT);
 	must(im->s.err.text[0] != '\0' && im->s.err.wait_sec <= WAIT_SEC);
 	for (unsigned i = 0; i < IMAP_FLIGHT_MAX; i++)
-		must(strlen(im->results[i].text) < sizeof im->results[i].text);
+		must(strlen(im->ring[i].result.text) < sizeof im->ring[i].result.text);
 	set_sort(&seen.uids);
 	for (size_t i = 1; i < seen.uids.n; i++)
 		must(seen.uids.ranges[i].low - 1 > seen.uids.ranges[i - 1].high);
@@ -152,48 +152,54 @@ static void responses(struct imap *im)
 
 static void session(struct imap *im, const struct account *account)
 {
-	struct trust trust = { .n = 0 };
-	struct options options = { .mode = RUN_LIST };
+	struct trust trust = { .named = NULL };
 	struct config config = { .accounts = NULL };
-	struct run run = { .config = &config, .options = &options };
-	struct task task = { .account = account };
-	struct desk d = { .run = &run, .task = &task, .job = &d.jobs[0], .next = &d.jobs[1] };
+	struct mailboxes list = { .config = &config, .account = account, .folder = "/nonexistent" };
+	struct counts counts = { 0 };
 	struct err e = { 0 };
 
-	d.fd = open("/dev/null", O_WRONLY);
 	if (imap_greet(im, &trust) == 0 && imap_login(im, "u\"ser", "p\\assw\xF6rd") == 0) {
-		d.im = *im;
-		must((desk_list(&d, &e) == 0) == (e.code == E_NONE));
-		*im = d.im;
+		must((mailboxes_list(&list, im, true, &e) == 0) == (e.code == E_NONE));
+		mailboxes_plan(&list, true, &counts);
+		must(list.todo + counts.unchanged + counts.failures <= list.n);
+		mailboxes_free(&list);
 	}
-	close(d.fd);
 }
 
-/* ---- a mailbox into an archive ---- */
+/* ---- mailboxes into archives ---- */
 
-static char path[200], behind[220];
+static char folder[200], path[220];
+static struct mailbox both[2];
+static unsigned begun;
+static enum err_code failed;
 
-static void no_progress(void *context)
+static void no_progress(void *context, uint64_t mails, uint64_t octets)
 {
 	(void)context;
+	(void)mails;
+	(void)octets;
 }
 
 /* The next mailbox is of the same kind, and new. */
-static struct sync *look_ahead(void *context)
+static struct sync *begin(void *context, bool ahead)
 {
-	struct sync as = *(struct sync *)context;
-	struct err ignored = { 0 };
+	struct sync *y;
 
-	return sync_begin(&as, behind, &ignored);
+	must(ahead == (((struct session *)context)->first != NULL));
+	if (begun == 2)
+		return NULL;
+	y = allocate(sizeof *y);
+	y->session = context;
+	y->box = &both[begun];
+	y->attempt.careful = begun == 0 && both[0].original_is_shared;
+	begun++;
+	return y;
 }
 
-static void settle(void *context, struct sync *next)
+static void over(void *context, struct sync *y)
 {
-	struct err e = { 0 };
-	struct sync *none;
-
-	(void)context;
-	must((sync_finish(next, &none, &e) == 0) == (e.code == E_NONE) && none == NULL);
+	must(context != NULL && y->m == NULL);
+	failed = y->err.code == E_SYSTEM || y->err.code == E_LOCKED ? y->err.code : failed;
 }
 
 static void file_write(const char *name, const void *octets, size_t n)
@@ -239,18 +245,15 @@ static void archive_make(char **mbox, size_t *n, char **index, size_t *m)
 	*index = file_read(name, m);
 }
 
-static void mailbox(struct imap *im, unsigned how)
+static void mailbox(struct imap *im, const struct account *account, unsigned how)
 {
 	static char *mbox, *index;
 	static size_t mbox_octets, index_octets;
 	struct config config = { .header_batch = 1 + (how >> 6) * 40, .email_batch = 2,
 				 .keep_duplicates = how & 4 };
-	struct mailbox box = { .name = (char[]){ "INBOX" }, .delimiter = '/', .selectable = true };
-	struct attempt attempt = { .careful = how & 8 };
-	struct counts counts = { 0 };
-	struct sync as = { .config = &config, .im = im, .attempt = &attempt, .counts = &counts,
-			   .progress = no_progress, .ahead = look_ahead, .settle = settle, .context = &as };
-	struct sync *y, *next = NULL;
+	struct mailboxes list = { .config = &config, .account = account, .folder = folder };
+	struct session run = { .config = &config, .list = &list, .im = im, .begin = begin,
+			       .progress = no_progress, .over = over, .context = &run };
 	struct mbox_info info;
 	struct err e = { 0 };
 	struct mbox *m;
@@ -258,8 +261,9 @@ static void mailbox(struct imap *im, unsigned how)
 	size_t n, mails = 0;
 	int result;
 
-	snprintf(name, sizeof name, "%s.index", behind);
-	unlink(behind);
+	snprintf(name, sizeof name, "%s/next.mbox", folder);
+	unlink(name);
+	snprintf(name, sizeof name, "%s/next.mbox.index", folder);
 	unlink(name);
 	snprintf(name, sizeof name, "%s.index", path);
 	unlink(path);
@@ -273,20 +277,28 @@ static void mailbox(struct imap *im, unsigned how)
 		file_write(path, mbox, mbox_octets);
 		file_write(name, index, index_octets);
 	}
+	for (unsigned i = 0; i < 2; i++)
+		both[i] = (struct mailbox){ .name = (char *)(uintptr_t)(i == 0 ? "INBOX" : "next"), .delimiter = '/',
+					    .selectable = true, .original_is_shared = how & 8 };
 	if (how & 32)
-		box.status = (struct imap_status){ .known = true, .messages = 5, .uidnext = 9,
+		both[0].status = both[1].status = (struct imap_status){ .known = true, .messages = 5, .uidnext = 9,
 						   .uidvalidity = 7, .unseen = 1, .highestmodseq = 11 };
-	as.box = box;
-	y = sync_begin(&as, path, &e);
-	result = y != NULL ? sync_finish(y, &next, &e) : -1;
-	must((result == 0) == (e.code == E_NONE));
-	if (next != NULL && im->s.err.code != E_NONE) {
-		sync_end(next, NULL, &(struct err){ 0 });
-	} else if (next != NULL) {
-		next->looked = true;
-		settle(NULL, next);
+	begun = 0;
+	failed = E_NONE;
+	result = session_run(&run, &e);
+	must(result == 0 ? e.code == E_NONE && run.first == NULL && begun == 2 : im->s.err.code != E_NONE || e.code != E_NONE);
+	while (run.first != NULL) {
+		struct sync *y = run.first;
+
+		must(y->m == NULL && y->stage == SYNC_CLOSED);
+		run.first = y->next;
+		free(y);
 	}
-	must(e.code != E_SYSTEM && e.code != E_LOCKED);
+	must(failed == E_NONE);
+	if (access(path, F_OK) != 0) { /* a mailbox that could not be opened leaves none */
+		must((how & 16) == 0);
+		return;
+	}
 	e = (struct err){ 0 };
 	must(mbox_open(&m, path, "INBOX", 0, &e) == 0);
 	must(*mbox_mended(m) == '\0');
@@ -315,8 +327,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct imap im = { .flight = IMAP_FLIGHT_MAX - 8, .capabilities = 0 };
 
 	if (*path == '\0') {
-		must(snprintf(path, sizeof path, "%s/INBOX.mbox", getenv("TMPDIR")) < (int)sizeof path);
-		snprintf(behind, sizeof behind, "%s.next", path);
+		snprintf(folder, sizeof folder, "%s", getenv("TMPDIR"));
+		must(snprintf(path, sizeof path, "%s/INBOX.mbox", folder) < (int)sizeof path);
 		log_to.level = LOG_TRACE;
 	}
 	if (size < 4)
@@ -336,7 +348,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		responses(&im);
 		break;
 	default:
-		mailbox(&im, data[0]);
+		mailbox(&im, &account, data[0]);
 	}
 	stream_close(&im.s);
 	return 0;

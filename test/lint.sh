@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 sources='imap_backup.c json.c mbox.c'
-defines='-std=c11 -D_POSIX_C_SOURCE=200809L -D_FILE_OFFSET_BITS=64'
+defines='-std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -D_FILE_OFFSET_BITS=64'
 warnings='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wmissing-prototypes -Werror'
 failed=0
 
@@ -40,7 +40,7 @@ for target in i686-linux-gnu arm-linux-gnueabihf; do
 done
 # shellcheck disable=SC2086
 ! have cppcheck || run cppcheck --quiet --std=c11 --enable=warning,performance,portability \
-	--suppress=missingIncludeSystem --error-exitcode=1 -D_POSIX_C_SOURCE=200809L $sources
+	--suppress=missingIncludeSystem --error-exitcode=1 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE $sources
 ! have shellcheck || run shellcheck test/*.sh .ci/run
 
 [ "${1:-}" = --all ] || exit $failed

@@ -173,7 +173,7 @@ def run_one(task):
     return name, reason, output.getvalue(), time.monotonic() - began
 
 
-SANITIZED = ['-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_FILE_OFFSET_BITS=64', '-g', '-O1',
+SANITIZED = ['-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_DEFAULT_SOURCE', '-D_FILE_OFFSET_BITS=64', '-g', '-O1',
              '-fsanitize=address,undefined', '-fno-sanitize-recover=undefined']
 REPORTS = os.path.join(TOP, 'build', 'report')
 

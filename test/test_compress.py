@@ -121,7 +121,7 @@ def value_code(value, group):
 
 
 def compile_c(program, source, *flags):
-    subprocess.run([os.environ.get('CC', 'cc'), '-std=c11', '-D_POSIX_C_SOURCE=200809L',
+    subprocess.run([os.environ.get('CC', 'cc'), '-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_DEFAULT_SOURCE',
                     '-D_FILE_OFFSET_BITS=64', '-I', TOP, *flags, '-o', program, source,
                     os.path.join(TOP, 'json.c'), os.path.join(TOP, 'mbox.c'), '-lbearssl', '-lcurl'],
                    check=True)
