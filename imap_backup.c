@@ -85,6 +85,7 @@ enum {
 	EMPTY_MAX = 64 << 10,           /* octets in a row, on the line, that stand for none */
 	STOP_MS = 3000,                 /* for what is on the way when the run is to stop */
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
+	TOKEN_MAX = 32 << 10,           /* octets of an access token that can be logged in with */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
@@ -2869,6 +2870,9 @@ struct imap {
 	bool trace;
 	char line[300]; /* of the response in hand, for -vv */
 	size_t line_octets;
+	const char *secret[3]; /* borrowed during the login: what is sent, in the forms that are */
+	char challenge[200];   /* the text of the last continuation request */
+	bool refused, expired; /* the access token was; and ended the session because it is over */
 	bool over;             /* the response in hand: its line end was consumed too early */
 	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
 	uint32_t limited_uid;  /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
@@ -2939,7 +2943,7 @@ static void imap_next(struct imap *im)
 {
 	int c = *im->s.at++;
 
-	if (im->trace && im->line_octets < sizeof im->line && c != '\n' && c != '\r')
+	if (im->trace && im->line_octets < sizeof im->line - 1 && c != '\n' && c != '\r')
 		im->line[im->line_octets++] = (char)c;
 }
 
@@ -3135,6 +3139,22 @@ static bool imap_at_end(struct imap *im)
 	return c == '\n' || c < 0;
 }
 
+/* Overwrite what a server echoes of the login, in any case of letters, also where the text cuts it. */
+static void imap_scrub(const struct imap *im, char *text)
+{
+	for (int i = 0; i < 3; i++)
+		for (char *p = text; im->secret[i] != NULL && *im->secret[i] != '\0' && *p != '\0'; p++) {
+			const char *secret = im->secret[i];
+			size_t n = 0;
+
+			while (secret[n] != '\0' &&
+			       tolower((unsigned char)p[n]) == tolower((unsigned char)secret[n]))
+				n++;
+			if (secret[n] == '\0' || (p[n] == '\0' && n >= 4))
+				memset(p, '*', n);
+		}
+}
+
 /* Pass over what is left of a response, literals included. */
 static int imap_line_end(struct imap *im)
 {
@@ -3146,6 +3166,8 @@ static int imap_line_end(struct imap *im)
 	if (!im->over && !imap_is(im, '\n'))
 		return -1;
 	if (im->trace && im->line_octets > 0) {
+		im->line[im->line_octets] = '\0';
+		imap_scrub(im, im->line);
 		log_visible(visible, sizeof visible, im->line, im->line_octets);
 		log_write(LOG_TRACE, "S: %s", visible);
 	}
@@ -3243,6 +3265,12 @@ static int imap_text(struct imap *im, struct imap_result *result)
 		imap_next(im);
 	}
 	result->text[n] = '\0';
+	imap_scrub(im, result->text);
+	imap_scrub(im, result->code);
+	if (strstr(result->text, "AccessTokenExpired") != NULL && im->secret[0] == NULL) { /* Exchange */
+		im->expired = true;
+		return stream_fail(&im->s, E_NET, "the session ended: its access token has expired");
+	}
 	number = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
 	if (strcmp(result->code, "UIDVALIDITY") == 0)
 		im->uidvalidity = number;
@@ -3688,8 +3716,12 @@ static int imap_response(struct imap *im)
 		;
 	if (imap_is(im, '*'))
 		return imap_untagged(im);
-	if (imap_is(im, '+'))
-		return imap_text(im, &ignored) != 0 ? -1 : 1;
+	if (imap_is(im, '+')) {
+		if (imap_text(im, &ignored) != 0)
+			return -1;
+		memcpy(im->challenge, ignored.text, sizeof im->challenge);
+		return 1;
+	}
 	if (imap_peek(im) == '[') /* Office 365: a code without a status */
 		return imap_text(im, &ignored);
 	imap_atom(im, word);
@@ -3920,72 +3952,176 @@ static unsigned imap_compress(struct imap *im)
 	return im->compress_tag = imap_send(im, NULL, "COMPRESS DEFLATE");
 }
 
-/* AUTHENTICATE PLAIN (RFC 4616), else LOGIN. A refusal is E_ACCOUNT unless it asks to wait. */
-static int imap_login(struct imap *im, const char *user, const char *password)
+/* -- logging in -- */
+
+/* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
+static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
+
+/* Encode n octets: 4 for each 3, and NUL; 'url': for URLs, without padding. Returns out. */
+static char *base64(char *out, const void *octets, size_t n, bool url)
 {
-	const size_t users = strlen(user), passwords = strlen(password), n = users + passwords + 2;
-	char plain[1400], coded[2000], quoted_user[1010], quoted_password[1010];
-	const struct imap_result *result;
+	const uint8_t *p = octets;
+	size_t length = 0;
+
+	for (size_t i = 0; i < n; i += 3) {
+		uint32_t bits = (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) |
+				(i + 2 < n ? p[i + 2] : 0);
+
+		for (unsigned k = 0; k < 4; k++) {
+			unsigned digit = bits >> (18 - 6 * k) & 63;
+
+			if (i + k <= n)
+				out[length++] = base64_digits[url && digit > 61 ? digit + 2 : digit];
+			else if (!url)
+				out[length++] = '=';
+		}
+	}
+	out[length] = '\0';
+	return out;
+}
+
+/* Decode a text in place, up to what is no base64. */
+static void base64_decode(char *text)
+{
+	const char *digit;
+	char *out = text;
+	uint32_t bits = 0;
+
+	for (unsigned i = 0; *text != '\0' && (digit = strchr(base64_digits, *text)) != NULL; i++, text++) {
+		bits = bits << 6 | (uint32_t)(digit - base64_digits);
+		if (i % 4 != 0)
+			*out++ = (char)(bits >> (6 - 2 * (i % 4)));
+	}
+	*out = '\0';
+}
+
+/* Begin SASL, with the response at once where that may be (RFC 4959). Returns the tag, 0 at an error. */
+static unsigned imap_authenticate(struct imap *im, const char *mechanism, const char *response)
+{
+	char shown[40];
 	unsigned tag;
 
-	if (users > 500 || passwords > 500)
-		return stream_fail(&im->s, E_ACCOUNT, "user name or password is longer than 500 octets");
-	if (im->capabilities & CAP_AUTH_PLAIN) {
-		static const char
-			digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-		size_t length = 0;
+	snprintf(shown, sizeof shown, "AUTHENTICATE %s ***", mechanism);
+	if (im->capabilities & CAP_SASL_IR && strlen(response) < IMAP_LINE_MAX * 4)
+		return imap_send(im, shown, "AUTHENTICATE %s %s", mechanism, response);
+	tag = imap_send(im, NULL, "AUTHENTICATE %s", mechanism);
+	return tag != 0 && imap_continue(im, tag, response) == 0 ? tag : 0;
+}
 
-		memset(plain, 0, n + 3);
-		memcpy(plain + 1, user, users);
-		memcpy(plain + users + 2, password, passwords);
-		for (size_t i = 0; i < n; i += 3) {
-			const uint8_t *p = (const uint8_t *)plain + i;
-			uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 8 | p[2];
+/* Send LOGIN, with literals for what cannot be quoted. Returns the tag, 0 at an error. */
+static unsigned imap_login_plainly(struct imap *im, const char *user, const char *password,
+				   char quoted[1510])
+{
+	char first[1510], second[600];
+	unsigned tag;
 
-			for (unsigned k = 0; k < 4; k++)
-				coded[length++] = i + k > n ? '=' : digits[bits >> (18 - 6 * k) & 63];
-		}
-		coded[length] = '\0';
-		if (im->capabilities & CAP_SASL_IR) {
-			tag = imap_send(im, "AUTHENTICATE PLAIN ***", "AUTHENTICATE PLAIN %s", coded);
-		} else {
-			tag = imap_send(im, NULL, "AUTHENTICATE PLAIN");
-			if (tag != 0 && imap_continue(im, tag, coded) != 0)
-				tag = 0;
-		}
-	} else if (im->capabilities & CAP_LOGINDISABLED) {
+	if (!imap_needs_literal(user, true) && !imap_needs_literal(password, true))
+		return imap_send(im, "LOGIN ***", "LOGIN %s %s", imap_quote(im, first, sizeof first, user),
+				 imap_quote(im, quoted, 1510, password));
+	tag = imap_send(im, NULL, "LOGIN {%zu}", strlen(user));
+	snprintf(second, sizeof second, "%s {%zu}", user, strlen(password));
+	if (tag == 0 || imap_continue(im, tag, second) != 0 || imap_continue(im, tag, password) != 0)
+		return 0;
+	return tag;
+}
+
+/* Write a user's name as a "saslname" (RFC 5801 4). Returns out. */
+static const char *imap_saslname(char out[1510], const char *user)
+{
+	char *to = out;
+
+	for (; *user != '\0'; user++)
+		to += *user == ',' || *user == '=' ? sprintf(to, "=%02X", *user) : sprintf(to, "%c", *user);
+	return out;
+}
+
+/*
+ * Log in with a password: AUTHENTICATE PLAIN (RFC 4616), else LOGIN, which is also tried where PLAIN is
+ * refused for another reason than the password; or with an access token: XOAUTH2 where it is offered (all
+ * that Exchange takes), else OAUTHBEARER (RFC 7628). A refusal is E_ACCOUNT unless it asks to wait.
+ */
+static int imap_login(struct imap *im, const char *user, const char *secret, bool token)
+{
+	const char *host = im->s.account->host, *mechanism = NULL, *status;
+	const size_t size = 3 * strlen(user) + strlen(secret) + strlen(host) + 100;
+	const struct imap_result *result = NULL;
+	struct imap_result first;
+	char *plain, *coded, quoted[1510] = "";
+	struct err *e = &im->s.err;
+	size_t used;
+	unsigned tag;
+	int n = 0;
+
+	if (im->capabilities & (token ? CAP_XOAUTH2 : CAP_AUTH_PLAIN))
+		mechanism = token ? "XOAUTH2" : "PLAIN";
+	else if (token && im->capabilities & CAP_OAUTHBEARER)
+		mechanism = "OAUTHBEARER";
+	else if (token)
 		return stream_fail(&im->s, E_ACCOUNT,
-				   "the server allows no login with a password here "
-				   "(LOGINDISABLED)");
-	} else if (imap_needs_literal(user, true) || imap_needs_literal(password, true)) {
-		const char *parts[2] = { user, password };
-
-		snprintf(quoted_user, sizeof quoted_user, "LOGIN {%zu}", users);
-		tag = imap_send(im, NULL, "%s", quoted_user);
-		for (int i = 0; i < 2 && tag != 0; i++) {
-			snprintf(plain, sizeof plain, i == 0 ? "%s {%zu}" : "%s", parts[i], passwords);
-			if (imap_continue(im, tag, plain) != 0)
-				tag = 0;
+				   "the server takes no login by OAuth (it offers neither "
+				   "XOAUTH2 nor OAUTHBEARER)");
+	else if (im->capabilities & CAP_LOGINDISABLED)
+		return stream_fail(&im->s, E_ACCOUNT,
+				   "the server allows no login with a password here (LOGINDISABLED)");
+	if (strlen(user) > 500 || strlen(secret) > (token ? TOKEN_MAX : 500))
+		return stream_fail(&im->s, E_ACCOUNT, "user name or %s is longer than %d octets",
+				   token ? "token" : "password", token ? TOKEN_MAX : 500);
+	plain = allocate(size);
+	coded = allocate(size / 3 * 4 + 8);
+	if (mechanism != NULL && *mechanism == 'P')
+		n = snprintf(plain, size, "%c%s%c%s", 0, user, 0, secret);
+	else if (mechanism != NULL && *mechanism == 'X')
+		n = snprintf(plain, size, "user=%s\1auth=Bearer %s\1\1", user, secret);
+	else if (mechanism != NULL)
+		n = snprintf(plain, size, "n,a=%s,\1host=%s\1port=%u\1auth=Bearer %s\1\1",
+			     imap_saslname(quoted, user), host, im->s.account->port, secret);
+	base64(coded, plain, (size_t)n, false);
+	im->capabilities_known = false; /* others will hold; many servers tell them at once */
+	im->secret[0] = secret;
+	im->secret[1] = coded;
+	im->secret[2] = token ? NULL : quoted;
+	tag = mechanism != NULL ? imap_authenticate(im, mechanism, coded)
+				: imap_login_plainly(im, user, secret, quoted);
+	/* Before a token is refused, an error comes that wants an answer. */
+	if (token && tag != 0 && imap_continue(im, tag, *mechanism == 'X' ? "" : "AQ==") != 0)
+		tag = 0;
+	result = tag != 0 ? imap_wait(im, tag) : NULL;
+	if (result != NULL && !token && mechanism != NULL && !(im->capabilities & CAP_LOGINDISABLED) &&
+	    result->condition != IMAP_OK && imap_wait_asked(result) == 0 &&
+	    (result->condition == IMAP_BAD || *result->code == '\0' ||
+	     strcmp(result->code, "CANNOT") == 0)) {
+		first = *result;
+		tag = imap_login_plainly(im, user, secret, quoted);
+		result = tag != 0 ? imap_wait(im, tag) : NULL;
+		if (result == NULL && e->code == E_NET) { /* it had enough: the first answer counts */
+			*e = (struct err){ 0 };
+			result = &first;
 		}
-	} else {
-		tag = imap_send(im, "LOGIN ***", "LOGIN %s %s",
-				imap_quote(im, quoted_user, sizeof quoted_user, user),
-				imap_quote(im, quoted_password, sizeof quoted_password, password));
 	}
-	memset(plain, 0, sizeof plain);
-	memset(coded, 0, sizeof coded);
-	memset(quoted_password, 0, sizeof quoted_password);
-	im->capabilities_known = false; /* others hold now; many servers tell them at once */
-	result = tag > 0 ? imap_wait(im, tag) : NULL;
-	if (result == NULL)
-		return -1;
-	if (result->condition != IMAP_OK) {
-		imap_refused(&im->s.err, result, "login");
-		if (im->s.err.code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
-			im->s.err.code = E_ACCOUNT; /* also where the text says "try again later" */
-		return -1;
+	if (result != NULL && result->condition != IMAP_OK) {
+		imap_refused(e, result, "login");
+		if (e->code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
+			e->code = E_ACCOUNT; /* also where the text says "try again later" */
+		im->refused = token && e->code == E_ACCOUNT;
+		used = strlen(e->text);
+		base64_decode(im->challenge);
+		if (token && (status = strstr(im->challenge, "\"status\"")) != NULL) {
+			status += 8 + strspn(status + 8, ": \"");
+			snprintf(e->text + used, sizeof e->text - used, " (status %.*s)",
+				 (int)strcspn(status, "\",}"), status);
+		} else if (!token && e->code == E_ACCOUNT) {
+			snprintf(e->text + used, sizeof e->text - used,
+				 "; perhaps it wants an app password, or another \"username\"");
+		}
 	}
-	return imap_know_capabilities(im);
+	imap_scrub(im, e->text);
+	memset(im->secret, 0, sizeof im->secret);
+	wipe(plain, size);
+	wipe(coded, size / 3 * 4 + 8);
+	wipe(quoted, sizeof quoted);
+	free(plain);
+	free(coded);
+	return e->code != E_NONE ? -1 : imap_know_capabilities(im);
 }
 
 /* The greeting, and STARTTLS where it is to be had; else refuse to talk in the clear unasked. */
@@ -4045,7 +4181,7 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 	im->flight = IMAP_FLIGHT_MAX - 8;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0 || imap_greet(im, trust) != 0)
 		return -1;
-	if (!im->preauth && imap_login(im, account->username, password) != 0)
+	if (!im->preauth && imap_login(im, account->username, password, account->oauth != NULL) != 0)
 		return -1;
 	if (im->capabilities & CAP_ID) {
 		tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");

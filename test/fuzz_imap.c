@@ -158,7 +158,7 @@ static void session(struct imap *im, const struct account *account)
 	struct counts counts = { 0 };
 	struct err e = { 0 };
 
-	if (imap_greet(im, &trust) == 0 && imap_login(im, "u\"ser", "p\\assw\xF6rd") == 0) {
+	if (imap_greet(im, &trust) == 0 && imap_login(im, "u\"ser", "p\\assw\xF6rd", false) == 0) {
 		must((mailboxes_list(&list, im, true, &e) == 0) == (e.code == E_NONE));
 		mailboxes_plan(&list, true, &counts);
 		must(list.todo + counts.unchanged + counts.failures <= list.n);

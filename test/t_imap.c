@@ -1038,6 +1038,7 @@ static void test_beside(void)
 
 static void test_login(void)
 {
+	/* The password "t" is a token. */
 	static const struct { unsigned capabilities; const char *user, *password, *said, *told; int code; } rows[] = {
 		{ CAP_AUTH_PLAIN | CAP_SASL_IR, "u", "p", "A1 OK [CAPABILITY X] in\r\n",
 		  "A1 AUTHENTICATE PLAIN AHUAcA==\r\n", E_NONE },
@@ -1045,7 +1046,22 @@ static void test_login(void)
 		  "A1 AUTHENTICATE PLAIN AHUAcHc=\r\n", E_ACCOUNT },
 		{ CAP_AUTH_PLAIN, "us", "pw", "+\r\nA1 NO [UNAVAILABLE] x\r\n",
 		  "A1 AUTHENTICATE PLAIN\r\nAHVzAHB3\r\n", E_WAIT },
-		{ CAP_AUTH_PLAIN, "us", "pw", "A1 BAD x\r\n", "A1 AUTHENTICATE PLAIN\r\n", E_ACCOUNT },
+		{ CAP_AUTH_PLAIN, "us", "pw", "A1 BAD x\r\nA2 NO x\r\n",
+		  "A1 AUTHENTICATE PLAIN\r\nA2 LOGIN \"us\" \"pw\"\r\n", E_ACCOUNT },
+		{ CAP_AUTH_PLAIN | CAP_SASL_IR, "u", "p", "A1 NO [CANNOT] x\r\nA2 OK [CAPABILITY X] in\r\n",
+		  "A1 AUTHENTICATE PLAIN AHUAcA==\r\nA2 LOGIN \"u\" \"p\"\r\n", E_NONE },
+		{ CAP_AUTH_PLAIN | CAP_SASL_IR, "u", "p", "A1 NO x\r\n* BYE\r\n",
+		  "A1 AUTHENTICATE PLAIN AHUAcA==\r\nA2 LOGIN \"u\" \"p\"\r\n", E_ACCOUNT },
+		{ CAP_AUTH_PLAIN | CAP_SASL_IR | CAP_LOGINDISABLED, "u", "p", "A1 BAD x\r\n",
+		  "A1 AUTHENTICATE PLAIN AHUAcA==\r\n", E_ACCOUNT },
+		{ CAP_AUTH_PLAIN, "u", "t", "", "", E_ACCOUNT },
+		{ CAP_XOAUTH2 | CAP_OAUTHBEARER | CAP_SASL_IR, "u", "t", "A1 OK [CAPABILITY X] in\r\n",
+		  "A1 AUTHENTICATE XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVyIHQBAQ==\r\n", E_NONE },
+		{ CAP_XOAUTH2, "u", "t", "+ \r\n+ eyJzdGF0dXMiOiI0MDEifQ==\r\nA1 NO [AUTHENTICATIONFAILED] x\r\n",
+		  "A1 AUTHENTICATE XOAUTH2\r\ndXNlcj11AWF1dGg9QmVhcmVyIHQBAQ==\r\n\r\n", E_ACCOUNT },
+		{ CAP_OAUTHBEARER, "=,", "t", "+\r\n+ x\r\nA1 NO\r\n",
+		  "A1 AUTHENTICATE OAUTHBEARER\r\nbixhPT0zRD0yQywBaG9zdD1oAXBvcnQ9OTkzAWF1dGg9QmVhcmVyIHQBAQ==\r\nAQ==\r\n",
+		  E_ACCOUNT },
 		{ CAP_LOGINDISABLED, "u", "p", "", "", E_ACCOUNT },
 		{ 0, "u", "p\"", "A1 OK\r\n* CAPABILITY IDLE\r\nA2 OK\r\n", "A1 LOGIN \"u\" \"p\\\"\"\r\nA2 CAPABILITY\r\n",
 		  E_NONE },
@@ -1062,7 +1078,8 @@ static void test_login(void)
 
 		serve(&im, rows[i].said, strlen(rows[i].said), 1);
 		im.capabilities = rows[i].capabilities;
-		result = imap_login(&im, rows[i].user, rows[i].password);
+		im.s.account = &(struct account){ .host = "h", .port = 993 };
+		result = imap_login(&im, rows[i].user, rows[i].password, rows[i].password[0] == 't');
 		check((result == 0) == (rows[i].code == E_NONE) && (int)im.s.err.code == rows[i].code,
 		      "login %zu: %d %s", i, (int)im.s.err.code, im.s.err.text);
 		check(strcmp(told, rows[i].told) == 0, "login %zu: %s", i, told);
@@ -1074,9 +1091,43 @@ static void test_login(void)
 
 		user[500] = more ? '"' : '\0';
 		serve(&im, "A1 OK [CAPABILITY X]\r\n", 22, 9);
-		check((imap_login(&im, user, "p") == 0) == !more, "a name of %d octets", 500 + more);
+		im.s.account = &(struct account){ .host = "h" };
+		check((imap_login(&im, user, "p", false) == 0) == !more, "a name of %d octets", 500 + more);
 		check(strlen(told) == (more ? 0 : 1017), "%zu octets told", strlen(told));
 		stream_close(&im.s);
+	}
+}
+
+static void test_base64(void)
+{
+	static const struct { const char *text, *coded, *url; } rows[] = {
+		{ "", "", "" }, { "f", "Zg==", "Zg" }, { "fo", "Zm8=", "Zm8" }, { "foo", "Zm9v", "Zm9v" },
+		{ "foob", "Zm9vYg==", "Zm9vYg" }, { "\xFB\xEF\xFF", "++//", "--__" },
+	};
+	char out[20];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		check(strcmp(base64(out, rows[i].text, strlen(rows[i].text), true), rows[i].url) == 0, "%s", out);
+		check(strcmp(base64(out, rows[i].text, strlen(rows[i].text), false), rows[i].coded) == 0, "%s", out);
+		base64_decode(out);
+		check(strcmp(out, rows[i].text) == 0, "base64 %zu decoded: %s", i, out);
+	}
+	base64_decode(strcpy(out, "Zm9v Zg"));
+	check(strcmp(out, "foo") == 0, "up to what is no base64: %s", out);
+}
+
+static void test_scrub(void)
+{
+	static const struct { const char *text, *scrubbed; } rows[] = {
+		{ "no", "no" }, { "hunter2", "*******" }, { "xHUNTER2x hunter2", "x*******x *******" }, { "x hunt", "x ****" },
+		{ "x hun", "x hun" }, { "hunterhunter2", "hunter*******" }, { "aGk=", "****" },
+	};
+	struct imap im = { .secret = { "hunter2", "aGk=", NULL } };
+	char text[40];
+
+	for (size_t i = 0; i < N(rows); i++) {
+		imap_scrub(&im, strcpy(text, rows[i].text));
+		check(strcmp(text, rows[i].scrubbed) == 0, "scrub %zu: %s", i, text);
 	}
 }
 
@@ -1264,6 +1315,8 @@ int main(void)
 	test_capabilities();
 	test_beside();
 	test_login();
+	test_base64();
+	test_scrub();
 	test_names();
 	test_patterns();
 	test_listing();

@@ -770,7 +770,7 @@ def test_lies(t):
         'neither': lie('sent MAYBE where OK', ok=lambda self, tag, text='': self.line(tag + ' MAYBE ' + text)),
         'plus': lie('continuation request', **says_when('cmd_LIST', '+ go on\r\n')),
         'controls': lie(r'\\x1b\[2J\\x07\\x7f\\xc2\\x9b\\xff', cmd_AUTHENTICATE=lambda self, tag, args:
-                        self.no(tag, '\x1b[2J\x07\x7f\x9b\udcff\0')),
+                        self.no(tag, '[AUTHENTICATIONFAILED] \x1b[2J\x07\x7f\x9b\udcff\0')),
         'controls-alert': Case(says=r'server says: \\x1b\]0;title\\x07', runs=(1,), **says_when(
             'cmd_LIST', '* OK [ALERT] \x1b]0;title\x07\r\n')),
         'controls-tag': lie(r'begins with "\\x1b"', **says_when('cmd_LIST', '\x1b[31mA1 OK x\r\n')),
