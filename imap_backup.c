@@ -10,7 +10,7 @@
  *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
  *     sets          of UIDs, as ranges
  *     imap          commands and responses (RFC 3501 and some of its extensions)
- *     http          success_url, failure_url
+ *     http          URLs that are told of a run, and what OAuth asks
  *     sync          makes one archive match one mailbox
  *     workers       one process for each connection; the parent hands out mailboxes
  *     command line  options, exit status
@@ -85,6 +85,7 @@ enum {
 	EMPTY_MAX = 64 << 10,           /* octets in a row, on the line, that stand for none */
 	STOP_MS = 3000,                 /* for what is on the way when the run is to stop */
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
+	HTTP_ANSWER_MAX = 64 << 10,     /* octets of an answer to a form */
 	TOKEN_MAX = 32 << 10,           /* octets of an access token that can be logged in with */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
@@ -4202,19 +4203,41 @@ static void imap_close(struct imap *im)
 	stream_close(&im->s);
 }
 
-/* ======== http: success_url, failure_url ======== */
+/* ======== http: URLs that are told of a run, and what OAuth asks ======== */
 
-static size_t http_ignore(char *octets, size_t size, size_t n, void *context)
-{
-	(void)octets;
-	(void)context;
-	return size * n;
-}
-
-struct http { /* what a libcurl that uses BearSSL too judges certificates by */
-	const struct trust *trust;
-	struct verifier verifier;
+/*
+ * libcurl, one request at a time. A URL that is told something (GET) may redirect, and what it answers is
+ * passed over. A form (POST) goes by https to that address and no other, and its answer is bounded.
+ */
+struct reply {             /* to a form; it holds secrets, so whoever has it wipes it */
+	struct err err;    /* nobody answered; else: */
+	long status;       /* of HTTP */
+	unsigned wait_sec; /* the provider wants to be left alone (Retry-After), or 0 */
+	int64_t clock_sec; /* our clock: a certificate may have set it */
+	size_t octets;
+	char text[HTTP_ANSWER_MAX + 1];
 };
+
+struct http {
+	const struct trust *trust;
+	const char *form;         /* NULL: a GET */
+	struct reply *reply;      /* NULL with a GET */
+	struct verifier verifier; /* what a libcurl that uses BearSSL too judges certificates by */
+};
+
+static size_t http_keep(char *octets, size_t size, size_t n, void *context)
+{
+	struct reply *r = ((struct http *)context)->reply;
+
+	n *= size;
+	if (r != NULL && n > HTTP_ANSWER_MAX - r->octets)
+		return 0;
+	if (r != NULL) {
+		memcpy(r->text + r->octets, octets, n);
+		r->octets += n;
+	}
+	return n;
+}
 
 /* It is given our anchors and our clock: its own loader fails on the first root that it cannot use. */
 static CURLcode http_tls(CURL *curl, void *client, void *context)
@@ -4228,17 +4251,34 @@ static CURLcode http_tls(CURL *curl, void *client, void *context)
 	return CURLE_OK;
 }
 
-/* GET a URL, a few times if need be; redirects are followed, but never from https to http. */
-static int http_get(const char *url, const struct trust *trust, struct err *e)
+/* What may be shown of a URL: scheme, host and port; the rest may be a secret. Returns out. */
+static char *http_site(char out[300], const char *url)
 {
-	static struct http http;
-	const char *library = curl_version_info(CURLVERSION_NOW)->ssl_version;
-	bool secure = strncasecmp(url, "https:", 6) == 0;
-	char reason[CURL_ERROR_SIZE] = "";
-	CURLcode code = CURLE_FAILED_INIT;
+	const char *host = strstr(url, "://");
+	size_t n, user;
 
-	http.trust = trust;
-	for (int attempt = 0; attempt < 3 && code != CURLE_OK && !stop_asked; attempt++) {
+	host = host != NULL ? host + 3 : url;
+	n = strcspn(host, "/?#");
+	for (user = n; user > 0 && host[user - 1] != '@'; user--)
+		;
+	snprintf(out, 300, "%.*s%.*s", (int)(host - url), url, (int)(n - user), host + user);
+	return out;
+}
+
+/* Make the request. What is told to a URL is tried a few times; a form goes once. */
+static int http_run(struct http *h, const char *url, struct err *e)
+{
+	const char *library = curl_version_info(CURLVERSION_NOW)->ssl_version;
+	const bool post = h->form != NULL, secure = strncasecmp(url, "https:", 6) == 0;
+	char reason[CURL_ERROR_SIZE] = "", site[300];
+	CURLcode code = CURLE_FAILED_INIT;
+	curl_off_t wait_sec = 0;
+	bool again = true;
+
+	http_site(site, url);
+	if (secure && h->trust->err.code != E_NONE)
+		return err_set(e, E_ACCOUNT, "%s: %s", site, h->trust->err.text);
+	for (int attempt = 0; attempt < 3 && again && !stop_asked; attempt++) {
 		CURL *curl = curl_easy_init();
 
 		if (attempt > 0)
@@ -4246,13 +4286,17 @@ static int http_get(const char *url, const struct trust *trust, struct err *e)
 		if (curl == NULL)
 			break;
 		curl_easy_setopt(curl, CURLOPT_URL, url);
-		curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 1L);
+		curl_easy_setopt(curl, CURLOPT_POSTFIELDS, h->form); /* NULL: no POST */
+		curl_easy_setopt(curl, CURLOPT_HTTPGET, post ? 0L : 1L);
+		curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, post ? 0L : 1L);
+		curl_easy_setopt(curl, CURLOPT_FAILONERROR, post ? 0L : 1L);
 		curl_easy_setopt(curl, CURLOPT_MAXREDIRS, 5L);
 #if LIBCURL_VERSION_NUM >= 0x075500
-		curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, "http,https");
+		curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, post ? "https" : "http,https");
 		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
 #else
-		curl_easy_setopt(curl, CURLOPT_PROTOCOLS, (long)(CURLPROTO_HTTP | CURLPROTO_HTTPS));
+		curl_easy_setopt(curl, CURLOPT_PROTOCOLS,
+				 (long)(CURLPROTO_HTTPS | (post ? 0 : CURLPROTO_HTTP)));
 		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS,
 				 (long)(CURLPROTO_HTTPS | (secure ? 0 : CURLPROTO_HTTP)));
 #endif
@@ -4260,23 +4304,82 @@ static int http_get(const char *url, const struct trust *trust, struct err *e)
 		curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT, 15L);
 		curl_easy_setopt(curl, CURLOPT_TIMEOUT, 30L);
 		curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
-		curl_easy_setopt(curl, CURLOPT_FAILONERROR, 1L);
 		curl_easy_setopt(curl, CURLOPT_USERAGENT, "imap_backup/" VERSION);
-		curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, http_ignore);
+		curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, http_keep);
+		curl_easy_setopt(curl, CURLOPT_WRITEDATA, h);
 		curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, reason);
+		curl_easy_setopt(curl, CURLOPT_CAPATH, NULL);
+		curl_easy_setopt(curl, CURLOPT_CAINFO, h->trust->path);
 		if (library != NULL && strncmp(library, "BearSSL", 7) == 0) {
 			curl_easy_setopt(curl, CURLOPT_CAINFO, NULL);
 			curl_easy_setopt(curl, CURLOPT_SSL_CTX_FUNCTION, http_tls);
-			curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, &http);
-		} else if (*trust->path != '\0') {
-			curl_easy_setopt(curl, CURLOPT_CAINFO, trust->path);
+			curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, h);
 		}
 		code = curl_easy_perform(curl);
+		if (post) {
+			curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->reply->status);
+			curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
+			h->reply->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
+		}
 		curl_easy_cleanup(curl);
+		again = code != CURLE_OK && !post;
 	}
+	if (code == CURLE_WRITE_ERROR)
+		snprintf(reason, sizeof reason, "the answer has more than %d octets", HTTP_ANSWER_MAX);
 	if (code == CURLE_OK)
 		return 0;
-	return err_set(e, E_NET, "%s", *reason != '\0' ? reason : curl_easy_strerror(code));
+	if (h->verifier.err.code != E_NONE)
+		return err_set(e, h->verifier.err.code, "%s: %s", site, h->verifier.err.text);
+	return err_set(e,
+		       code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_WRITE_ERROR ? E_ACCOUNT
+											   : E_NET,
+		       "%s: %s", site, *reason != '\0' ? reason : curl_easy_strerror(code));
+}
+
+/* GET a URL; redirects are followed, but never from https to http. */
+static int http_get(const char *url, const struct trust *trust, struct err *e)
+{
+	struct http h = { .trust = trust };
+
+	return http_run(&h, url, e);
+}
+
+/*
+ * POST a form; r->err tells if that failed. A process of its own does it: the memory that libcurl and its
+ * TLS library take, and the secrets that they leave behind in it, end with that process.
+ */
+static void http_post(const char *url, const char *form, const struct trust *trust, struct reply *r)
+{
+	struct http h = { .trust = trust, .form = form, .reply = r };
+	const size_t head = offsetof(struct reply, text);
+	size_t got = 0;
+	pid_t child = -1;
+	int ends[2];
+	ssize_t n;
+
+	memset(r, 0, sizeof *r);
+	if (pipe(ends) == 0) {
+		if ((child = fork()) == 0) {
+			http_run(&h, url, &r->err);
+			r->clock_sec = clock_sec;
+			while ((n = write(ends[1], (char *)r + got, head + r->octets - got)) > 0)
+				got += (size_t)n;
+			_exit(0);
+		}
+		close(ends[1]);
+		while (child > 0 && ((n = read(ends[0], (char *)r + got, sizeof *r - got)) > 0 ||
+				     (n < 0 && errno == EINTR)))
+			got += n > 0 ? (size_t)n : 0;
+		close(ends[0]);
+	}
+	while (child > 0 && waitpid(child, NULL, 0) < 0 && errno == EINTR)
+		;
+	if (got >= head && got == head + r->octets) {
+		clock_sec = r->clock_sec;
+		return;
+	}
+	memset(r, 0, sizeof *r);
+	err_set(&r->err, E_NET, "the process for an HTTP request could not do its work");
 }
 
 /* ======== mailboxes: names, files, and which of them have news ======== */
@@ -7317,14 +7420,17 @@ static int run_summary(const struct run *run)
 	return failed ? 1 : locked ? 3 : 0;
 }
 
-/* Report to success_url or failure_url. What comes of it changes no exit status. */
-static void run_report(const struct run *run, int status)
+/*
+ * Tell a URL that a whole run begins, or how it ended; of a part of one nothing is told. What comes of it
+ * changes no exit status.
+ */
+static void run_tell(const struct run *run, const char *url)
 {
 	const struct config *c = run->config;
 	const struct options *o = run->options;
-	const char *url = status == 0 ? c->success_url : status == 1 ? c->failure_url : NULL;
 	struct trust *trust = run_trust(run, c->ca_file), own = { .named = NULL };
 	struct err e = { 0 };
+	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
 	    run->stopping)
@@ -7334,9 +7440,9 @@ static void run_report(const struct run *run, int status)
 		trust_load(trust, c->ca_file, &own.err);
 	}
 	if (http_get(url, trust, &e) != 0)
-		log_warn("%s: %s", url, e.text);
+		log_warn("%s", e.text);
 	else
-		log_detail("%s: told", url);
+		log_detail("%s: told", http_site(site, url));
 }
 
 int main(int argc, char **argv)
@@ -7380,6 +7486,7 @@ int main(int argc, char **argv)
 	if ((status = run_prepare(&run)) != 0)
 		return status;
 	status = 1;
+	run_tell(&run, config.start_url);
 	if (!config.require_mount || destination_mounted(&config)) {
 		run_all(&run);
 		status = run_summary(&run);
@@ -7388,6 +7495,6 @@ int main(int argc, char **argv)
 		if (fflush(stdout) != 0 && status == 0)
 			status = 1;
 	}
-	run_report(&run, status);
+	run_tell(&run, status == 0 ? config.success_url : status == 1 ? config.failure_url : NULL);
 	return status;
 }

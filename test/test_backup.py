@@ -475,22 +475,29 @@ def test_success_and_failure_url(t):
     fill(t, {'INBOX': few(1)})
     web = servers.Web()
     t.cleanups.append(web.stop)
-    t.config(success_url=web.url + '/ok', failure_url=web.url + '/bad')
+    t.config(start_url=web.url + '/go', success_url=web.url + '/ok', failure_url=web.url + '/bad')
     t.backup()
-    assert web.requests == ['/ok'], web.requests
+    assert web.requests == ['/go', '/ok'], web.requests
     for args in (('-n',), ('-a', t.email), ('-m', 'INBOX'), ('--list',), ('--check',)):
         t.backup(*args)
-    assert web.requests == ['/ok'], web.requests
+    assert web.requests == ['/go', '/ok'], web.requests
+    web.requests.clear()
     t.config(t.account(password='wrong'), success_url=web.url + '/ok', failure_url=web.url + '/bad')
     t.backup(status=1)
-    assert web.requests == ['/ok', '/bad'], web.requests
+    assert web.requests == ['/bad'], web.requests
     moody = servers.Web(answers=(503, '/elsewhere', 200))
     t.cleanups.append(moody.stop)
     t.config(success_url=moody.url + '/x')
     t.backup()
     assert moody.requests == ['/x', '/x', '/elsewhere'], moody.requests
-    t.config(success_url='http://127.0.0.1:9/none')
-    assert 'warning' in t.backup().err
+    t.config(success_url='http://user:pass@word@127.0.0.1:9/uuid?key#part')   # what may be shown of it
+    err = t.backup('-vv').err
+    assert 'warning: http://127.0.0.1:9: ' in err, err
+    for secret in ('user:', 'word', 'uuid', 'key', 'part'):
+        assert secret not in err, err
+    t.config(success_url=web.url.replace('//', '//me:pw@') + '/uuid')
+    err = t.backup('-vv').err
+    assert web.url + ': told' in err and 'me:pw' not in err and 'uuid' not in err, err
 
 
 def test_success_url_over_tls(t):
