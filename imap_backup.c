@@ -11,6 +11,7 @@
  *     sets          of UIDs, as ranges
  *     imap          commands and responses (RFC 3501 and some of its extensions)
  *     http          URLs that are told of a run, and what OAuth asks
+ *     oauth         sign in once, and have a fresh token ever after
  *     sync          makes one archive match one mailbox
  *     workers       one process for each connection; the parent hands out mailboxes
  *     command line  options, exit status
@@ -86,6 +87,9 @@ enum {
 	STOP_MS = 3000,                 /* for what is on the way when the run is to stop */
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
 	HTTP_ANSWER_MAX = 64 << 10,     /* octets of an answer to a form */
+	FORM_MAX = 192 << 10,           /* of a form: a token of an answer with each octet as %XX */
+	OAUTH_FILE_MAX = 256 << 10,     /* of a token file */
+	OAUTH_LEFT_SEC = 300,           /* a token that is good for less is replaced */
 	TOKEN_MAX = 32 << 10,           /* octets of an access token that can be logged in with */
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
@@ -4380,6 +4384,711 @@ static void http_post(const char *url, const char *form, const struct trust *tru
 	}
 	memset(r, 0, sizeof *r);
 	err_set(&r->err, E_NET, "the process for an HTTP request could not do its work");
+}
+
+/* ======== oauth: sign in once, and have a fresh token ever after ======== */
+
+/*
+ * RFC 6749 with 7636 (PKCE) and 8628 (the device flow). The tokens of one "oauth2" entry are in one file,
+ * in the form of MSAL's token cache, so that the file of the Python original serves both programs. A
+ * refresh token is only ever replaced, never thrown away, whatever a provider says.
+ */
+struct string {   /* grows up to its size; what it holds may be a secret */
+	char *at; /* owned, closed with NUL */
+	size_t n, size;
+	bool full; /* something did not fit */
+};
+
+struct oauth_job { /* what all functions here work on */
+	const struct config *config;
+	const struct oauth *oauth;
+	const struct trust *trust;
+	struct err *e;
+	char error[40]; /* the provider's word for what was wrong with the last request, or "" */
+	char path[PATH_MAX_OCTETS], aside[PATH_MAX_OCTETS + 8]; /* of the token file */
+	int lock, fd;                        /* -1: not locked; what is written aside is not open */
+	bool waited;                         /* for another process, until it was locked */
+	struct json *root;                   /* owned; NULL: there is no file yet */
+	size_t octets;                       /* of the file */
+	const struct json *refresh, *access; /* its newest tokens of our client, or NULL */
+};
+
+/* SHA-256 of the access token that this process was given last. */
+static uint8_t oauth_given[32];
+
+static struct string string_new(size_t size)
+{
+	return (struct string){ .at = allocate(size), .size = size };
+}
+
+static void string_free(struct string *t)
+{
+	wipe(t->at, t->size);
+	free(t->at);
+}
+
+static void string_octet(struct string *t, char octet, bool plain)
+{
+	if (t->size - t->n < 4)
+		t->full = true;
+	else
+		t->n += (size_t)snprintf(t->at + t->n, 4, plain ? "%c" : "%%%02X", (unsigned char)octet);
+}
+
+/* In the format %s is a string, %f a value in a form or query, %j a JSON string; all else is itself. */
+static void string_list(struct string *t, const char *format, va_list values)
+{
+	for (; *format != '\0'; format++) {
+		const char *value = *format == '%' ? va_arg(values, const char *) : "";
+
+		if (*format != '%') {
+			string_octet(t, *format, true);
+		} else if (*++format == 'j') {
+			size_t n = t->size - t->n > 3 ? json_escape(t->at + t->n, t->size - t->n, value)
+						      : 0;
+
+			t->full = t->full || n == 0;
+			t->n += n;
+		}
+		for (; *value != '\0' && *format != 'j'; value++)
+			string_octet(t, *value,
+				     *format == 's' || isalnum((unsigned char)*value) ||
+					     strchr("-._~", *value));
+	}
+}
+
+static void string_add(struct string *t, const char *format, ...)
+{
+	va_list values;
+
+	va_start(values, format);
+	string_list(t, format, values);
+	va_end(values);
+}
+
+/* A value of JSON as it was read, with its key; a comma before it unless it is the first. */
+static void string_value(struct string *t, const struct json *v)
+{
+	if (strchr("{[", t->at[t->n - 1]) == NULL)
+		string_add(t, ",");
+	if (v->key != NULL)
+		string_add(t, "%j:", v->key);
+	if (v->type == JSON_ARRAY || v->type == JSON_OBJECT) {
+		string_add(t, v->type == JSON_ARRAY ? "[" : "{");
+		for (const struct json *child = v->child; child != NULL; child = child->next)
+			string_value(t, child);
+		string_add(t, v->type == JSON_ARRAY ? "]" : "}");
+	} else {
+		string_add(t, v->type == JSON_STRING ? "%j" : "%s",
+			   v->text != NULL        ? v->text
+			   : v->type == JSON_NULL ? "null"
+			   : v->number != 0       ? "true"
+						  : "false");
+	}
+}
+
+/* The text of a member that is a string or a number; "" where it is neither, or 'object' is NULL. */
+static const char *oauth_text(const struct json *object, const char *key)
+{
+	const struct json *value = object != NULL ? json_get(object, key) : NULL;
+
+	return value != NULL && value->text != NULL ? value->text : "";
+}
+
+/* Is the word one of those that stand in the list, each between spaces? */
+static bool oauth_listed(const char *list, const char *word)
+{
+	char spaced[60];
+
+	snprintf(spaced, sizeof spaced, " %.50s ", word);
+	return *word != '\0' && strstr(list, spaced) != NULL;
+}
+
+/* -- talking to the provider -- */
+
+enum oauth_item { OAUTH_AUTHORIZE, OAUTH_TOKEN, OAUTH_DEVICE, OAUTH_SCOPE, OAUTH_REDIRECT };
+
+/* What the config says of the provider, or what is built in ('out' may be used); "": there is none. */
+static const char *oauth_item(const struct oauth *o, enum oauth_item which, char out[300])
+{
+#define MICROSOFT "https://login.microsoftonline.com/"
+	static const char *const built_in[][5] = {
+		[OAUTH_O365] = { MICROSOFT "?/oauth2/v2.0/authorize", MICROSOFT "?/oauth2/v2.0/token",
+				 MICROSOFT "?/oauth2/v2.0/devicecode",
+				 "https://outlook.office.com/IMAP.AccessAsUser.All offline_access",
+				 MICROSOFT "common/oauth2/nativeclient" },
+		[OAUTH_GOOGLE] = { "https://accounts.google.com/o/oauth2/v2/auth",
+				   "https://oauth2.googleapis.com/token", "", "https://mail.google.com/",
+				   "http://127.0.0.1/" },
+		[OAUTH_CUSTOM] = { "", "", "", "", "http://127.0.0.1/" },
+	};
+	const char *const own[] = { o->auth_url, o->token_url, o->device_url, o->scope, o->redirect };
+	const char *value = built_in[o->type][which], *tenant = strchr(value, '?');
+
+	if (own[which] != NULL)
+		return own[which];
+	if (which == OAUTH_DEVICE && o->token_url != NULL) /* a cloud of its own */
+		return "";
+	if (which == OAUTH_SCOPE && o->type == OAUTH_O365 && o->client_credentials)
+		return "https://outlook.office365.com/.default";
+	if (tenant == NULL)
+		return value;
+	snprintf(out, 300, "%.*s%.200s%s", (int)(tenant - value), value,
+		 o->tenant_id != NULL ? o->tenant_id : "common", tenant + 1);
+	return out;
+}
+
+/* What to tell the person about an error, by the provider's number or else its word; or "". */
+static const char *oauth_hint(const struct oauth *o, const char *number, const char *error)
+{
+	static const char *const hints[][2] = {
+		{ " 65001 90094 90095 ", "sign in again, or let an administrator approve the app" },
+		{ " 50105 ", "an administrator must assign this person to the app" },
+		{ " 50074 50076 50078 50079 ", "a second factor is wanted: sign in again" },
+		{ " 70043 ", "the tenant wants a sign-in this often; an administrator can exempt the app" },
+		{ " 700082 70008 ", "not used for too long: sign in again" },
+		{ " 50173 50132 50133 ", "password changed or sign-in revoked: sign in again" },
+		{ " 70000 ", "it is of another \"client_id\" or \"tenant_id\", or was used already" },
+		{ " 53003 530036 ", "a rule of the tenant, perhaps against device codes: try --paste" },
+		{ " 50097 53000 53001 530084 ", "a rule of the tenant; only an administrator can lift it" },
+		{ " 7000218 ", "allow public client flows for the app, or set \"client_secret\"" },
+		{ " 700025 ", "this app has no secret: remove \"client_secret\"" },
+		{ " 7000215 7000222 ", "\"client_secret\" is wrong (its ID?) or has expired" },
+		{ " 50011 redirect_uri_mismatch ", "register this \"redirect\", or set another" },
+		{ " 7000112 70001 700011 700016 unauthorized_client ", "check \"client_id\"" },
+		{ " 50194 9002332 9001023 50020 500208 ",
+		  "set \"tenant_id\": directory, consumers, organizations" },
+		{ " 70011 65005 650057 invalid_scope ", "the app's registration must allow the scope" },
+		{ " 70018 70019 expired_token bad_verification_code ", "too old or mistyped: begin again" },
+		{ " invalid_client ", "check \"client_id\" and \"client_secret\"" },
+		{ " 65004 access_denied authorization_declined ", "it was declined" },
+	};
+	const char *words[] = { number, error };
+
+	for (int w = 0; w < 2; w++)
+		for (size_t i = 0; i < sizeof hints / sizeof *hints; i++)
+			if (oauth_listed(hints[i][0], words[w]))
+				return hints[i][1];
+	return o->type == OAUTH_GOOGLE && strcmp(error, "invalid_grant") == 0
+		       ? "status \"Testing\" ends after 7 days: publish the app, then sign in again"
+		       : "";
+}
+
+/* An answer that is not what was asked for, in the provider's own words. What may pass is no E_ACCOUNT. */
+static void oauth_refused(struct oauth_job *k, const struct json *answer, const struct reply *r)
+{
+	const char *words = oauth_text(answer, "error_description"), *at = strstr(words, "AADSTS"), *hint;
+	char number[12] = "", own[160];
+	enum err_code code = E_ACCOUNT;
+
+	if (at != NULL)
+		snprintf(number, sizeof number, "%.*s", (int)strspn(at + 6, "0123456789") % 12, at + 6);
+	hint = oauth_hint(k->oauth, number, k->error);
+	at = strstr(words, " Trace ID:");
+	snprintf(own, sizeof own, "%s%.*s", *words != '\0' ? ": " : "",
+		 (int)(at != NULL ? at - words : 999), words);
+	own[strcspn(own, "\r\n")] = '\0';
+	if (r->status >= 500 || r->status == 429 || r->status == 408 ||
+	    oauth_listed(" temporarily_unavailable server_error slow_down authorization_pending ",
+			 k->error))
+		code = r->wait_sec > 0 ? E_WAIT : E_NET;
+	if (*k->error == '\0')
+		snprintf(k->error, sizeof k->error, "HTTP status %ld", r->status);
+	err_set(k->e, code, "the provider says %s%s%s%s", k->error, own, *hint != '\0' ? "; " : "", hint);
+	k->e->wait_sec = r->wait_sec;
+}
+
+/*
+ * POST a form: what the format says, and what every form has. Returns the answer (caller frees), or NULL
+ * with E_ACCOUNT; with E_NET or E_WAIT if it may do better later. Where the provider itself refused,
+ * k->error says how.
+ */
+static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const char *format, ...)
+{
+	const struct oauth *o = k->oauth;
+	struct string form = string_new(FORM_MAX);
+	struct reply *r = allocate(sizeof *r);
+	struct json *answer = NULL;
+	struct err no_json = { 0 };
+	char url[300];
+	va_list values;
+
+	va_start(values, format);
+	string_list(&form, format, values);
+	va_end(values);
+	string_add(&form, "&client_id=%f", o->client_id);
+	if (which == OAUTH_TOKEN && o->client_secret != NULL)
+		string_add(&form, "&client_secret=%f", o->client_secret);
+	*k->error = '\0';
+	if (form.full)
+		err_set(&r->err, E_ACCOUNT, "what is to be sent to the provider is too long");
+	else
+		http_post(oauth_item(o, which, url), form.at, k->trust, r);
+	if (r->err.code != E_NONE)
+		*k->e = r->err;
+	else
+		answer = json_parse(r->text, r->octets, &no_json);
+	if (r->err.code == E_NONE &&
+	    (r->status != 200 ||
+	     *oauth_text(answer, which == OAUTH_TOKEN ? "access_token" : "device_code") == '\0')) {
+		snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
+		oauth_refused(k, answer, r);
+		json_free(answer);
+		answer = NULL;
+	}
+	wipe(r, sizeof *r);
+	free(r);
+	string_free(&form);
+	return answer;
+}
+
+/* Ask for an access token by what there is: the client's own secret, or the refresh token. */
+static struct json *oauth_refresh(struct oauth_job *k)
+{
+	if (k->oauth->client_credentials)
+		return oauth_ask(k, OAUTH_TOKEN, "grant_type=client_credentials&scope=%f",
+				 oauth_item(k->oauth, OAUTH_SCOPE, NULL));
+	return oauth_ask(k, OAUTH_TOKEN, "grant_type=refresh_token&refresh_token=%f",
+			 oauth_text(k->refresh, "secret"));
+}
+
+/* -- the token file -- */
+
+static void oauth_hash(uint8_t out[32], const char *token)
+{
+	br_sha256_context hash;
+
+	br_sha256_init(&hash);
+	br_sha256_update(&hash, token, strlen(token));
+	br_sha256_out(&hash, out);
+}
+
+/* The first of the tokens of a kind, or NULL. */
+static const struct json *oauth_first(const struct oauth_job *k, const char *kind)
+{
+	const struct json *list = k->root != NULL ? json_get(k->root, kind) : NULL;
+
+	return list != NULL && list->type == JSON_OBJECT ? list->child : NULL;
+}
+
+static bool oauth_is_ours(const struct oauth_job *k, const struct json *token)
+{
+	return strcmp(oauth_text(token, "client_id"), k->oauth->client_id) == 0;
+}
+
+/* Of the tokens of a kind those of our client count, and of these the one with the highest number. */
+static const struct json *oauth_newest(const struct oauth_job *k, const char *kind, const char *number)
+{
+	const struct json *best = NULL;
+
+	for (const struct json *v = oauth_first(k, kind); v != NULL; v = v->next)
+		if (oauth_is_ours(k, v) && *oauth_text(v, "secret") != '\0' &&
+		    strtoll(oauth_text(v, number), NULL, 10) >= strtoll(oauth_text(best, number), NULL, 10))
+			best = v;
+	return best;
+}
+
+static void oauth_close(struct oauth_job *k)
+{
+	json_free(k->root);
+	if (k->fd >= 0) {
+		close(k->fd);
+		unlink(k->aside);
+	}
+	if (k->lock >= 0)
+		close(k->lock);
+	k->root = NULL;
+	k->fd = k->lock = -1;
+}
+
+/* Lock the token file of an entry, and read it if there is one. */
+static int oauth_open(struct oauth_job *k, const struct config *c, const struct oauth *o,
+		      const struct trust *trust, struct err *e)
+{
+	static const char *const types[] = { "o365", "google", "custom" };
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	struct string t = string_new(OAUTH_FILE_MAX);
+	struct err wrong = { .text = " no object" };
+	ssize_t n = -1;
+	int fd, locked;
+
+	*k = (struct oauth_job){ .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1 };
+	snprintf(k->path, sizeof k->path, "%.3800s/oauth2_%s_%.70s.json", c->oauth2_cache, types[o->type],
+		 o->name);
+	snprintf(k->aside, sizeof k->aside, "%s.lock", k->path);
+	mkdir(c->oauth2_cache, 0700);
+	k->lock = open(k->aside, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+	locked = k->lock >= 0 ? fcntl(k->lock, F_SETLK, &lock) : -1;
+	k->waited = k->lock >= 0 && locked != 0;
+	while (k->waited && (locked = fcntl(k->lock, F_SETLKW, &lock)) != 0 && errno == EINTR &&
+	       !stop_asked)
+		;
+	if (locked != 0 && stop_asked)
+		err_set(e, E_STOPPED, "stopped by a signal");
+	else if (locked != 0)
+		err_errno(e, E_ACCOUNT, "%s: cannot lock", k->aside);
+	fd = open(k->path, O_RDONLY | O_CLOEXEC);
+	while (fd >= 0 && (n = read(fd, t.at + t.n, t.size - t.n)) > 0)
+		t.n += (size_t)n;
+	if (n < 0 && (fd >= 0 || errno != ENOENT))
+		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
+	else if (fd >= 0 &&
+		 ((k->root = json_parse(t.at, t.n, &wrong)) == NULL || k->root->type != JSON_OBJECT))
+		err_set(e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
+	if (fd >= 0)
+		close(fd);
+	k->octets = t.n;
+	k->refresh = oauth_newest(k, "RefreshToken", "last_modification_time");
+	k->access = oauth_newest(k, "AccessToken", "expires_on");
+	string_free(&t);
+	return e->code == E_NONE ? 0 : -1;
+}
+
+/*
+ * Begin to write the file anew, aside, and see to it that there is room: a token that a provider has given
+ * and that cannot be kept may be the last one.
+ */
+static int oauth_aside(struct oauth_job *k)
+{
+	struct string room = string_new(k->octets + (8 << 10));
+
+	snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
+	unlink(k->aside);
+	k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
+	if (k->fd < 0 || write(k->fd, room.at, room.size) != (ssize_t)room.size)
+		err_errno(k->e, E_ACCOUNT, "%s: cannot write, so no token is asked for", k->aside);
+	string_free(&room);
+	return k->e->code == E_NONE ? 0 : -1;
+}
+
+/* The text of the file with the tokens of an answer in it. What we know nothing of stays as it is. */
+static struct string oauth_merge(const struct oauth_job *k, const struct json *answer)
+{
+	const struct oauth *o = k->oauth;
+	const struct json *old = k->refresh, *v;
+	const char *refresh = oauth_text(answer, "refresh_token"), *scope = oauth_text(answer, "scope");
+	const char *home = oauth_text(old, "home_account_id"), *where = oauth_text(old, "environment");
+	long long now = (long long)time(NULL), life = strtoll(oauth_text(answer, "expires_in"), NULL, 10);
+	struct string t = string_new(k->octets + 4 * HTTP_ANSWER_MAX);
+	char begin[24], end[24], url[300], site[300];
+
+	snprintf(begin, sizeof begin, "%lld", now);
+	snprintf(end, sizeof end, "%lld", now + (life > 0 && life < INT32_MAX ? life : 600)); /* as MSAL */
+	if (*scope == '\0')
+		scope = oauth_item(o, OAUTH_SCOPE, NULL);
+	if (*where == '\0')
+		where = http_site(site, oauth_item(o, OAUTH_TOKEN, url)) + strlen("https://");
+	/* MSAL reads the fields, not the names of the entries. */
+	string_add(
+		&t,
+		"{\"AccessToken\":{%j:{\"credential_type\":\"AccessToken\",\"secret\":%j,\"cached_at\":%j,"
+		"\"expires_on\":%j,\"home_account_id\":%j,\"environment\":%j,\"client_id\":%j,\"target\":%j}",
+		o->client_id, oauth_text(answer, "access_token"), begin, end, home, where, o->client_id,
+		scope);
+	for (v = oauth_first(k, "AccessToken"); v != NULL; v = v->next)
+		if (!oauth_is_ours(k, v))
+			string_value(&t, v);
+	string_add(&t, "},\"RefreshToken\":{");
+	if (*refresh != '\0') {
+		string_add(&t, "%j:{\"secret\":%j,\"last_modification_time\":%j",
+			   old != NULL ? old->key : o->client_id, refresh, begin);
+		for (v = old != NULL ? old->child : NULL; v != NULL; v = v->next)
+			if (!oauth_listed(" secret last_modification_time ", v->key))
+				string_value(&t, v);
+		if (old == NULL)
+			string_add(
+				&t,
+				",\"credential_type\":\"RefreshToken\",\"home_account_id\":\"\",\"environment\":%j,"
+				"\"client_id\":%j,\"target\":%j",
+				where, o->client_id, scope);
+		string_add(&t, "}");
+	}
+	for (v = oauth_first(k, "RefreshToken"); v != NULL; v = v->next)
+		if (v != old || *refresh == '\0')
+			string_value(&t, v);
+	string_add(&t, "}");
+	for (v = k->root != NULL ? k->root->child : NULL; v != NULL; v = v->next)
+		if (!oauth_listed(" AccessToken RefreshToken ", v->key))
+			string_value(&t, v);
+	string_add(&t, "}\n");
+	return t;
+}
+
+/* Put the tokens of an answer on disk; only then the access token may be used. It must be locked. */
+static int oauth_keep(struct oauth_job *k, const struct json *answer)
+{
+	struct string t = oauth_merge(k, answer);
+	int folder;
+
+	if (t.full)
+		err_set(k->e, E_ACCOUNT, "%s: the tokens are too long", k->path);
+	else if (lseek(k->fd, 0, SEEK_SET) != 0 || write(k->fd, t.at, t.n) != (ssize_t)t.n ||
+		 ftruncate(k->fd, (off_t)t.n) != 0 || fsync(k->fd) != 0 || rename(k->aside, k->path) != 0)
+		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
+	string_free(&t);
+	if (k->e->code != E_NONE)
+		return -1;
+	close(k->fd);
+	k->fd = -1;
+	folder = open(k->config->oauth2_cache, O_RDONLY | O_CLOEXEC);
+	if (folder >= 0) {
+		fsync(folder);
+		close(folder);
+	}
+	return 0;
+}
+
+/*
+ * Get an access token that is good for 5 minutes at least, from the file or from the provider.
+ *
+ *   refused   the server did not take the token that this process was given last
+ *   token     receives the token; whoever calls wipes and frees it
+ *
+ * However many processes want one, one of them asks the provider; the others wait for its lock and find
+ * the new token in the file. E_NET and E_WAIT: it may do better later. Where a person must sign in, the
+ * text of E_ACCOUNT ends with the command for it.
+ */
+static int oauth_token(const struct config *c, const struct oauth *o, const struct trust *trust,
+		       bool refused, char **token, struct err *e)
+{
+	struct oauth_job k;
+	struct json *answer = NULL;
+	const char *found = NULL;
+	char command[200];
+	uint8_t hash[32];
+	int64_t left;
+	size_t n;
+
+	if (oauth_open(&k, c, o, trust, e) == 0 && k.access != NULL) {
+		left = strtoll(oauth_text(k.access, "expires_on"), NULL, 10) - (int64_t)time(NULL);
+		oauth_hash(hash, oauth_text(k.access, "secret"));
+		/* Whom we waited for has just got a token, or found that this one will do. */
+		if (left > 0 && (refused ? memcmp(hash, oauth_given, sizeof hash) != 0
+					 : k.waited || left >= OAUTH_LEFT_SEC))
+			found = oauth_text(k.access, "secret");
+	}
+	if (found == NULL && e->code == E_NONE && k.refresh == NULL && !o->client_credentials) {
+		err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"", o->name);
+		strcpy(k.error, "none");
+	} else if (found == NULL && e->code == E_NONE && oauth_aside(&k) == 0 &&
+		   (answer = oauth_refresh(&k)) != NULL && oauth_keep(&k, answer) == 0) {
+		found = oauth_text(answer, "access_token");
+	}
+	if (found != NULL) {
+		oauth_hash(oauth_given, found);
+		*token = copy_text(found);
+	}
+	json_free(answer);
+	oauth_close(&k);
+	if (e->code == E_ACCOUNT && *k.error != '\0') {
+		snprintf(command, sizeof command, "; run: imap_backup --authorize %.60s %.100s", o->name,
+			 c->path);
+		n = sizeof e->text - sizeof command; /* the whole command rather than the whole reason */
+		strcpy(e->text + (strlen(e->text) < n ? strlen(e->text) : n), command);
+	}
+	return e->code == E_NONE ? 0 : -1;
+}
+
+/* -- signing in -- */
+
+/* The device flow: the person types a code elsewhere, and we ask until that is done. */
+static struct json *oauth_device(struct oauth_job *k)
+{
+	struct json *answer = NULL, *codes = oauth_ask(k, OAUTH_DEVICE, "scope=%f",
+						       oauth_item(k->oauth, OAUTH_SCOPE, NULL));
+	const char *at = oauth_text(codes, "verification_uri"),
+		   *whole = oauth_text(codes, "verification_uri_complete");
+	long sec = strtol(oauth_text(codes, "interval"), NULL, 10);
+	long limit_sec = strtol(oauth_text(codes, "expires_in"), NULL, 10);
+	int64_t began = now_ms();
+
+	sec = sec > 0 && sec < 300 ? sec : 5; /* the standard of RFC 8628 */
+	limit_sec = limit_sec > 0 && limit_sec < 86400 ? limit_sec : 900;
+	if (codes != NULL)
+		log_info("open %s on any device and enter the code %s there, within %ld minutes%s%s",
+			 *at != '\0' ? at : oauth_text(codes, "verification_url"),
+			 oauth_text(codes, "user_code"), (limit_sec + 59) / 60,
+			 *whole != '\0' ? "; or open " : "", whole);
+	while (answer == NULL && k->e->code == E_NONE) {
+		poll(NULL, 0, (int)sec * 1000);
+		if (stop_asked)
+			err_set(k->e, E_STOPPED, "stopped by a signal");
+		else if ((now_ms() - began) / 1000 >= limit_sec)
+			err_set(k->e, E_ACCOUNT, "the code was not entered in time");
+		else
+			answer = oauth_ask(
+				k, OAUTH_TOKEN,
+				"grant_type=urn:ietf:params:oauth:grant-type:device_code&device_code=%f",
+				oauth_text(codes, "device_code"));
+		if (strcmp(k->error, "slow_down") == 0)
+			sec += 5;
+		if (k->e->code == E_NET || k->e->code == E_WAIT) {
+			log_detail("%s", k->e->text);
+			*k->e = (struct err){ 0 };
+		}
+	}
+	json_free(codes);
+	return answer;
+}
+
+/* Turn each %XX into its octet. */
+static void oauth_decode(char *text)
+{
+	char *to = text;
+
+	for (; *text != '\0'; text++) {
+		char hex[3] = { text[1], text[1] != '\0' ? text[2] : '\0', '\0' };
+		bool escaped = *text == '%' && isxdigit((unsigned char)hex[0]) &&
+			       isxdigit((unsigned char)hex[1]);
+
+		*to++ = escaped ? (char)strtoul(hex, NULL, 16) : *text;
+		text += escaped ? 2 : 0;
+	}
+	*to = '\0';
+}
+
+/* A parameter of an address, wherever it stands, decoded. */
+static bool oauth_parameter(const char *address, const char *name, char *out, size_t size)
+{
+	const size_t n = strlen(name);
+
+	for (const char *p = address; (p = strstr(p, name)) != NULL; p += n) {
+		if (p[n] != '=' ||
+		    (p > address && (isalnum((unsigned char)p[-1]) || strchr("_-", p[-1]) != NULL)))
+			continue;
+		snprintf(out, size, "%.*s", (int)strcspn(p + n + 1, "&#\"'<> \t\r\n"), p + n + 1);
+		oauth_decode(out);
+		return true;
+	}
+	return false;
+}
+
+/*
+ * Find the code in what a person has pasted: an address, where it may stand within another parameter and
+ * be encoded once more, or the code alone. Both texts are overwritten.
+ */
+static int oauth_code(char *pasted, const char *state, char *code, size_t size, struct err *e)
+{
+	char other[160], words[160] = "";
+
+	for (int level = 0; level < 3; level++, oauth_decode(pasted)) {
+		if (oauth_parameter(pasted, "error", other, sizeof other)) {
+			oauth_parameter(pasted, "error_description", words, sizeof words);
+			for (char *p = words; (p = strchr(p, '+')) != NULL;)
+				*p = ' ';
+			return err_set(e, E_ACCOUNT, "the provider says %s: %s", other, words);
+		}
+		if (!oauth_parameter(pasted, "code", code, size))
+			continue;
+		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)
+			return 0;
+		return err_set(e, E_ACCOUNT,
+			       "this address is of another sign-in (its \"state\" is not ours)");
+	}
+	pasted += strspn(pasted, " \t\r\n");
+	snprintf(code, size, "%.*s", (int)strcspn(pasted, " \t\r\n"), pasted);
+	if (*code != '\0' && strstr(code, "://") == NULL)
+		return 0;
+	return err_set(e, E_ACCOUNT,
+		       "there is no code in what was pasted; expected an address with code= in it");
+}
+
+/* The authorization code flow; it comes back by the hands of the person. */
+static struct json *oauth_paste(struct oauth_job *k)
+{
+	const struct oauth *o = k->oauth;
+	const char *scope = oauth_item(o, OAUTH_SCOPE, NULL),
+		   *redirect = oauth_item(o, OAUTH_REDIRECT, NULL);
+	struct string t = string_new(FORM_MAX);
+	struct json *answer = NULL;
+	char verifier[44], challenge[44], state[44], url[300], code[8000];
+	uint8_t random[48], hash[32];
+	ssize_t n = 1;
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0 || read(fd, random, sizeof random) != (ssize_t)sizeof random)
+		err_errno(k->e, E_SYSTEM, "no random numbers: /dev/urandom");
+	if (fd >= 0)
+		close(fd);
+	base64(verifier, random, 32, true);
+	base64(state, random + 32, 16, true);
+	oauth_hash(hash, verifier);
+	base64(challenge, hash, sizeof hash, true);
+	string_add(&t, "%s", oauth_item(o, OAUTH_AUTHORIZE, url));
+	string_add(&t, strchr(t.at, '?') != NULL ? "&" : "?");
+	string_add(&t,
+		   "client_id=%f&response_type=code&redirect_uri=%f&scope=%f&state=%f&code_challenge=%f"
+		   "&code_challenge_method=S256",
+		   o->client_id, redirect, scope, state, challenge);
+	string_add(&t, "%s%f%s", o->email != NULL ? "&login_hint=" : "", o->email != NULL ? o->email : "",
+		   o->type == OAUTH_GOOGLE ? "&access_type=offline&prompt=consent" : "");
+	if (t.n > 1000) /* a line of the log has no more */
+		err_set(k->e, E_ACCOUNT, "the address for the sign-in would be too long");
+	if (k->e->code == E_NONE) {
+		log_info("open this address in a browser on any device, and sign in:");
+		log_info("%s", t.at);
+		log_info(
+			"it ends on a page that is empty or cannot be shown: copy its whole address, paste "
+			"it here, and press Enter");
+	}
+	string_free(&t);
+	t = string_new(FORM_MAX);
+	while (k->e->code == E_NONE && n != 0 && t.n < t.size - 1 && strchr(t.at, '\n') == NULL)
+		if ((n = read(STDIN_FILENO, t.at + t.n, 1)) > 0)
+			t.n++;
+		else if (n < 0 && (errno != EINTR || stop_asked))
+			err_set(k->e, E_STOPPED, "stopped by a signal");
+	if (k->e->code == E_NONE && oauth_code(t.at, state, code, sizeof code, k->e) == 0)
+		answer = oauth_ask(k, OAUTH_TOKEN,
+				   "grant_type=authorization_code&code=%f&redirect_uri=%f&code_verifier=%f",
+				   code, redirect, verifier);
+	string_free(&t);
+	wipe(code, sizeof code);
+	return answer;
+}
+
+/*
+ * Sign in: by the device flow where the provider has one, else, or if 'paste', by an address that the
+ * person pastes into our standard input. With client_credentials there is only something to try.
+ */
+static int oauth_authorize(const struct config *c, const struct oauth *o, const struct trust *trust,
+			   bool paste, struct err *e)
+{
+	static const char
+		over[] = " access_denied authorization_declined expired_token bad_verification_code ";
+	struct oauth_job k;
+	struct json *answer = NULL;
+	char url[300];
+
+	if (log_to.level < LOG_INFO) /* -q: there is something that must be said */
+		log_to.level = LOG_INFO;
+	if (oauth_open(&k, c, o, trust, e) == 0)
+		oauth_aside(&k); /* could a token be kept? */
+	oauth_close(&k);
+	if (e->code == E_NONE && o->client_credentials) {
+		answer = oauth_refresh(&k);
+	} else if (e->code == E_NONE && !paste && *oauth_item(o, OAUTH_DEVICE, url) != '\0') {
+		answer = oauth_device(&k);
+		if (e->code == E_ACCOUNT && *k.error != '\0' && !oauth_listed(over, k.error)) {
+			log_warn("no sign-in by a code: %s", e->text);
+			*e = (struct err){ 0 };
+		}
+	}
+	if (answer == NULL && e->code == E_NONE)
+		answer = oauth_paste(&k);
+	if (answer != NULL && oauth_open(&k, c, o, trust, e) == 0 && oauth_aside(&k) == 0 &&
+	    oauth_keep(&k, answer) == 0) {
+		log_info("%s; the token is in %s", o->client_credentials ? "it works" : "signed in",
+			 k.path);
+		if (!o->client_credentials && *oauth_text(answer, "refresh_token") == '\0')
+			log_warn(
+				"there is no refresh token, so this sign-in ends soon; perhaps \"scope\" lacks "
+				"offline_access");
+	}
+	json_free(answer);
+	oauth_close(&k);
+	return e->code == E_NONE ? 0 : -1;
 }
 
 /* ======== mailboxes: names, files, and which of them have news ======== */
