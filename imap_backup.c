@@ -8047,7 +8047,8 @@ static int run_prepare(struct run *run)
 			account->password = password_prompt(account->email);
 		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
 		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
-		if (account->pins > 0 || run_trust(run, account->ca_file) != NULL)
+		if ((account->pins > 0 && account->oauth == NULL) ||
+		    run_trust(run, account->ca_file) != NULL)
 			continue;
 		trust = &run->trusts[run->n_trusts++];
 		trust->named = account->ca_file;
@@ -8154,6 +8155,28 @@ static void run_tell(const struct run *run, const char *url)
 		log_detail("%s: told", http_site(site, url));
 }
 
+/* Sign in for an entry of "oauth2"; its provider is judged by the CAs of the account that it is for. */
+static int run_authorize(const struct run *run)
+{
+	const struct config *c = run->config;
+	const struct oauth *oauth = config_oauth(c, run->options->what);
+	static struct trust trust;
+	struct err e = { 0 };
+
+	if (oauth == NULL)
+		return usage_error("no such entry of \"oauth2\" in the configuration: %s",
+				   run->options->what);
+	trust.named = c->ca_file;
+	for (unsigned i = c->n_accounts; i-- > 0;)
+		if (c->accounts[i].oauth == oauth)
+			trust.named = c->accounts[i].ca_file;
+	trust_load(&trust, trust.named, &trust.err);
+	if (oauth_authorize(c, oauth, &trust, run->options->paste != 0, &e) == 0)
+		return 0;
+	log_error("%s", e.text);
+	return 1;
+}
+
 int main(int argc, char **argv)
 {
 	static struct run run;
@@ -8178,7 +8201,7 @@ int main(int argc, char **argv)
 	if (options.config_path != NULL ? config_load(&config, options.config_path) != 0
 					: quick_load(&config, &options, password) != 0)
 		return 2;
-	if (options.mode > RUN_CHECK) {
+	if (options.mode > RUN_CHECK && options.mode != RUN_AUTHORIZE) {
 		log_error("this is not possible yet");
 		return 2;
 	}
@@ -8192,6 +8215,8 @@ int main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
 	curl_global_init(CURL_GLOBAL_DEFAULT);
+	if (options.mode == RUN_AUTHORIZE)
+		return run_authorize(&run);
 	if ((status = run_prepare(&run)) != 0)
 		return status;
 	status = 1;
