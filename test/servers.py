@@ -116,10 +116,13 @@ class Dovecot:
     limit             connections of one user at a time (mail_max_userip_connections)
     certificate       (file, key); `certificates` has made it
     compress          COMPRESS=DEFLATE is offered
+    provider          (URL of its introspection, CA): tokens are taken too, by XOAUTH2 and OAUTHBEARER, or by
+                      the mechanisms named third
     As root it runs as nobody: what this class writes below `folder` belongs to `owner`.
     """
 
-    def __init__(self, folder, certificate, starttls=True, capability='', limit=100, compress=False):
+    def __init__(self, folder, certificate, starttls=True, capability='', limit=100, compress=False,
+                 provider=None):
         self.folder = folder
         self.owner = pwd.getpwnam('nobody') if os.getuid() == 0 else pwd.getpwuid(os.getuid())
         self.group = grp.getgrgid(self.owner.pw_gid).gr_name
@@ -134,7 +137,7 @@ class Dovecot:
         for attempt in range(5):   # another process may take the port in between
             self.port, self.tls = free_ports(2)
             with open(self.conf, 'w') as f:
-                f.write(self._config(starttls, capability, limit, compress))
+                f.write(self._config(starttls, capability, limit, compress, provider))
             self._own(self.conf)
             if self._start():
                 return
@@ -247,21 +250,36 @@ class Dovecot:
         self.stop()
         return False
 
-    def _config(self, starttls, capability, limit, compress):
+    def _tokens(self, new, url, ca, mechanisms='xoauth2 oauthbearer'):
+        """The lines for OAuth; they stand before the other passdb."""
+        if new:
+            return mechanisms, ['oauth2 {\n  introspection_mode = post\n  introspection_url = %s\n'
+                                '  username_attribute = username\n  active_attribute = active\n'
+                                '  active_value = true\n  ssl_client_ca_file = %s\n}' % (url, ca),
+                                'passdb oauth2 {\n  mechanisms_filter = %s\n}' % mechanisms]
+        with open(os.path.join(self.folder, 'oauth2.conf'), 'w') as f:
+            f.write('introspection_mode = post\nintrospection_url = %s\nusername_attribute = username\n'
+                    'active_attribute = active\nactive_value = true\ntls_ca_cert_file = %s\n' % (url, ca))
+        self._own(f.name)
+        return mechanisms, ['passdb {\n  driver = oauth2\n  mechanisms = %s\n  args = %s\n}' % (mechanisms, f.name)]
+
+    def _config(self, starttls, capability, limit, compress, provider):
         new = tuple(int(x) for x in re.findall(r'\d+', self.version)[:2]) >= (2, 4)
         at, count = self.folder, 'restart_request_count' if new else 'service_count'
         lines = ['dovecot_config_version = 2.4.0', 'dovecot_storage_version = 2.4.0'] if new else []
+        mechanisms, tokens = self._tokens(new, *provider) if provider else ('', [])
         lines += [
             'base_dir = %s/run' % at, 'state_dir = %s/run' % at, 'log_path = ' + self.log_path,
             'log_timestamp = "%s.%{usecs} "', 'listen = 127.0.0.1', 'protocols = imap',
             'default_internal_user = ' + self.owner.pw_name, 'default_login_user = ' + self.owner.pw_name,
             'default_internal_group = ' + self.group,
             'mail_max_userip_connections = %d' % limit, 'mail_fsync = never',
-            'auth_failure_delay = 0', 'auth_mechanisms = plain login',
+            'auth_failure_delay = 0', 'auth_mechanisms = plain login ' + mechanisms,
             'first_valid_uid = 1', 'first_valid_gid = 1',
             'rawlog_dir = %s/raw/%s' % (at, '%{user}' if new else '%u'),
             'ssl = ' + ('yes' if starttls else 'no'),
         ]
+        lines += tokens
         if capability:
             lines.append('imap_capability = ' + capability)
         if new:
