@@ -6890,6 +6890,8 @@ struct worker { /* a process's own */
 	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
 	struct session session;
+	unsigned expiries;    /* sessions in a row without progress that ended with their token */
+	bool token_refused;   /* in this run */
 	unsigned tries, cuts; /* in a row: connections that failed; and that broke at a second command */
 	int64_t told_ms, started_ms;
 	pid_t helpers[CONFIG_PROCESSES_MAX]; /* by their slots; 0: none */
@@ -7258,14 +7260,28 @@ static struct trust *run_trust(const struct run *run, const char *named)
 static int worker_connect(struct worker *w, struct err *e)
 {
 	const char *password = w->password != NULL ? w->password : w->account->password;
+	const struct account *account = w->account;
+	const struct trust *trust = run_trust(w->run, account->ca_file);
+	char *token = NULL;
 
-	if (w->connected)
-		return 0;
-	w->slot->connections++;
-	w->connected = imap_open(&w->im, w->account, password, run_trust(w->run, w->account->ca_file),
-				 w->run->config->timeout_sec) == 0;
-	w->im.one_at_a_time = w->im.one_at_a_time || w->board->one_at_a_time;
-	*e = w->im.s.err;
+	while (!w->connected) {
+		if (account->oauth != NULL &&
+		    oauth_token(w->run->config, account->oauth, trust, w->im.refused, &token, e) != 0)
+			return -1;
+		w->slot->connections++;
+		w->connected = imap_open(&w->im, account, token != NULL ? token : password, trust,
+					 w->run->config->timeout_sec) == 0;
+		if (token != NULL) {
+			wipe(token, strlen(token));
+			free(token);
+		}
+		w->im.one_at_a_time = w->im.one_at_a_time || w->board->one_at_a_time;
+		*e = w->im.s.err;
+		if (w->connected || !w->im.refused || w->token_refused)
+			break;
+		w->token_refused = true; /* once a run: then a fresh one is tried */
+		*e = (struct err){ 0 };
+	}
 	return w->connected ? 0 : -1;
 }
 
@@ -7385,6 +7401,8 @@ static bool worker_recovers(struct worker *w, struct err *e)
 		account_fail(w, e);
 		return false;
 	}
+	if (w->im.expired && w->expiries++ < 3) /* a fresh token goes on: no retry */
+		return true;
 	if (++w->tries <= w->run->config->retries)
 		return worker_pause(w, e);
 	if (!connecting && w->session.first != NULL) {
@@ -7413,7 +7431,7 @@ static void worker_run(struct worker *w)
 				break;
 		}
 		if (w->slot->mails > before)
-			w->tries = 0;
+			w->tries = w->expiries = 0;
 		if (!worker_recovers(w, &e))
 			break;
 	}
@@ -7564,7 +7582,8 @@ static void account_run(struct run *run, struct board *b)
 		else
 			e = trust->err;
 	}
-	if (e.code == E_NONE && account->password == NULL && account->password_command == NULL)
+	if (e.code == E_NONE && account->password == NULL && account->password_command == NULL &&
+	    account->oauth == NULL)
 		err_set(&e, E_ACCOUNT,
 			"no password: expected one of \"password\", \"password_command\" and \"oauth2\"");
 	if (e.code == E_NONE && account->password_command != NULL)
