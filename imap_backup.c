@@ -34,6 +34,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -565,7 +566,6 @@ static void config_store(struct config *c, const struct json *object, const stru
 	enum json_type type = types[key->kind] != JSON_NULL ? types[key->kind] : JSON_STRING;
 	const char *text = value != NULL ? value->text : NULL;
 	void *to = (char *)into + key->at;
-	int word;
 
 	if (key->kind == KEY_NUMBER)
 		*(unsigned *)to = key->standard;
@@ -599,9 +599,8 @@ static void config_store(struct config *c, const struct json *object, const stru
 				   key->kind == KEY_HTTPS ? "https://" : "http:// or https://");
 		break;
 	case KEY_WORD:
-		word = config_word(key->words, text);
-		*(unsigned *)to = (unsigned)word;
-		if (word < 0)
+		*(unsigned *)to = (unsigned)config_word(key->words, text);
+		if (config_word(key->words, text) < 0)
 			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", text,
 				   key->words);
 		break;
@@ -808,27 +807,21 @@ static int config_take(struct config *c, const char *text, size_t n)
 /* Read and check the configuration file. Returns 0, or -1 after each complaint has been printed. */
 static int config_load(struct config *c, const char *path)
 {
-	const char *slash = strrchr(path, '/');
 	int result = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
-	char *text, *folder;
-	size_t room, got = 0;
+	size_t got = 0;
 	struct stat st;
+	char *text;
 	ssize_t n;
 
-	*c = (struct config){ .path = path, .folder = "." };
+	*c = (struct config){ .path = path };
+	c->folder = strchr(path, '/') != NULL ? dirname(copy_text(path)) : ".";
 	if (fd < 0 || fstat(fd, &st) != 0) {
 		log_error("%s: cannot open the configuration: %s%s", path, strerror(errno),
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	if (slash != NULL) {
-		c->folder = folder = copy_text(path);
-		folder[slash > path ? slash - path : 1] = '\0';
-	}
-	room = S_ISREG(st.st_mode) && st.st_size < JSON_OCTETS_MAX ? (size_t)st.st_size + 1
-								   : JSON_OCTETS_MAX + 1;
-	text = allocate(room);
-	while ((n = read(fd, text + got, room - got)) > 0)
+	text = allocate(JSON_OCTETS_MAX + 1); /* of which the system gives what is used */
+	while ((n = read(fd, text + got, JSON_OCTETS_MAX + 1 - got)) > 0)
 		got += (size_t)n;
 	if (n < 0)
 		log_error("%s: cannot read: %s", path, strerror(errno));
@@ -7866,7 +7859,7 @@ static const char
 
 #define usage_error(...) (log_error(__VA_ARGS__), fputs("try: imap_backup --help\n", stderr), 2)
 
-/* Check that the options fit together. Returns -1 if they do, else the exit status. */
+/* Check that options fit the mode (named by its option; NULL: a backup). Returns -1, or the exit status. */
 static int options_check(const struct options *o, const char *mode)
 {
 	const unsigned verify = 1u << RUN_VERIFY, restore = 1u << RUN_RESTORE, export = 1u << RUN_EXPORT;
@@ -7893,7 +7886,8 @@ static int options_check(const struct options *o, const char *mode)
 
 	for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
 		if (limits[i].given && !(limits[i].modes & 1u << o->mode))
-			return usage_error("%s does not go together with %s", limits[i].word, mode);
+			return usage_error("%s does not go together with %s%s", limits[i].word,
+					   mode != NULL ? "--" : "a ", mode != NULL ? mode : "backup");
 	if (!quick)
 		return -1;
 	if (o->host == NULL || o->user == NULL || o->to == NULL)
@@ -7946,7 +7940,6 @@ static int options_parse(struct options *o, int argc, char **argv)
 	};
 	struct json *patterns = NULL, *last = NULL;
 	const char *mode_word = NULL;
-	char shown[40] = "a backup";
 
 	o->account = allocate((size_t)argc * sizeof *o->account);
 	opterr = 0;
@@ -8005,31 +7998,25 @@ static int options_parse(struct options *o, int argc, char **argv)
 		o->config_path = argv[optind++];
 	if (optind < argc)
 		return usage_error("one configuration file is enough: %s", argv[optind]);
-	if (mode_word != NULL)
-		snprintf(shown, sizeof shown, "--%s", mode_word);
-	if ((letter = options_check(o, shown)) < 0 && o->host == NULL && o->config_path == NULL)
+	if ((letter = options_check(o, mode_word)) < 0 && o->host == NULL && o->config_path == NULL)
 		o->config_path = "config.json";
 	return letter;
 }
 
-/* Is the destination on another file system than the root, as require_mount wants it? */
+/* Return true if the destination is on another file system than the root, as require_mount wants it. */
 static bool destination_mounted(const struct config *c)
 {
+	const char *wrong = NULL;
 	struct stat root, own;
 
-	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0) {
-		log_error("%s: %s: %s; \"require_mount\" wants a mounted volume", c->path, c->destination,
-			  strerror(errno));
-		return false;
-	}
-	if (root.st_dev == own.st_dev) {
-		log_error(
-			"%s: %s lies on the same file system as /; \"require_mount\" wants a volume that is "
-			"mounted there",
-			c->path, c->destination);
-		return false;
-	}
-	return true;
+	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0)
+		wrong = strerror(errno);
+	else if (root.st_dev == own.st_dev)
+		wrong = "it lies on the same file system as /";
+	if (wrong != NULL)
+		log_error("%s: %s; \"require_mount\" wants a volume that is mounted there", c->destination,
+			  wrong);
+	return wrong == NULL;
 }
 
 /* Make a board for each account that is wanted, and load the CA bundles that they name. */
