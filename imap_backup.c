@@ -3096,15 +3096,15 @@ static int64_t imap_string(struct imap *im, char *out, size_t size)
 static int imap_pass(struct imap *im)
 {
 	uint64_t octets;
-	int literal;
+	int c = imap_peek(im), literal;
 
-	if (imap_peek(im) != '{') {
-		if (im->s.err.code == E_NONE)
-			imap_next(im);
-		return im->s.err.code != E_NONE ? -1 : 0;
+	if (c == '{') {
+		literal = imap_literal(im, &octets);
+		return literal > 0 ? imap_pour(im, octets, NULL) : literal;
 	}
-	literal = imap_literal(im, &octets);
-	return literal > 0 ? imap_pour(im, octets, NULL) : literal;
+	if (c >= 0)
+		imap_next(im);
+	return c < 0 ? -1 : 0;
 }
 
 /*
@@ -3224,7 +3224,7 @@ static int imap_capabilities(struct imap *im)
 	}
 	if (im->capabilities & CAP_QRESYNC)
 		im->capabilities |= CAP_CONDSTORE;
-	/* A server of both is one of IMAP4rev1, as nobody enables the other, and says itself what it can. */
+	/* A server of both speaks IMAP4rev1 until the other is enabled, and says itself what it can. */
 	if ((im->capabilities & (CAP_REV1 | CAP_REV2)) == CAP_REV2)
 		im->capabilities |= CAP_IN_REV2;
 	return im->s.err.code != E_NONE ? -1 : 0;
@@ -3317,14 +3317,17 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 	return 0;
 }
 
-/* Read up to 'most' digits and what stands between them and the next token of a date; -1: there are none. */
-static long date_number(const char **p, int most, const char *between)
-{
-	long number = isdigit((unsigned char)**p) ? 0 : -1;
+static const char date_gaps[] = ",:- \t\r\n";
 
+/* Read the next number of a date, of up to 'most' digits; -1 if there is none. */
+static long date_number(const char **p, int most)
+{
+	long number;
+
+	*p += strspn(*p, date_gaps);
+	number = isdigit((unsigned char)**p) ? 0 : -1;
 	for (; most > 0 && isdigit((unsigned char)**p); most--, (*p)++)
 		number = number * 10 + (**p - '0');
-	*p += strspn(*p, between);
 	return number;
 }
 
@@ -3334,36 +3337,34 @@ static long date_number(const char **p, int most, const char *between)
  */
 static bool parse_date(const char *text, int64_t *sec)
 {
-	static const char blanks[] = " \t\r\n", zones[] = "ECMP";
-	const char *p = text + strspn(text, blanks), *name;
-	long day, year, hour, minute, second = 0, zone = 0, sign;
+	static const char zones[] = "ECMP";
+	const char *p = text + strspn(text, date_gaps), *name;
+	long day, year, hour, minute, second, zone = 0, sign;
 	unsigned month;
 
 	if (isalpha((unsigned char)*p)) /* the day of the week */
-		p += strcspn(p, ", ");
-	p += strspn(p, ", \t\r\n");
-	day = date_number(&p, 2, "- \t\r\n");
+		p += strcspn(p, date_gaps);
+	day = date_number(&p, 2);
+	p += strspn(p, date_gaps);
 	month = month_of(p);
-	p += strcspn(p, "- \t\r\n");
-	p += strspn(p, "- \t\r\n");
-	year = date_number(&p, 4, blanks);
+	p += strcspn(p, date_gaps);
+	year = date_number(&p, 4);
 	year += year >= 1000 || year < 0 ? 0 : year < 50 ? 2000 : 1900;
-	hour = date_number(&p, 2, ":");
-	minute = date_number(&p, 2, ":");
-	if (isdigit((unsigned char)*p))
-		second = date_number(&p, 2, "");
-	p += strspn(p, blanks);
+	hour = date_number(&p, 2);
+	minute = date_number(&p, 2);
+	second = *p == ':' ? date_number(&p, 2) : 0;
+	p += strspn(p, " \t\r\n");
 	sign = *p == '-' ? -1 : 1;
-	if (*p == '+' || *p == '-') {
+	if (*p == '-' || *p == '+') {
 		p++;
-		zone = date_number(&p, 4, "");
+		zone = date_number(&p, 4);
 	} else if (*p != '\0' && (name = strchr(zones, *p)) != NULL && (p[1] == 'S' || p[1] == 'D') &&
 		   p[2] == 'T') {
 		sign = -1; /* EST is -0500, PDT -0700; other names tell nothing and count as UTC */
 		zone = 100 * (5 + (name - zones) - (p[1] == 'D'));
 	}
 	if (month == 0 || day < 1 || year < 1900 || hour < 0 || hour > 23 || minute < 0 || minute > 59 ||
-	    second > 60 || zone < 0 || zone > 1400 || zone % 100 > 59 ||
+	    second < 0 || second > 60 || zone < 0 || zone > 1400 || zone % 100 > 59 ||
 	    days_of(year, month, (unsigned)day) >= days_of(year + month / 12, month % 12 + 1, 1))
 		return false;
 	zone = zone / 100 * 3600 + zone % 100 * 60;
