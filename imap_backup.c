@@ -3241,20 +3241,15 @@ static int imap_text(struct imap *im, struct imap_result *result)
 	result->code[0] = '\0';
 	result->numbers[0] = result->numbers[1] = 0;
 	if (imap_is(im, '[')) {
-		bool list = false; /* its brackets count for nothing: "[PERMANENTFLAGS (a] \*)] words" */
-		int last = 0;
-
 		imap_atom(im, word);
 		snprintf(result->code, sizeof result->code, "%.31s", word);
 		if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
 			return -1;
 		for (int i = 0; i < 2 && (c = imap_blanks(im)) >= '0' && c <= '9'; i++)
 			result->numbers[i] = imap_number(im);
-		for (; (c = imap_blanks(im)) != '\n' && (c != ']' || (list && last != ')')); last = c) {
-			list = list || c == '(';
+		while ((c = imap_blanks(im)) != '\n' && c != ']')
 			if (c == '"' ? imap_string(im, word, sizeof word) < 0 : imap_pass(im) != 0)
 				return -1;
-		}
 		imap_is(im, ']');
 	}
 	for (c = imap_blanks(im); c >= 0 && c != '\n'; c = imap_peek(im)) {
@@ -3382,7 +3377,7 @@ static unsigned imap_flag(const char *word)
 	return bit < 8 ? bit : MBOX_FORWARDED; /* the first three are MBOX_SEEN, _ANSWERED, _FLAGGED */
 }
 
-/* What stands in the brackets of BODY[...], and perhaps <0> behind them: which literal is this? */
+/* Read what stands in the brackets of BODY[...]: which literal is this? */
 static enum imap_section imap_section(struct imap *im)
 {
 	char text[200];
@@ -3399,8 +3394,7 @@ static enum imap_section imap_section(struct imap *im)
 				text[n++] = (char)toupper(c);
 		}
 	text[n] = '\0';
-	if (!imap_is(im, ']') || (imap_blanks(im) == '<' && imap_atom(im, text) > 0))
-		return SECTION_NONE; /* a part of it: nothing that we asked for */
+	imap_is(im, ']'); /* "<0>" may follow, a part of it: then there is no value to us */
 	if (strncmp(text, "HEADER.FIELDS(", 14) == 0)
 		return strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
 		       : strstr(text, "SUBJECT") != NULL  ? SECTION_MADE
@@ -3462,7 +3456,6 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 				fetch.uid = imap_number32(im);
 			} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
 				fetch.has_flags = true;
-				fetch.flags = 0;
 				while (imap_word(im, word, true) > 0)
 					fetch.flags |= imap_flag(word);
 				imap_is(im, ')');

@@ -755,6 +755,7 @@ static void test_responses(void)
 		{ "* LIST (\\HasNoChildren) \"/\" INBOX\r\n", "list 5 INBOX /|", NULL },
 		{ "* list (\\Noselect) NIL \"a \\\"b\\\\\"\r\n", "list 5 a \"b\\ 0 no|", NULL },
 		{ "* LIST () \"\\\\\" {3}\r\na\r\n (\"x\" (1))\r\n", "list 3 a\r\n \\|", NULL },
+		{ "* LIST () \"/\" {2}x\r\n* LIST () \"/\" {-1}\r\n", "list 0  /|list 0  /|", NULL },
 		{ "* LIST () \".\" NIL\r\n", "list 3 NIL .|", NULL },
 		{ "* LIST () \".\" \"\"\r\n", "list 0  .|", NULL },
 		{ "* LIST () \"/\" a\tb c\r\n", "list 5 a\tb c /|", NULL },
@@ -819,6 +820,7 @@ static void test_responses(void)
 		{ "* 3 FETCH (BODY[] {1} \r\nx UID 7)\r\n", "1 1<x> fetch 7|", NULL },
 		{ "* 3 FETCH (BODY[] {-1}\r\n", "", "a literal without a length" },
 		{ "* 3 FETCH (BODY[] {1x}\r\n", "", "a literal without a length" },
+		{ "* 3 FETCH (UID 1\r\n* SEARCH 5\r\n", "> fetch 1|5:5|", NULL },
 		/* A line end in the middle, a missing parenthesis, one too early, one in a keyword. */
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n)\r\nA1 OK\r\n", "1 1<x> fetch 7|OK", NULL },
 		{ "* 3 FETCH (BODY[] {1}\r\nx \r\n\r\n FLAGS (\\Seen)\n UID 7 )\r\nA1 OK\r\n",
@@ -1011,9 +1013,11 @@ static void test_capabilities(void)
 		stream_close(&im.s);
 	}
 	serve(&im, "* OK [CAPABILITY ID]\r\nA1 BAD what?\r\n", 37, 9);
-	check(imap_response(&im) == 0, "greeting");
+	im.append_limit = 5;
+	check(imap_response(&im) == 0 && im.append_limit == 0, "greeting");
 	im.capabilities_known = false;
-	check(imap_know_capabilities(&im) == 0 && im.capabilities == CAP_ID && im.s.err.code == E_NONE,
+	check(imap_know_capabilities(&im) == 0 && im.capabilities_known && im.capabilities == CAP_ID &&
+	      im.s.err.code == E_NONE,
 	      "what the greeting told counts: %s", im.s.err.text);
 	stream_close(&im.s);
 }
