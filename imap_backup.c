@@ -3402,7 +3402,10 @@ static enum imap_section imap_section(struct imap *im)
 	return n == 0 ? SECTION_MAIL : SECTION_NONE;
 }
 
-/* Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. */
+/*
+ * Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. Returns 1 for a
+ * literal, 0, -1 at an error.
+ */
 static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
 {
 	int c, wanted = 0;
@@ -3430,49 +3433,61 @@ static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_sectio
 			return -1;
 	}
 	if (c == '{')
-		return imap_pour(im, octets, wanted ? fetch : NULL);
+		return imap_pour(im, octets, wanted ? fetch : NULL) != 0 ? -1 : 1;
 	return wanted && octets > 0 ? im->on_octets(im->context, fetch, text, (size_t)octets) : 0;
 }
 
 /*
  * "* 12 FETCH (UID 5 FLAGS (\Seen) BODY[] {3}...)". What follows a parenthesis that closes too early, because
- * one stands in a keyword or because the server thinks so, is of the same response.
+ * one stands in a keyword or because the server thinks so, is of the same response. But a literal must
+ * be followed by something that we know: else its length was wrong, and this is what it contains.
  */
 static int imap_fetch_response(struct imap *im, uint32_t uid)
 {
 	struct imap_fetch fetch = { .uid = uid };
 	char word[IMAP_ATOM_MAX], text[64];
+	bool closed = false, doubtful = false; /* doubtful: nothing known has followed the literal yet */
 
-	do {
-		while (imap_item(im, word)) {
-			enum imap_section section;
-			int result = 0;
+	while (!closed || !imap_at_end(im)) {
+		int result = 0;
 
-			if (imap_is(im, '[')) {
-				section = imap_section(im);
-				result = imap_body(im, &fetch,
-						   strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
-			} else if (strcmp(word, "UID") == 0) {
-				fetch.uid = imap_number32(im);
-			} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
-				fetch.has_flags = true;
-				while (imap_word(im, word, true) > 0)
-					fetch.flags |= imap_flag(word);
-				imap_is(im, ')');
-			} else if (strcmp(word, "RFC822.SIZE") == 0) {
-				fetch.size = imap_number(im);
-				fetch.has_size = true;
-			} else if (strcmp(word, "INTERNALDATE") == 0) {
-				result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
-				fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
-			} else {
-				fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
-				result = imap_skip(im);
-			}
-			if (result != 0)
-				return -1;
+		while (doubtful && imap_is(im, '\n'))
+			;
+		if (doubtful && imap_blanks(im) != ')' && !isalpha(imap_peek(im)))
+			return imap_proto(im, "something else", "the end of FETCH behind a literal");
+		if (!imap_item(im, word)) {
+			if (im->over || im->s.err.code != E_NONE)
+				break;
+			closed = true;
+			continue;
 		}
-	} while (!imap_at_end(im));
+		if (imap_is(im, '[')) {
+			enum imap_section section = imap_section(im);
+
+			result = imap_body(im, &fetch, strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
+		} else if (strcmp(word, "UID") == 0) {
+			fetch.uid = imap_number32(im);
+		} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
+			fetch.has_flags = true;
+			while (imap_word(im, word, true) > 0)
+				fetch.flags |= imap_flag(word);
+			imap_is(im, ')');
+		} else if (strcmp(word, "RFC822.SIZE") == 0) {
+			fetch.size = imap_number(im);
+			fetch.has_size = true;
+		} else if (strcmp(word, "INTERNALDATE") == 0) {
+			result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
+			fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
+		} else if (doubtful && strcmp(word, "MODSEQ") != 0) {
+			return imap_proto(im, word, "the end of FETCH behind a literal");
+		} else {
+			fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
+			result = imap_skip(im);
+		}
+		if (result < 0)
+			return -1;
+		doubtful = result > 0;
+	}
 	if (im->s.err.code != E_NONE || im->on_fetch(im->context, &fetch) != 0)
 		return -1;
 	return imap_line_end(im);

@@ -820,6 +820,16 @@ static void test_responses(void)
 		{ "* 3 FETCH (BODY[] {1} \r\nx UID 7)\r\n", "1 1<x> fetch 7|", NULL },
 		{ "* 3 FETCH (BODY[] {-1}\r\n", "", "a literal without a length" },
 		{ "* 3 FETCH (BODY[] {1x}\r\n", "", "a literal without a length" },
+		/* A literal whose length is wrong: its rest is no part of the response. */
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nxuid 8)\r\n", "1 1<x> fetch 8|", NULL },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nxy)\r\n", "1 1<x", "sent Y where the end of FETCH" },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n-y)\r\n", "1 1<x", "something else where the end of FETCH" },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n* 4 FETCH (UID 8)\r\n", "1 1<x", "where the end of FETCH" },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\nA1 OK\r\n", "1 1<x", "A1 where the end of FETCH" },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx) y\r\n", "1 1<x", "Y where the end of FETCH" },
+		{ "* 3 FETCH (UID 7) BODY[] {1}\r\nx\r\n* SEARCH 5\r\n", "1 1<x> fetch 7|5:5|", NULL },
+		{ "* 3 FETCH (BODY[] {1}\r\nx FLAGS (a(b) c \\Seen) UID 7)\r\n", "1 1<x> fetch 7 flags 1|", NULL },
+		{ "* 3 FETCH (BODY[] {1}\r\nx MODSEQ (9) X 9 UID 7)\r\n", "1 1<x> fetch 7|", NULL },
 		{ "* 3 FETCH (UID 1\r\n* SEARCH 5\r\n", "> fetch 1|5:5|", NULL },
 		/* A line end in the middle, a missing parenthesis, one too early, one in a keyword. */
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n)\r\nA1 OK\r\n", "1 1<x> fetch 7|OK", NULL },
