@@ -2790,8 +2790,8 @@ enum imap_capability {
 	CAP_SPECIAL_USE = 1 << 12,
 	CAP_NAMESPACE = 1 << 13,
 	CAP_UIDPLUS = 1 << 14,
-	CAP_XOAUTH2 = 1 << 15,
-	CAP_OAUTHBEARER = 1 << 16,
+	CAP_AUTH_XOAUTH2 = 1 << 15,
+	CAP_AUTH_OAUTHBEARER = 1 << 16,
 	CAP_QRESYNC = 1 << 17,
 	CAP_REV1 = 1 << 18,
 	CAP_REV2 = 1 << 19,
@@ -3663,9 +3663,9 @@ static int imap_untagged(struct imap *im)
 	imap_atom(im, word);
 	if (strcmp(word, "OK") == 0 || strcmp(word, "NO") == 0 || strcmp(word, "BAD") == 0 ||
 	    strcmp(word, "PREAUTH") == 0 || strcmp(word, "BYE") == 0) {
+		im->preauth = im->preauth || (word[0] == 'P' && !im->greeted);
 		if (imap_text(im, &result) != 0)
 			return -1;
-		im->preauth = im->preauth || word[0] == 'P';
 		/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
 		if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
 			im->one_at_a_time = true;
