@@ -2906,7 +2906,7 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
  * carriage return is one, so that a bare line feed ends a line as well.
  */
 
-/* Octets have come that may be of no use to anybody; what is of use sets im->noise back to 0. */
+/* Count octets that nobody may have asked for. Whoever finds an answer of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
 {
 	im->noise += octets;
@@ -2916,13 +2916,13 @@ static int imap_noise(struct imap *im, uint64_t octets)
 			   IMAP_NOISE_MAX);
 }
 
-/* So many of them were of use. */
+/* Take octets that were of use off the noise. */
 static void imap_useful(struct imap *im, uint64_t octets)
 {
 	im->noise -= octets < im->noise ? octets : im->noise;
 }
 
-/* Have at least one octet. */
+/* Make at least one octet available. */
 static int imap_fill(struct imap *im)
 {
 	if (im->s.at < im->s.end)
@@ -3230,7 +3230,7 @@ static int imap_capabilities(struct imap *im)
 	return im->s.err.code != E_NONE ? -1 : 0;
 }
 
-/* The text behind OK, NO, BAD, BYE: "[CODE numbers] words". What a code tells is taken in. */
+/* Read the text behind OK, NO, BAD, BYE, "[CODE numbers] words", and take in what the code tells. */
 static int imap_text(struct imap *im, struct imap_result *result)
 {
 	size_t n = 0;
@@ -3279,7 +3279,7 @@ static int imap_text(struct imap *im, struct imap_result *result)
 }
 
 /*
- * What a server that wants to be left alone asks for, in seconds; 0: it does not ask for that.
+ * Return for how many seconds the server asks to be left alone; 0 if it does not.
  * Sources of the wordings: Exchange, Gmail, Dovecot, Cyrus, Yahoo; codes: RFC 5530.
  */
 static unsigned imap_wait_asked(const struct imap_result *result)
@@ -3438,15 +3438,16 @@ static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_sectio
 }
 
 /*
- * "* 12 FETCH (UID 5 FLAGS (\Seen) BODY[] {3}...)". What follows a parenthesis that closes too early, because
- * one stands in a keyword or because the server thinks so, is of the same response. But a literal must
- * be followed by something that we know: else its length was wrong, and this is what it contains.
+ * Read "* 12 FETCH (UID 5 FLAGS (\Seen) BODY[] {3}...)". What follows a parenthesis that closes too early,
+ * because a keyword contains it or the server is wrong, belongs to the same response. But a literal
+ * must be followed by an item that we know, or by the end: else its length was wrong, and what follows
+ * is its rest.
  */
 static int imap_fetch_response(struct imap *im, uint32_t uid)
 {
 	struct imap_fetch fetch = { .uid = uid };
 	char word[IMAP_ATOM_MAX], text[64];
-	bool closed = false, doubtful = false; /* doubtful: nothing known has followed the literal yet */
+	bool closed = false, doubtful = false; /* nothing that we know has followed the literal yet */
 
 	while (!closed || !imap_at_end(im)) {
 		int result = 0;
@@ -3493,7 +3494,7 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 	return imap_line_end(im);
 }
 
-/* A UID, 0 at an error. */
+/* Read a UID; returns 0 at an error. */
 static uint32_t imap_uid(struct imap *im)
 {
 	uint64_t uid = 0;
@@ -3508,7 +3509,7 @@ static uint32_t imap_uid(struct imap *im)
 	return 0;
 }
 
-/* "1:5,9", as in ESEARCH. */
+/* Read a set of UIDs: "1:5,9". */
 static int imap_uid_set(struct imap *im)
 {
 	do {
@@ -3522,7 +3523,7 @@ static int imap_uid_set(struct imap *im)
 	return 0;
 }
 
-/* "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731) */
+/* Read "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731). */
 static int imap_esearch(struct imap *im)
 {
 	char word[IMAP_ATOM_MAX];
@@ -3534,7 +3535,7 @@ static int imap_esearch(struct imap *im)
 	return imap_line_end(im);
 }
 
-/* "* SEARCH 1 2 5"; a CONDSTORE server may end it with (MODSEQ n). */
+/* Read "* SEARCH 1 2 5"; a CONDSTORE server may end it with (MODSEQ n). */
 static int imap_search(struct imap *im)
 {
 	while (!imap_at_end(im))
@@ -3552,7 +3553,7 @@ static unsigned imap_special(const char *word)
 	return imap_bit(words, word);
 }
 
-/* "* LIST (\HasNoChildren) "/" INBOX" */
+/* Read "* LIST (\HasNoChildren) "/" INBOX". */
 static int imap_list_response(struct imap *im)
 {
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4];
@@ -3596,8 +3597,8 @@ static int imap_list_response(struct imap *im)
 }
 
 /*
- * "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)". It only saves work: one that cannot be read, as that of an
- * unquoted name with blanks, is passed over, and the mailbox is opened.
+ * Read "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)". It only saves work: a STATUS that makes no sense, as
+ * that of an unquoted name with blanks, is passed over, and the mailbox will be opened.
  */
 static int imap_status_response(struct imap *im)
 {
@@ -3629,7 +3630,7 @@ static int imap_status_response(struct imap *im)
 	return imap_line_end(im);
 }
 
-/* Goodbye: a reason to wait, or merely the end of this connection. */
+/* The server says goodbye: a reason to wait, or merely the end of this connection. */
 static int imap_bye(struct imap *im, const struct imap_result *result)
 {
 	unsigned sec = imap_wait_asked(result);
