@@ -1418,7 +1418,6 @@ struct verifier {
 	uint8_t fingerprint[32];
 	struct err err;   /* what is wrong with the chain */
 	struct der chain; /* what came, in 'octets' */
-	uint8_t *top;     /* where the certificate in hand ends so far; NULL: it does not fit */
 	uint8_t octets[CHAIN_OCTETS];
 };
 
@@ -1444,8 +1443,8 @@ static bool der_next(struct der *in, unsigned tag, struct der *value)
 	}
 	if (n > (size_t)(in->end - p))
 		return false;
-	*value = (struct der){ p, p + n };
 	in->at = p + n;
+	*value = (struct der){ p, p + n }; /* which may be *in */
 	return true;
 }
 
@@ -1474,6 +1473,8 @@ static bool cert_next(struct der *list, struct cert *c)
 	/* Of 2.5.29.N these N are known, or of no importance. */
 	static const uint8_t known[] = { 9, 14, 15, 17, 18, 19, 30, 31, 32, 35, 37, 46 };
 	struct der all, tbs, extensions = { 0 }, extension, oid, v;
+	/* serial number, algorithm, issuer, dates, subject, key */
+	struct der *const part[] = { &v, &v, &c->issuer, &v, &c->subject, &v };
 
 	memset(c, 0, sizeof *c);
 	c->whole.at = list->at;
@@ -1484,14 +1485,14 @@ static bool cert_next(struct der *list, struct cert *c)
 	if (!der_next(&all, DER_SEQUENCE, &tbs))
 		return false;
 	c->tbs.end = all.at;
-	der_next(&tbs, 0xA0, &v); /* version */
 	if (!der_next(&all, DER_SEQUENCE, &v) || !der_next(&all, 0x03, &c->signature) ||
-	    der_octets(c->signature) == 0 || !der_next(&tbs, 0x02, &v) ||
-	    !der_next(&tbs, DER_SEQUENCE, &v) || !der_next(&tbs, DER_SEQUENCE, &c->issuer) ||
-	    !der_next(&tbs, DER_SEQUENCE, &v) || !der_next(&tbs, DER_SEQUENCE, &c->subject) ||
-	    !der_next(&tbs, DER_SEQUENCE, &v))
+	    der_octets(c->signature) == 0)
 		return false;
 	c->signature.at++;        /* over the number of bits that are not used: none */
+	der_next(&tbs, 0xA0, &v); /* version */
+	for (unsigned i = 0; i < sizeof part / sizeof *part; i++)
+		if (!der_next(&tbs, i == 0 ? 0x02 : DER_SEQUENCE, part[i]))
+			return false;
 	der_next(&tbs, 0x81, &v); /* unique identifiers */
 	der_next(&tbs, 0x82, &v);
 	if (der_next(&tbs, 0xA3, &v) && !der_next(&v, DER_SEQUENCE, &extensions))
@@ -1880,35 +1881,26 @@ static void verifier_start_chain(const br_x509_class **self, const char *name)
 	v->chain = (struct der){ v->octets, v->octets };
 }
 
+/* Where one certificate ends is told by its own length. */
 static void verifier_start_cert(const br_x509_class **self, uint32_t n)
 {
-	struct verifier *v = (struct verifier *)(void *)self;
-
+	(void)self;
 	(void)n;
-	v->top = v->octets + der_octets(v->chain);
 }
 
 static void verifier_append(const br_x509_class **self, const unsigned char *octets, size_t n)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
+	size_t used = der_octets(v->chain), room = sizeof v->octets - used;
 
-	if (v->top != NULL && n > (size_t)(v->octets + sizeof v->octets - v->top))
-		v->top = NULL;
-	if (v->top != NULL)
-		v->top = (uint8_t *)memcpy(v->top, octets, n) + n;
+	n = n < room ? n : room;
+	memcpy(v->octets + used, octets, n);
+	v->chain.end += n;
 }
 
-/* What is no certificate, or finds no room, is passed over, but for the server's own. */
 static void verifier_end_cert(const br_x509_class **self)
 {
-	struct verifier *v = (struct verifier *)(void *)self;
-	struct der list = { v->chain.end, v->top };
-	struct cert c;
-
-	if (v->top != NULL && cert_next(&list, &c) && der_octets(list) == 0)
-		v->chain.end = v->top;
-	else if (der_octets(v->chain) == 0)
-		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
+	(void)self;
 }
 
 static unsigned verifier_end_chain(const br_x509_class **self)
@@ -1917,12 +1909,12 @@ static unsigned verifier_end_chain(const br_x509_class **self)
 	struct der list = v->chain;
 	br_sha256_context hash;
 
-	if (v->err.code != E_NONE || !cert_next(&list, &v->leaf))
-		return BR_ERR_X509_EMPTY_CHAIN;
+	if (!cert_next(&list, &v->leaf))
+		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
 	br_sha256_init(&hash);
 	br_sha256_update(&hash, v->leaf.whole.at, der_octets(v->leaf.whole));
 	br_sha256_out(&hash, v->fingerprint);
-	return verifier_judge(v) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
+	return v->err.code == E_NONE && verifier_judge(v) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
 }
 
 static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, unsigned *usages)
@@ -1947,7 +1939,7 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 {
 	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 	FILE *file = fopen(path, "re");
-	size_t n = 0, total = 0;
+	size_t n = 0, room;
 	uint32_t bits = 0;
 	unsigned digits = 0;
 	bool inside = false;
@@ -1957,10 +1949,10 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 
 	if (file == NULL || fstat(fileno(file), &st) != 0)
 		return err_errno(e, E_ACCOUNT, "%s: cannot read the CA bundle", path);
-	der = allocate(st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX);
+	room = st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX;
+	der = allocate(room);
 	t->anchors = (struct der){ der, der };
-	while (fgets(line, sizeof line, file) != NULL && (total += strlen(line)) <= (size_t)st.st_size &&
-	       total <= CA_FILE_MAX) {
+	while (fgets(line, sizeof line, file) != NULL) {
 		struct der list = { t->anchors.end, der + n };
 		struct cert c;
 
@@ -1981,7 +1973,7 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 			if (digit == NULL)
 				continue;
 			bits = bits << 6 | (uint32_t)(digit - alphabet);
-			if (++digits % 4 != 1)
+			if (++digits % 4 != 1 && n < room)
 				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
 		}
 	}
@@ -2211,7 +2203,8 @@ static int tls_fail(struct stream *s)
 		{ BR_ERR_BAD_MAC, false, "data damaged on the way" },
 		{ BR_ERR_NO_RANDOM, true, "no random numbers: /dev/urandom cannot be read" },
 		{ BR_ERR_WRONG_KEY_USAGE, true, "the certificate's key usage does not allow this cipher" },
-		{ BR_ERR_RECV_FATAL_ALERT + 40, true, "no cipher in common with the server" },
+		{ BR_ERR_RECV_FATAL_ALERT + 40, true,
+		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, or have an RSA-PSS or Ed25519 key)" },
 		{ BR_ERR_RECV_FATAL_ALERT + 70, true,
 		  "the server speaks only TLS 1.3, or only something older than 1.2; BearSSL speaks 1.2" },
 		{ BR_ERR_RECV_FATAL_ALERT + 80, false, "the server has an internal error" },
@@ -2389,6 +2382,10 @@ static void stream_close(struct stream *s)
 {
 	if (s->fd >= 0)
 		close(s->fd);
+	if (s->tls != NULL)
+		wipe(s->tls, sizeof *s->tls);
+	if (s->plain != NULL)
+		wipe(s->plain, STREAM_PLAIN_OCTETS);
 	free(s->tls);
 	free(s->plain);
 	free(s->inflate);
@@ -2790,8 +2787,8 @@ enum imap_capability {
 	CAP_SPECIAL_USE = 1 << 12,
 	CAP_NAMESPACE = 1 << 13,
 	CAP_UIDPLUS = 1 << 14,
-	CAP_AUTH_XOAUTH2 = 1 << 15,
-	CAP_AUTH_OAUTHBEARER = 1 << 16,
+	CAP_XOAUTH2 = 1 << 15,
+	CAP_OAUTHBEARER = 1 << 16,
 	CAP_QRESYNC = 1 << 17,
 	CAP_REV1 = 1 << 18,
 	CAP_REV2 = 1 << 19,

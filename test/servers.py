@@ -43,37 +43,100 @@ class Certificates:
     (certificate file, key file)."""
 
     LOCAL = 'DNS:localhost,IP:127.0.0.1,IP:0:0:0:0:0:0:0:1'
-    KINDS = {   # subjectAltName, not before and not after in days from now, issuer
+    HERE = 'DNS:localhost,IP:127.0.0.1'
+    KINDS = {   # subjectAltName, not before and not after in days from now, issuer, what else _issue() takes
         'good': (LOCAL, -2, 800, 'ca'),
-        'rsa': (LOCAL, -2, 800, 'ca'),
+        'rsa': (LOCAL, -2, 800, 'ca', {'key': 'rsa:2048'}),
+        'weak': (LOCAL, -2, 800, 'ca', {'key': 'rsa:1024'}),
+        'sha1': (LOCAL, -2, 800, 'ca', {'hash': 'sha1'}),
+        'ed25519': (LOCAL, -2, 800, 'ca', {'key': 'ed25519'}),
         'expired': (LOCAL, -800, -2, 'ca'),
         'future': (LOCAL, 2, 800, 'ca'),
+        'future_other': (LOCAL, 2, 800, 'other'),
         'name': ('DNS:other.example', -2, 800, 'ca'),
         'wildcard': ('DNS:*.example.org', -2, 800, 'ca'),
         'ip': ('IP:127.0.0.1', -2, 800, 'ca'),
+        'common': ('', -2, 800, 'ca', {'common': 'localhost'}),
+        'uncommon': ('', -2, 800, 'ca', {'common': 'localhost.example'}),
+        'client': (LOCAL, -2, 800, 'ca', {'more': 'extendedKeyUsage=clientAuth'}),
+        'server': (LOCAL, -2, 800, 'ca', {'more': 'extendedKeyUsage=clientAuth,serverAuth'}),
+        'critical': (LOCAL, -2, 800, 'ca', {'more': '1.2.3.4=critical,ASN1:NULL'}),
         'other_ca': (LOCAL, -2, 800, 'other'),
         'self_signed': (LOCAL, -2, 800, None),
-        'chain': (LOCAL, -2, 800, 'middle'),     # the intermediate is sent along
-        'missing': (LOCAL, -2, 800, 'middle'),   # it is not
+        'missing': (LOCAL, -2, 800, 'middle'),   # the intermediate is not sent along
+        'chain': (LOCAL, -2, 800, 'middle', {'chain': ['middle']}),
+        'twice': (LOCAL, -2, 800, 'middle', {'chain': ['twice', 'middle']}),
+        'jumbled': (LOCAL, -2, 800, 'deep', {'chain': ['other', 'middle', 'good', 'deep', 'ca']}),
+        'old_root': (LOCAL, -2, 800, 'old'),
+        'old_middle': (LOCAL, -2, 800, 'stale', {'chain': ['stale']}),
+        'no_ca': (LOCAL, -2, 800, 'good', {'chain': ['good']}),
+        'too_deep': (LOCAL, -2, 800, 'below_short', {'chain': ['below_short', 'short']}),
+        'inside': (HERE, -2, 800, 'inside_ca', {'chain': ['inside_ca']}),
+        'inside_root': (HERE, -2, 800, 'limited_root'),
+        'outside_root': ('DNS:localhost,DNS:other.example', -2, 800, 'limited_root'),
+        'outside_dns': (HERE, -2, 800, 'corp_ca', {'chain': ['corp_ca']}),
+        'outside_soft': (HERE, -2, 800, 'corp_soft_ca', {'chain': ['corp_soft_ca']}),
+        'outside_common': ('', -2, 800, 'corp_ca', {'chain': ['corp_ca'], 'common': 'localhost'}),
+        'outside_ip': (LOCAL, -2, 800, 'inside_ca', {'chain': ['inside_ca']}),
+        'excluded_dns': (HERE, -2, 800, 'not_local_ca', {'chain': ['not_local_ca']}),
+        'excluded_ip': (HERE, -2, 800, 'not_net_ca', {'chain': ['not_net_ca']}),
+        'directory': (HERE, -2, 800, 'directory_ca', {'chain': ['directory_ca']}),
+        'outside_directory': (HERE, -2, 800, 'elsewhere_ca', {'chain': ['elsewhere_ca']}),
+        'excluded_directory': (HERE, -2, 800, 'not_directory_ca', {'chain': ['not_directory_ca']}),
+        'email': (HERE + ',email:a@b.example', -2, 800, 'email_ca', {'chain': ['email_ca']}),
+    }
+    NET = 'permitted;IP:127.0.0.0/255.0.0.0'
+    AUTHORITIES = {   # not before, not after, issuer, extensions
+        'ca': (-3, 1000, None, ''),
+        'other': (-3, 1000, None, ''),
+        'old': (-1000, -3, None, ''),
+        'limited_root': (-3, 1000, None, 'nameConstraints=critical,permitted;DNS:localhost'),
+        'middle': (-3, 1000, 'ca', ''),
+        'deep': (-3, 1000, 'middle', ''),
+        'stale': (-1000, -3, 'ca', ''),
+        'short': (-3, 1000, 'ca', 'PATHLEN:0'),
+        'below_short': (-3, 1000, 'short', ''),
+        'inside_ca': (-3, 1000, 'ca', 'nameConstraints=critical,permitted;DNS:LocalHost,' + NET),
+        'corp_ca': (-3, 1000, 'ca', 'nameConstraints=critical,permitted;DNS:corp.example'),
+        'corp_soft_ca': (-3, 1000, 'ca', 'nameConstraints=permitted;DNS:corp.example'),
+        'not_local_ca': (-3, 1000, 'ca', 'nameConstraints=critical,excluded;DNS:localhost,' + NET),
+        'not_net_ca': (-3, 1000, 'ca', 'nameConstraints=critical,excluded;IP:127.0.0.0/255.0.0.0'),
+        'directory_ca': (-3, 1000, 'ca', 'nameConstraints=critical,permitted;dirName:ours'),
+        'elsewhere_ca': (-3, 1000, 'ca', 'nameConstraints=critical,permitted;dirName:theirs'),
+        'not_directory_ca': (-3, 1000, 'ca', 'nameConstraints=critical,excluded;dirName:theirs'),
+        'email_ca': (-3, 1000, 'ca', 'nameConstraints=critical,permitted;email:b.example'),
     }
 
     def __init__(self, folder):
         self.folder = folder
         os.makedirs(folder, exist_ok=True)
-        self.ca = self._issue('ca', None, None, -3, 1000)[0]
-        self._issue('other', None, None, -3, 1000)
-        self._issue('middle', 'ca', None, -3, 1000)
+        self.ca = self.authority('ca')
         self.good = self.make('good')
 
+    def authority(self, name):
+        """The file of a CA's certificate."""
+        if not os.path.exists(self._path(name, 'crt')):
+            begin, end, issuer, more = self.AUTHORITIES[name]
+            path = more.replace('PATHLEN', ',pathlen') if more.startswith('PATHLEN') else ''
+            if issuer is not None:
+                self.authority(issuer)
+            self._issue(name, issuer, None, begin, end, more='' if path else more, path=path)
+        return self._path(name, 'crt')
+
     def make(self, kind):
-        if os.path.exists(self._path(kind, 'crt')):
-            return self._path(kind, 'crt'), self._path(kind, 'key')
-        names, begin, end, issuer = self.KINDS[kind]
-        cert, key = self._issue(kind, issuer, names, begin, end)
-        if kind == 'chain':
-            with open(cert, 'a') as f:
-                f.write(open(self._path('middle', 'crt')).read())
-        return cert, key
+        """(certificate, key); the certificate's file has what is sent along with it."""
+        sent = self._path(kind, 'pem')
+        if not os.path.exists(sent):
+            names, begin, end, issuer, *more = self.KINDS[kind]
+            more = dict(*more)
+            chain = more.pop('chain', ())
+            if issuer in self.AUTHORITIES:
+                self.authority(issuer)
+            self._issue(kind, issuer, names, begin, end, **more)
+            with open(sent, 'w') as f:
+                for name in [kind, *chain]:
+                    f.write(open(self.authority(name) if name in self.AUTHORITIES else self._path(name, 'crt')).read())
+        return sent, self._path(kind, 'key')
 
     def fingerprint(self, kind='good'):
         text = tool('openssl', 'x509', '-in', self.make(kind)[0], '-noout', '-fingerprint', '-sha256')
@@ -82,30 +145,29 @@ class Certificates:
     def _path(self, name, what):
         return os.path.join(self.folder, '%s.%s' % (name, what))
 
-    def _issue(self, name, issuer, names, begin, end):
+    def _issue(self, name, issuer, names, begin, end, key='ec', hash='sha256', common=None, more='', path=''):
         """names None: a CA. issuer None: signed by itself."""
-        cert, key, request, conf = (self._path(name, x) for x in ('crt', 'key', 'csr', 'cnf'))
+        cert, private, request, conf = (self._path(name, x) for x in ('crt', 'key', 'csr', 'cnf'))
         own = issuer is None
         for suffix in ('.db', '.db.attr', '.serial'):
             with open(self._path(name, 'ca') + suffix, 'w') as f:
                 f.write('%016x\n' % int.from_bytes(os.urandom(7), 'big') if suffix == '.serial' else '')
         with open(conf, 'w') as f:
             f.write('[req]\ndistinguished_name=dn\n[dn]\n[ca]\ndefault_ca=it\n[it]\n'
-                    'database=%s.db\nserial=%s.serial\nnew_certs_dir=%s\ndefault_md=sha256\n'
-                    'unique_subject=no\npolicy=any\nemail_in_dn=no\n[any]\ncommonName=supplied\n[ext]\n%s\n'
-                    % (self._path(name, 'ca'), self._path(name, 'ca'), self.folder,
-                       'basicConstraints=critical,CA:true' if names is None else
-                       'basicConstraints=critical,CA:false\nsubjectAltName=' + names))
-        kind = ['-newkey', 'rsa:2048'] if name == 'rsa' else \
-            ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256']
-        tool('openssl', 'req', '-new', '-config', conf, *kind, '-nodes', '-keyout', key,
-             '-out', request, '-subj', '/CN=imap_backup test ' + name)
+                    'database=%s.db\nserial=%s.serial\nnew_certs_dir=%s\ndefault_md=%s\n'
+                    'unique_subject=no\npolicy=any\nemail_in_dn=no\n[any]\norganizationName=optional\n'
+                    'commonName=supplied\n[ours]\nO=imap_backup\n[theirs]\nO=theirs\n[ext]\n%s\n%s\n'
+                    % (self._path(name, 'ca'), self._path(name, 'ca'), self.folder, hash,
+                       'basicConstraints=critical,CA:true' + path if names is None else
+                       'basicConstraints=critical,CA:false' + ('\nsubjectAltName=' + names if names else ''), more))
+        kind = {'ec': ['ec', '-pkeyopt', 'ec_paramgen_curve:P-256']}.get(key, [key])
+        tool('openssl', 'req', '-new', '-config', conf, '-newkey', *kind, '-nodes', '-keyout', private,
+             '-out', request, '-subj', '/O=imap_backup/CN=' + (common or 'test ' + name))
         when = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(time.time() + 86400 * d)) for d in (begin, end)]
-        signer = ['-selfsign', '-keyfile', key] if own else \
+        signer = ['-selfsign', '-keyfile', private] if own else \
             ['-cert', self._path(issuer, 'crt'), '-keyfile', self._path(issuer, 'key')]
         tool('openssl', 'ca', '-batch', '-notext', '-config', conf, *signer, '-in', request,
              '-out', cert, '-startdate', when[0], '-enddate', when[1], '-extensions', 'ext')
-        return cert, key
 
 
 class Dovecot:

@@ -509,7 +509,7 @@ def test_success_url_over_tls(t):
     assert web.requests == ['/ok'], web.requests
     account = t.account(tls_fingerprint=t.certs.fingerprint())
     del account['ca_file']
-    t.config(account, success_url=web.url + '/ok', ca_file=t.certs._path('other', 'crt'))
+    t.config(account, success_url=web.url + '/ok', ca_file=t.certs.authority('other'))
     assert 'warning' in t.backup().err
     assert web.requests == ['/ok'], web.requests
 

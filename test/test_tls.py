@@ -104,7 +104,19 @@ def test_certificates(t):
         context = Session.context(self)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         return context
-    nobody = r'signed by nobody whom the CA bundle knows \(imap_backup test %s\); to trust it alone: "tls_fingerprint": "%s"'
+
+    def lax(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers('ALL:@SECLEVEL=0')
+        context.load_cert_chain(*self.server.certificate)
+        return context
+
+    def only_tls11(self):
+        context = lax(self)
+        context.minimum_version = ssl.TLSVersion.TLSv1
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+        return context
+    nobody = r'signed by nobody whom the CA bundle knows \(imap_backup, test %s\); to trust it alone: "tls_fingerprint": "%s"'
     walk(t, {
         'good': fine(context=noting),
         'rsa': fine(kind='rsa'),
@@ -112,6 +124,22 @@ def test_certificates(t):
         'address': fine(kind='ip', account={'host': '127.0.0.1'}, context=noting),
         'address-too': fine(account={'host': '127.0.0.1'}),
         'case': fine(account={'host': 'LocalHost'}),
+        'common': fine(kind='common'),
+        'uncommon': Way('is for localhost.example, not for localhost', kind='uncommon'),
+        'twice': fine(kind='twice'),
+        'jumbled': fine(kind='jumbled'),
+        'server': fine(kind='server'),
+        'client': Way('not meant for servers', kind='client'),
+        'critical': Way('a restriction that cannot be judged here', kind='critical'),
+        'weak': Way('RSA key of less than 2048 bits', kind='weak', context=lax),
+        'sha1': Way('signed in a way that is weak, or unknown', kind='sha1', context=lax),
+        'ed25519': Way('no cipher in common .*Ed25519', kind='ed25519'),
+        'own-leaf': fine(kind='self_signed', account={'ca_file': t.certs.make('self_signed')[0]}),
+        'old-root': Way("an issuer's certificate expired on", kind='old_root',
+                        account={'ca_file': t.certs.authority('old')}),
+        'old-middle': Way("an issuer's certificate expired on", kind='old_middle'),
+        'no-ca': Way('issued by one that is no CA', kind='no_ca'),
+        'too-deep': Way('issued by one that is no CA, or not one for this', kind='too_deep'),
         'expired': Way(r'localhost: the certificate expired on 20\d\d-\d\d-\d\d', kind='expired'),
         'future': Way(r'not valid before 20\d\d-\d\d-\d\d, and this device.s clock says 20', kind='future'),
         'name': Way('the certificate is for other.example, not for localhost', kind='name'),
@@ -134,6 +162,9 @@ def test_certificates(t):
         'ca-absent': Way('cannot read the CA bundle: No such file', account={'ca_file': t.folder + '/none.pem'}),
         'ca-empty': Way('no certificate in it', account={'ca_file': empty}),
         'ca-junk': Way('no certificate in it', account={'ca_file': junk}),
+        'only11': Way('may speak only TLS 1.0 or 1.1', context=only_tls11),
+        'hello10': Way('speaks only TLS 1.0 or 1.1', start_tls=records(
+            b'\x16\3\1\0\x2a\2\0\0\x26\3\1' + bytes(32) + b'\0\0\x2f\0', 1)),
         'only13': Way('speaks only TLS 1.3', context=only_tls13),
         'plain': Way('no TLS is spoken here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
         'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
@@ -144,7 +175,30 @@ def test_certificates(t):
         'closes': Way('cut without a TLS close|connection lost: Connection reset',
                       start_tls=lambda self: self.drop('close')),
     })
-    assert names == ['localhost', None] or names == [None, 'localhost'], names
+    assert sorted(map(str, names)) == ['None', 'localhost'], names
+
+
+def test_name_constraints(t):
+    """What an issuer may certify, critical or not, in the chain or in the CA bundle."""
+    root = {'ca_file': t.certs.authority('limited_root')}
+    outside = 'may not certify this name'
+    walk(t, {
+        'inside': fine(kind='inside'),
+        'inside-ip': fine(kind='inside', account={'host': '127.0.0.1'}),
+        'inside-root': fine(kind='inside_root', account=root),
+        'outside-root': Way('imap_backup, test limited_root: ' + outside, kind='outside_root', account=root),
+        'outside-dns': Way('imap_backup, test corp_ca: ' + outside, kind='outside_dns'),
+        'outside-soft': Way(outside, kind='outside_soft'),
+        'outside-common': Way(outside, kind='outside_common'),
+        'outside-ip': Way(outside, kind='outside_ip'),
+        'excluded-dns': Way(outside, kind='excluded_dns'),
+        'excluded-ip': Way(outside, kind='excluded_ip'),
+        'directory': fine(kind='directory'),
+        'outside-directory': Way(outside, kind='outside_directory'),
+        'excluded-directory': Way('cannot be judged', kind='excluded_directory'),
+        'email': Way('cannot be judged', kind='email'),
+        'pinned': fine(kind='outside_dns', account={'tls_fingerprint': t.certs.fingerprint('outside_dns')}),
+    })
 
 
 def test_no_ca_bundle(t):
@@ -202,6 +256,16 @@ def test_starttls(t):
         'none-there-off': fine(**dict(far, account={'host': '127.0.0.2', 'ssl': False},
                                       says='warning: .*the password goes over the line in the clear')),
         'preauth': Way('PREAUTH', **far, greeting='* PREAUTH [CAPABILITY IMAP4rev1] in\r\n', user='u'),
+        'preauth-late': Way('offers no STARTTLS', **far,
+                            cmd_CAPABILITY=lambda self, tag, args: self.put(
+                                '* PREAUTH in\r\n* CAPABILITY IMAP4rev1\r\n%s OK\r\n' % tag)),
+        'pinned': Way('with "tls_fingerprint" nothing is sent in the clear', kind=None, tls=False,
+                      account={'ssl': False, 'host': '127.0.0.1', 'tls_fingerprint': 'ab' * 32}),
+        'pinned-preauth': Way('PREAUTH', kind=None, tls=False, greeting='* PREAUTH in\r\n', user='u',
+                              account={'host': '127.0.0.1', 'tls_fingerprint': 'ab' * 32}),
+        'pinned-starttls': fine(tls=False, account={'ssl': False, 'tls_fingerprint': t.certs.fingerprint()}),
+        'no-name': Way('no.such.name.invalid: the name cannot be looked up', server=False,
+                       account={'host': 'no.such.name.invalid'}),
         'preauth-tls': fine(greeting='* PREAUTH in\r\n', user='u'),
         'tls-on-plain': Way('nothing for 3 seconds', tls=True, account={'ssl': None}),
         'nothing-on-143': Way('127.0.0.9, port 143: Connection refused .*"ssl": true uses port 993', tls=False,
