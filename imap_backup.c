@@ -1391,11 +1391,15 @@ struct der { /* octets in DER: the inside of an element, or elements in a row; b
 	const uint8_t *at, *end;
 };
 
+enum { DER_INTEGER = 0x02, DER_BITS = 0x03, DER_OCTETS = 0x04, DER_OID = 0x06, DER_SEQUENCE = 0x30 };
+enum { NAME_DNS = 0x82, NAME_DIRECTORY = 0xA4, NAME_ADDRESS = 0x87 }; /* tags of a GeneralName */
+enum { X_USAGE = 15, X_NAMES = 17, X_BASIC = 19, X_CONSTRAINTS = 30, X_PURPOSES = 37, X_END = 64 };
+
 struct cert {
 	struct der whole, tbs, issuer, subject, signature;
-	struct der usage, names, basic, constraints, purposes; /* extensions; 'at' is NULL: absent */
-	bool unknown;            /* it has a critical extension that we do not know */
-	const br_x509_pkey *key; /* in 'decoder', once that has run; NULL: BearSSL cannot use it */
+	struct der extension[X_END]; /* the inside of 2.5.29.N; 'at' is NULL: it has none */
+	bool unknown;                /* it has a critical extension that we do not know */
+	const br_x509_pkey *key;     /* in 'decoder', once that has run; NULL: BearSSL cannot use it */
 	br_x509_decoder_context decoder;
 };
 
@@ -1420,8 +1424,6 @@ struct verifier {
 	struct der chain; /* what came, in 'octets' */
 	uint8_t octets[CHAIN_OCTETS];
 };
-
-enum { DER_SEQUENCE = 0x30, NAME_DNS = 0x82, NAME_DIRECTORY = 0xA4, NAME_ADDRESS = 0x87 };
 
 /* Take the next element out of *in if it has this tag; 0: any. Returns false if there is none. */
 static bool der_next(struct der *in, unsigned tag, struct der *value)
@@ -1473,8 +1475,6 @@ static bool cert_next(struct der *list, struct cert *c)
 	/* Of 2.5.29.N these N are known, or of no importance. */
 	static const uint8_t known[] = { 9, 14, 15, 17, 18, 19, 30, 31, 32, 35, 37, 46 };
 	struct der all, tbs, extensions = { 0 }, extension, oid, v;
-	/* serial number, algorithm, issuer, dates, subject, key */
-	struct der *const part[] = { &v, &v, &c->issuer, &v, &c->subject, &v };
 
 	memset(c, 0, sizeof *c);
 	c->whole.at = list->at;
@@ -1485,14 +1485,12 @@ static bool cert_next(struct der *list, struct cert *c)
 	if (!der_next(&all, DER_SEQUENCE, &tbs))
 		return false;
 	c->tbs.end = all.at;
-	if (!der_next(&all, DER_SEQUENCE, &v) || !der_next(&all, 0x03, &c->signature) ||
-	    der_octets(c->signature) == 0)
-		return false;
-	c->signature.at++;        /* over the number of bits that are not used: none */
 	der_next(&tbs, 0xA0, &v); /* version */
-	for (unsigned i = 0; i < sizeof part / sizeof *part; i++)
-		if (!der_next(&tbs, i == 0 ? 0x02 : DER_SEQUENCE, part[i]))
-			return false;
+	if (!der_next(&all, DER_SEQUENCE, &v) || !der_next(&all, DER_BITS, &c->signature) ||
+	    !der_next(&tbs, DER_INTEGER, &v) || !der_next(&tbs, DER_SEQUENCE, &v) ||
+	    !der_next(&tbs, DER_SEQUENCE, &c->issuer) || !der_next(&tbs, DER_SEQUENCE, &v) ||
+	    !der_next(&tbs, DER_SEQUENCE, &c->subject) || !der_next(&tbs, DER_SEQUENCE, &v))
+		return false;
 	der_next(&tbs, 0x81, &v); /* unique identifiers */
 	der_next(&tbs, 0x82, &v);
 	if (der_next(&tbs, 0xA3, &v) && !der_next(&v, DER_SEQUENCE, &extensions))
@@ -1500,21 +1498,16 @@ static bool cert_next(struct der *list, struct cert *c)
 	while (der_octets(extensions) > 0) {
 		bool critical;
 		unsigned n;
-		struct der *field;
 
-		if (!der_next(&extensions, DER_SEQUENCE, &extension) || !der_next(&extension, 0x06, &oid))
+		if (!der_next(&extensions, DER_SEQUENCE, &extension) ||
+		    !der_next(&extension, DER_OID, &oid))
 			return false;
 		critical = der_next(&extension, 0x01, &v) && der_octet(v, 0) != 0;
 		n = der_octets(oid) == 3 && memcmp(oid.at, "\x55\x1D", 2) == 0 ? oid.at[2] : 0;
-		field = n == 15   ? &c->usage
-			: n == 17 ? &c->names
-			: n == 19 ? &c->basic
-			: n == 30 ? &c->constraints
-			: n == 37 ? &c->purposes
-				  : NULL;
-		if (!der_next(&extension, 0x04, &v) || (field != NULL && !der_next(&v, 0, field)))
+		if (memchr(known, (int)n, sizeof known) == NULL)
+			c->unknown = c->unknown || critical;
+		else if (!der_next(&extension, DER_OCTETS, &v) || !der_next(&v, 0, &c->extension[n]))
 			return false;
-		c->unknown = c->unknown || (critical && memchr(known, (int)n, sizeof known) == NULL);
 	}
 	return true;
 }
@@ -1535,7 +1528,7 @@ static char *cert_name(struct der name, bool common, char *out, size_t size)
 	size_t n = 0;
 
 	while (der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair)) {
-		if (!der_next(&pair, 0x06, &oid) || !der_next(&pair, 0, &value) ||
+		if (!der_next(&pair, DER_OID, &oid) || !der_next(&pair, 0, &value) ||
 		    (common && !der_same(oid, "\x55\x04\x03", 3)))
 			continue;
 		if (n > 0)
@@ -1561,7 +1554,8 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 	uint8_t sum[64], signed_sum[64];
 	size_t n;
 
-	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type)
+	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type ||
+	    der_octets(c->signature) == 0)
 		return false;
 	hashes[hash].class->init(&context.vtable);
 	context.vtable->update(&context.vtable, c->tbs.at, der_octets(c->tbs));
@@ -1569,8 +1563,9 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 	n = context.vtable->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
 	if (key->key_type == BR_KEYTYPE_EC)
 		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec,
-							c->signature.at, der_octets(c->signature)) == 1;
-	return br_rsa_pkcs1_vrfy_get_default()(c->signature.at, der_octets(c->signature),
+							c->signature.at + 1,
+							der_octets(c->signature) - 1) == 1;
+	return br_rsa_pkcs1_vrfy_get_default()(c->signature.at + 1, der_octets(c->signature) - 1,
 					       (const unsigned char *)hashes[hash].oid, n, &key->key.rsa,
 					       signed_sum) == 1 &&
 	       memcmp(sum, signed_sum, n) == 0;
@@ -1660,7 +1655,8 @@ static int names_judge(const struct verifier *v, const struct cert *issuer)
 {
 	struct der host = { (const uint8_t *)v->host, (const uint8_t *)strchr(v->host, '\0') };
 	struct der address = { v->address, v->address + v->address_octets };
-	struct der constraints = issuer->constraints, names = v->leaf.names, name;
+	struct der constraints = issuer->extension[X_CONSTRAINTS];
+	struct der names = v->leaf.extension[X_NAMES], name;
 	int result;
 
 	if (constraints.at == NULL)
@@ -1690,40 +1686,23 @@ static const char *cert_date(char out[16], uint32_t days)
 	return out;
 }
 
-/* Return true if a certificate may be a server's, or its CA's: its purposes, if it has any, say so. */
-static bool cert_serves(const struct cert *c)
-{
-	struct der list = c->purposes, purpose;
-
-	while (der_next(&list, 0x06, &purpose))
-		if (der_same(purpose, "\x2B\x06\x01\x05\x05\x07\x03\x01", 8) || /* serverAuth */
-		    der_same(purpose, "\x55\x1D\x25\0", 4))                     /* any */
-			return true;
-	return c->purposes.at == NULL;
-}
-
-/* Return true if a certificate is a CA's that may have so many others between it and the server's. */
-static bool cert_issues(const struct cert *c, unsigned below)
-{
-	struct der basic = c->basic, v;
-
-	return (c->usage.at == NULL || (der_octet(c->usage, 1) & 0x04) != 0) && basic.at != NULL &&
-	       der_next(&basic, 0x01, &v) && der_octet(v, 0) != 0 &&
-	       (!der_next(&basic, 0x02, &v) || der_octets(v) > 1 || der_octet(v, 0) >= below);
-}
-
 /* Judge what holds for every certificate of a chain, which has been decoded. */
 static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, struct err *e)
 {
 	const br_x509_decoder_context *d = &c->decoder;
 	int64_t now = now_sec + (int64_t)719528 * 86400; /* as BearSSL counts */
+	struct der purposes = c->extension[X_PURPOSES], purpose;
+	bool serves = purposes.at == NULL;
 	char date[16], today[16];
 
+	while (der_next(&purposes, DER_OID, &purpose)) /* serverAuth, or any */
+		serves = serves || der_same(purpose, "\x2B\x06\x01\x05\x05\x07\x03\x01", 8) ||
+			 der_same(purpose, "\x55\x1D\x25\0", 4);
 	if (c->key->key_type == BR_KEYTYPE_RSA && c->key->key.rsa.nlen < 256)
 		return err_set(e, E_ACCOUNT, "%s has an RSA key of less than 2048 bits", whose);
 	if (c->unknown)
 		return err_set(e, E_ACCOUNT, "%s has a restriction that cannot be judged here", whose);
-	if (!cert_serves(c))
+	if (!serves)
 		return err_set(e, E_ACCOUNT, "%s is not meant for servers (its extended key usage)", whose);
 	if (now < (int64_t)d->notbefore_days * 86400 + d->notbefore_seconds)
 		return err_set(e, E_ACCOUNT, "%s is not valid before %s, and this device's clock says %s",
@@ -1734,21 +1713,24 @@ static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, 
 	return 0;
 }
 
-/* Judge an issuer that has signed the certificate below it. */
+/* Judge an issuer that has signed the certificate below it, and has so many others between it and the server's. */
 static int issuer_judge(const struct verifier *v, const struct cert *c, unsigned below, int64_t now_sec,
 			struct err *e)
 {
+	struct der usage = c->extension[X_USAGE], basic = c->extension[X_BASIC], value;
+	int outside = names_judge(v, c);
 	char name[100];
-	int result = names_judge(v, c);
 
-	if (!cert_issues(c, below))
+	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || basic.at == NULL ||
+	    !der_next(&basic, 0x01, &value) || der_octet(value, 0) == 0 ||
+	    (der_next(&basic, DER_INTEGER, &value) && der_octets(value) == 1 && *value.at < below))
 		return err_set(e, E_ACCOUNT,
 			       "the certificate was issued by one that is no CA, or not one for this");
-	if (result != 0)
-		return err_set(e, E_ACCOUNT, "%s: %s (name constraints)",
+	if (outside != 0)
+		return err_set(e, E_ACCOUNT, "%s may %s (name constraints)",
 			       cert_name(c->subject, false, name, sizeof name),
-			       result == 1 ? "may not certify this name"
-					   : "may only certify names of a kind that cannot be judged here");
+			       outside == 1 ? "not certify this name"
+					    : "only certify what cannot be judged here");
 	return cert_judge(c, "an issuer's certificate", now_sec, e);
 }
 
@@ -1802,7 +1784,7 @@ static int chain_judge(const struct verifier *v, int64_t now_sec, struct err *e)
 /* Judge whether the server's certificate is for the host: by its names, else by its common name. */
 static int host_judge(const struct verifier *v, struct err *e)
 {
-	struct der names = v->leaf.names, name;
+	struct der names = v->leaf.extension[X_NAMES], name;
 	char text[256] = "";
 
 	if (names.at == NULL) {
@@ -1835,7 +1817,7 @@ static char *verifier_fingerprint(const struct verifier *v, char hex[65])
 /* Judge the chain that has come. A clock that is wrong follows a certificate that is well otherwise. */
 static int verifier_judge(struct verifier *v)
 {
-	const unsigned usage = der_octet(v->leaf.usage, 1);
+	const unsigned usage = der_octet(v->leaf.extension[X_USAGE], 1);
 	struct err e = { 0 };
 	int64_t first_sec;
 	char date[16];
@@ -1853,7 +1835,7 @@ static int verifier_judge(struct verifier *v)
 			       "the certificate's SHA-256 is %s, which is not \"tls_fingerprint\"",
 			       verifier_fingerprint(v, (char[65]){ 0 }));
 	}
-	if (v->leaf.usage.at != NULL)
+	if (v->leaf.extension[X_USAGE].at != NULL)
 		v->usages = ((usage & 0x38) != 0 ? BR_KEYTYPE_KEYX : 0) |
 			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
 	if (host_judge(v, &v->err) != 0)

@@ -57,6 +57,10 @@ def test_a_clock_before_the_certificate(t):
     t.config(t.account(server_with(t, 'future')))
     got = t.backup(status=1)
     assert re.search(r"not valid before \S+, and this device's clock says 20", got.err), got.err
+    t.config(t.account(server_with(t, 'future_other')), retries=0)
+    got = t.backup(status=1, env=clock(t, 7))   # what nobody has signed tells no time
+    assert 'not valid before' in got.err and 'is wrong' not in got.err, got.err
+    t.config(t.account(server_with(t, 'future')), retries=0)
     got = t.backup(env=clock(t, 7))
     assert re.search(r'not valid before (\S+), and this device.s clock is wrong: taking', got.err), got.err
 

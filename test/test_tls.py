@@ -181,13 +181,13 @@ def test_certificates(t):
 def test_name_constraints(t):
     """What an issuer may certify, critical or not, in the chain or in the CA bundle."""
     root = {'ca_file': t.certs.authority('limited_root')}
-    outside = 'may not certify this name'
+    outside = 'may not certify this name .name constraints'
     walk(t, {
         'inside': fine(kind='inside'),
         'inside-ip': fine(kind='inside', account={'host': '127.0.0.1'}),
         'inside-root': fine(kind='inside_root', account=root),
-        'outside-root': Way('imap_backup, test limited_root: ' + outside, kind='outside_root', account=root),
-        'outside-dns': Way('imap_backup, test corp_ca: ' + outside, kind='outside_dns'),
+        'outside-root': Way('imap_backup, test limited_root ' + outside, kind='outside_root', account=root),
+        'outside-dns': Way('imap_backup, test corp_ca ' + outside, kind='outside_dns'),
         'outside-soft': Way(outside, kind='outside_soft'),
         'outside-common': Way(outside, kind='outside_common'),
         'outside-ip': Way(outside, kind='outside_ip'),
