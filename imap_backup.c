@@ -1414,14 +1414,15 @@ struct verifier {
 	const br_x509_class *vtable;
 	const struct trust *trust;     /* borrowed; NULL: none but the pins */
 	const struct account *account; /* borrowed: its pins; NULL: it has none */
-	char host[256];                /* as it is to stand in the certificate */
-	uint8_t address[16];           /* the host, if it is an IP address */
-	unsigned address_octets;       /* 4, 16; 0: the host is a name */
-	struct cert leaf;              /* the server's own certificate */
-	unsigned usages;               /* of its key, as BearSSL wants to know them */
-	uint8_t fingerprint[32];
-	struct err err;   /* what is wrong with the chain */
-	struct der chain; /* what came, in 'octets' */
+	char host[256];
+	uint8_t address[16];
+	unsigned tag;         /* of what is to stand in the certificate: NAME_DNS or NAME_ADDRESS ... */
+	struct der name;      /* ... and it, in 'host' or 'address' */
+	struct cert leaf;     /* the server's own certificate */
+	char fingerprint[65]; /* its SHA-256 */
+	unsigned usages;      /* of its key, as BearSSL wants to know them */
+	struct err err;       /* what is wrong with the chain */
+	struct der chain;     /* what came, in 'octets' */
 	uint8_t octets[CHAIN_OCTETS];
 };
 
@@ -1571,47 +1572,40 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 	       memcmp(sum, signed_sum, n) == 0;
 }
 
-/* Return true if a DNS name ends with, or is, this domain; one with a dot in front is only its end. */
-static bool name_within(struct der name, struct der domain)
-{
-	size_t n = der_octets(name), m = der_octets(domain);
-
-	return n >= m && strncasecmp((const char *)name.end - m, (const char *)domain.at, m) == 0 &&
-	       (m == 0 || n == m || *domain.at == '.' || name.end[-(ptrdiff_t)m - 1] == '.');
-}
-
 /* Return true if a name of a certificate stands for the host: "*" for its first part. */
 static bool name_is_host(const struct verifier *v, unsigned tag, struct der name)
 {
-	const char *dot = strchr(v->host, '.'), *host = v->host;
+	struct der host = v->name;
 
-	if (v->address_octets > 0)
-		return tag == NAME_ADDRESS && der_same(name, v->address, v->address_octets);
-	if (der_octets(name) > 2 && memcmp(name.at, "*.", 2) == 0 && dot != NULL) {
+	if (tag == NAME_DNS && der_octets(name) > 2 && memcmp(name.at, "*.", 2) == 0) {
 		name.at++;
-		host = dot;
+		while (host.at < host.end && *host.at != '.')
+			host.at++;
 	}
-	return tag == NAME_DNS && *host != '\0' && der_octets(name) == strlen(host) &&
-	       strncasecmp((const char *)name.at, host, der_octets(name)) == 0;
+	if (tag != v->tag || der_octets(name) != der_octets(host) || der_octets(host) == 0)
+		return false;
+	return tag == NAME_DNS
+		       ? strncasecmp((const char *)name.at, (const char *)host.at, der_octets(host)) == 0
+		       : memcmp(name.at, host.at, der_octets(host)) == 0;
 }
 
 /* Return 1 if a name lies within the base of a name constraint, 0 if not, -1 if that cannot be judged. */
 static int name_in_base(unsigned tag, struct der name, struct der base)
 {
-	size_t n = der_octets(name);
+	size_t n = der_octets(name), m = der_octets(base);
 
 	switch (tag) {
-	case NAME_DNS:
-		return name_within(name, base);
-	case NAME_ADDRESS:
-		for (size_t i = 0; i < n; i++) /* behind the address is a mask */
+	case NAME_DNS: /* the base, or with more in front; with a dot in front it stands only for those */
+		return n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
+		       (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
+	case NAME_ADDRESS: /* and a mask */
+		for (size_t i = 0; i < n; i++)
 			if (((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) != 0)
 				return 0;
-		return der_octets(base) == 2 * n;
+		return m == 2 * n;
 	case NAME_DIRECTORY:
-		return der_next(&base, DER_SEQUENCE, &base) && n >= der_octets(base) &&
-		       der_same((struct der){ name.at, name.at + der_octets(base) }, base.at,
-				der_octets(base));
+		return der_next(&base, DER_SEQUENCE, &base) && n >= (m = der_octets(base)) &&
+		       memcmp(name.at, base.at, m) == 0;
 	default:
 		return -1;
 	}
@@ -1653,16 +1647,13 @@ static int name_judge(struct der constraints, unsigned tag, struct der name)
 /* Judge all names of the server's certificate, and the host's, by what an issuer may certify. As above. */
 static int names_judge(const struct verifier *v, const struct cert *issuer)
 {
-	struct der host = { (const uint8_t *)v->host, (const uint8_t *)strchr(v->host, '\0') };
-	struct der address = { v->address, v->address + v->address_octets };
 	struct der constraints = issuer->extension[X_CONSTRAINTS];
 	struct der names = v->leaf.extension[X_NAMES], name;
 	int result;
 
 	if (constraints.at == NULL)
 		return 0;
-	result = v->address_octets > 0 ? name_judge(constraints, NAME_ADDRESS, address)
-				       : name_judge(constraints, NAME_DNS, host);
+	result = name_judge(constraints, v->tag, v->name);
 	if (der_octets(v->leaf.subject) > 0)
 		result |= name_judge(constraints, NAME_DIRECTORY, v->leaf.subject);
 	while (der_octets(names) > 0) {
@@ -1724,13 +1715,12 @@ static int issuer_judge(const struct verifier *v, const struct cert *c, unsigned
 	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || basic.at == NULL ||
 	    !der_next(&basic, 0x01, &value) || der_octet(value, 0) == 0 ||
 	    (der_next(&basic, DER_INTEGER, &value) && der_octets(value) == 1 && *value.at < below))
-		return err_set(e, E_ACCOUNT,
-			       "the certificate was issued by one that is no CA, or not one for this");
+		return err_set(e, E_ACCOUNT, "an issuer's certificate is no CA's, or not for this");
 	if (outside != 0)
 		return err_set(e, E_ACCOUNT, "%s may %s (name constraints)",
 			       cert_name(c->subject, false, name, sizeof name),
 			       outside == 1 ? "not certify this name"
-					    : "only certify what cannot be judged here");
+					    : "only certify what cannot be judged");
 	return cert_judge(c, "an issuer's certificate", now_sec, e);
 }
 
@@ -1749,11 +1739,10 @@ static int chain_judge(const struct verifier *v, int64_t now_sec, struct err *e)
 	for (unsigned below = 0; below < CHAIN_DEPTH; below++) {
 		struct cert *issuer = &issuers[below % 2];
 		struct der anchors = v->trust->anchors, chain = v->chain;
-		bool anchor, found = false;
+		bool anchor, itself, found = false;
 
 		while (!found && ((anchor = cert_next(&anchors, issuer)) || cert_next(&chain, issuer))) {
-			bool itself = der_same(issuer->whole, c->whole.at, der_octets(c->whole));
-
+			itself = der_same(issuer->whole, c->whole.at, der_octets(c->whole));
 			if (itself && anchor)
 				return 0;
 			if (itself || !der_same(issuer->subject, c->issuer.at, der_octets(c->issuer)) ||
@@ -1766,16 +1755,15 @@ static int chain_judge(const struct verifier *v, int64_t now_sec, struct err *e)
 		}
 		if (!found && c->decoder.signer_hash_id < br_sha256_ID)
 			return err_set(e, E_ACCOUNT,
-				       "the certificate is signed in a way that is weak, or unknown to "
+				       "the certificate has a signature that is weak, or unknown to "
 				       "BearSSL (SHA-1, RSA-PSS, Ed25519)");
+		itself = der_same(c->subject, c->issuer.at, der_octets(c->issuer));
 		if (!found)
-			return err_set(
-				e, E_ACCOUNT,
-				"the certificate is signed by nobody whom the CA bundle knows (%s%s)",
-				cert_name(c->issuer, false, name, sizeof name),
-				der_same(c->subject, c->issuer.at, der_octets(c->issuer))
-					? ""
-					: ", whose certificate the server does not send");
+			return err_set(e, E_ACCOUNT,
+				       "the certificate is signed by nobody whom the CA bundle knows "
+				       "(%s%s)",
+				       cert_name(c->issuer, false, name, sizeof name),
+				       itself ? "" : ", whose certificate the server does not send");
 		c = issuer;
 	}
 	return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
@@ -1807,50 +1795,61 @@ static int host_judge(const struct verifier *v, struct err *e)
 		       *text != '\0' ? text : "another name", v->host);
 }
 
-static char *verifier_fingerprint(const struct verifier *v, char hex[65])
-{
-	for (int i = 0; i < 32; i++)
-		snprintf(hex + 2 * i, 3, "%02x", v->fingerprint[i]);
-	return hex;
-}
-
-/* Judge the chain that has come. A clock that is wrong follows a certificate that is well otherwise. */
-static int verifier_judge(struct verifier *v)
+/*
+ * Judge the chain that has come, unless the server's certificate is pinned. A clock that is wrong
+ * follows a certificate that is well otherwise.
+ */
+static int verifier_judge(struct verifier *v, bool pinned)
 {
 	const unsigned usage = der_octet(v->leaf.extension[X_USAGE], 1);
-	struct err e = { 0 };
+	struct err *e = &v->err, other = { 0 };
 	int64_t first_sec;
 	char date[16];
 
 	if (!cert_decode(&v->leaf))
-		return err_set(&v->err, E_ACCOUNT,
-			       "the certificate has a kind of key that BearSSL cannot use "
-			       "(RSA-PSS, Ed25519, RSA of more than 4096 bits)");
+		return err_set(e, E_ACCOUNT,
+			       "the certificate has a kind of key that BearSSL cannot use (RSA-PSS, "
+			       "Ed25519, RSA of more than 4096 bits)");
 	v->usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
-	if (v->account != NULL && v->account->pins > 0) {
-		for (unsigned i = 0; i < v->account->pins; i++)
-			if (memcmp(v->account->pin[i], v->fingerprint, 32) == 0)
-				return 0;
-		return err_set(&v->err, E_ACCOUNT,
+	if (pinned)
+		return 0;
+	if (v->account != NULL && v->account->pins > 0)
+		return err_set(e, E_ACCOUNT,
 			       "the certificate's SHA-256 is %s, which is not \"tls_fingerprint\"",
-			       verifier_fingerprint(v, (char[65]){ 0 }));
-	}
+			       v->fingerprint);
 	if (v->leaf.extension[X_USAGE].at != NULL)
 		v->usages = ((usage & 0x38) != 0 ? BR_KEYTYPE_KEYX : 0) |
 			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
-	if (host_judge(v, &v->err) != 0)
+	if (host_judge(v, e) != 0)
 		return -1;
-	if (chain_judge(v, clock_sec, &v->err) == 0)
+	if (chain_judge(v, clock_sec, e) == 0)
 		return 0;
 	first_sec = ((int64_t)v->leaf.decoder.notbefore_days - 719527) * 86400;
-	if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &e) != 0)
+	if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &other) != 0)
 		return -1;
 	clock_sec = first_sec;
-	log_warn(
-		"%s: the certificate is not valid before %s, and this device's clock is wrong: taking the day "
-		"after as today",
-		v->host, cert_date(date, v->leaf.decoder.notbefore_days));
+	log_warn("%s: the certificate is not valid before %s, and this device's clock is wrong: taking the "
+		 "day after as today",
+		 v->host, cert_date(date, v->leaf.decoder.notbefore_days));
 	return 0;
+}
+
+/* Say for which host the certificate is to be. DNS may want a dot at a name's end, TLS must not have it. */
+static void verifier_host(struct verifier *v, const char *host)
+{
+	const uint8_t *name = (const uint8_t *)v->host;
+	size_t n = strlen(host);
+
+	n = n > 0 && host[n - 1] == '.' ? n - 1 : n;
+	snprintf(v->host, sizeof v->host, "%.*s", (int)n, host);
+	v->tag = NAME_ADDRESS;
+	v->name = (struct der){ v->address, v->address + 4 };
+	if (inet_pton(AF_INET6, v->host, v->address) == 1) {
+		v->name.end += 12;
+	} else if (inet_pton(AF_INET, v->host, v->address) != 1) {
+		v->tag = NAME_DNS;
+		v->name = (struct der){ name, name + strlen(v->host) };
+	}
 }
 
 static void verifier_start_chain(const br_x509_class **self, const char *name)
@@ -1858,7 +1857,7 @@ static void verifier_start_chain(const br_x509_class **self, const char *name)
 	struct verifier *v = (struct verifier *)(void *)self;
 
 	if (name != NULL && *name != '\0')
-		snprintf(v->host, sizeof v->host, "%s", name);
+		verifier_host(v, name);
 	v->err = (struct err){ 0 };
 	v->chain = (struct der){ v->octets, v->octets };
 }
@@ -1889,14 +1888,22 @@ static unsigned verifier_end_chain(const br_x509_class **self)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
 	struct der list = v->chain;
-	br_sha256_context hash;
+	br_sha256_context context;
+	bool pinned = false;
+	uint8_t hash[32];
 
-	if (!cert_next(&list, &v->leaf))
+	if (!cert_next(&list, &v->leaf)) {
 		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
-	br_sha256_init(&hash);
-	br_sha256_update(&hash, v->leaf.whole.at, der_octets(v->leaf.whole));
-	br_sha256_out(&hash, v->fingerprint);
-	return v->err.code == E_NONE && verifier_judge(v) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
+		return BR_ERR_X509_EMPTY_CHAIN;
+	}
+	br_sha256_init(&context);
+	br_sha256_update(&context, v->leaf.whole.at, der_octets(v->leaf.whole));
+	br_sha256_out(&context, hash);
+	for (int i = 0; i < 32; i++)
+		snprintf(v->fingerprint + 2 * i, 3, "%02x", hash[i]);
+	for (unsigned i = 0; v->account != NULL && i < v->account->pins; i++)
+		pinned = pinned || memcmp(v->account->pin[i], hash, sizeof hash) == 0;
+	return verifier_judge(v, pinned) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
 }
 
 static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, unsigned *usages)
@@ -1961,10 +1968,8 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	}
 	fclose(file);
 	if (der_octets(t->anchors) == 0)
-		return err_set(
-			e, E_ACCOUNT,
-			"%s: no certificate in it that could be used; expected a CA bundle in PEM form",
-			path);
+		return err_set(e, E_ACCOUNT,
+			       "%s: no certificate in it that could be used; expected a PEM file", path);
 	return 0;
 }
 
@@ -2148,27 +2153,26 @@ static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 	}
 }
 
-#define SUITE(name)                  \
-	{                            \
-		BR_TLS_##name, #name \
-	}
+#define SUITE(name) BR_TLS_##name, #name
 
 static const struct {
 	uint16_t id;
 	const char *name;
 } tls_suites[] = {
 	/* in the order for a CPU without AES */
-	SUITE(ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256),
-	SUITE(ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256),
-	SUITE(ECDHE_ECDSA_WITH_AES_128_GCM_SHA256),
-	SUITE(ECDHE_RSA_WITH_AES_128_GCM_SHA256),
-	SUITE(ECDHE_ECDSA_WITH_AES_256_GCM_SHA384),
-	SUITE(ECDHE_RSA_WITH_AES_256_GCM_SHA384),
-	SUITE(ECDHE_RSA_WITH_AES_128_CBC_SHA256),
-	SUITE(ECDHE_RSA_WITH_AES_256_CBC_SHA384),
-	SUITE(RSA_WITH_AES_128_GCM_SHA256),
-	SUITE(RSA_WITH_AES_256_GCM_SHA384),
+	{ SUITE(ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256) },
+	{ SUITE(ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256) },
+	{ SUITE(ECDHE_ECDSA_WITH_AES_128_GCM_SHA256) },
+	{ SUITE(ECDHE_RSA_WITH_AES_128_GCM_SHA256) },
+	{ SUITE(ECDHE_ECDSA_WITH_AES_256_GCM_SHA384) },
+	{ SUITE(ECDHE_RSA_WITH_AES_256_GCM_SHA384) },
+	{ SUITE(ECDHE_RSA_WITH_AES_128_CBC_SHA256) },
+	{ SUITE(ECDHE_RSA_WITH_AES_256_CBC_SHA384) },
+	{ SUITE(RSA_WITH_AES_128_GCM_SHA256) },
+	{ SUITE(RSA_WITH_AES_256_GCM_SHA384) },
 };
+
+enum { N_SUITES = sizeof tls_suites / sizeof *tls_suites };
 
 /* Why the handshake or the connection failed, in words. */
 static int tls_fail(struct stream *s)
@@ -2196,8 +2200,7 @@ static int tls_fail(struct stream *s)
 	const struct verifier *v = &t->verifier;
 	int code = br_ssl_engine_last_error(&t->client.eng);
 	const char *host = s->account->host;
-	bool unpinned = s->account->pins == 0;
-	char hex[65];
+	bool unpinned = s->account->pins == 0 && *v->fingerprint != '\0';
 
 	if (s->err.code != E_NONE)
 		return -1;
@@ -2206,7 +2209,7 @@ static int tls_fail(struct stream *s)
 	if (v->err.code != E_NONE)
 		return stream_fail(s, E_ACCOUNT, "%.100s: %s%s%s%s", host, v->err.text,
 				   unpinned ? "; to trust it alone: \"tls_fingerprint\": \"" : "",
-				   unpinned ? verifier_fingerprint(v, hex) : "", unpinned ? "\"" : "");
+				   unpinned ? v->fingerprint : "", unpinned ? "\"" : "");
 	if (code == BR_ERR_UNSUPPORTED_VERSION)
 		return stream_fail(
 			s, E_ACCOUNT, "%s: TLS: %s", host,
@@ -2227,7 +2230,7 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 	br_ssl_session_parameters session;
 	const struct cert *leaf;
 	const char *suite = "";
-	char hex[65], subject[100], issuer[100], date[16];
+	char subject[100], issuer[100], date[16];
 
 	if (s->tls == NULL) {
 		snprintf(out, size, "NOT encrypted");
@@ -2235,7 +2238,7 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 	}
 	leaf = &s->tls->verifier.leaf;
 	br_ssl_engine_get_session_parameters(&s->tls->client.eng, &session);
-	for (size_t i = 0; i < sizeof tls_suites / sizeof *tls_suites; i++)
+	for (size_t i = 0; i < N_SUITES; i++)
 		if (tls_suites[i].id == session.cipher_suite)
 			suite = tls_suites[i].name;
 	snprintf(out, size,
@@ -2245,7 +2248,7 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 		 cert_name(leaf->issuer, false, issuer, sizeof issuer),
 		 cert_date(date, leaf->decoder.notafter_days),
 		 (long long)leaf->decoder.notafter_days - 719528 - clock_sec / 86400,
-		 verifier_fingerprint(&s->tls->verifier, hex));
+		 s->tls->verifier.fingerprint);
 }
 
 /* Run the TLS engine until it has what is wanted: BR_SSL_SENDAPP or BR_SSL_RECVAPP. */
@@ -2286,7 +2289,7 @@ static int tls_run(struct stream *s, unsigned wanted)
  */
 static int stream_start_tls(struct stream *s, const struct trust *trust)
 {
-	uint16_t order[sizeof tls_suites / sizeof *tls_suites];
+	uint16_t order[N_SUITES];
 	struct verifier *v;
 	struct tls *t;
 	uint8_t seed[32];
@@ -2302,21 +2305,13 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	br_ssl_client_init_full(&t->client, &t->unused, NULL, 0);
 	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
 	br_ssl_engine_add_flags(&t->client.eng, BR_OPT_NO_RENEGOTIATION);
-	for (unsigned i = 0; i < sizeof order / sizeof *order;
-	     i++) /* with AES the first two pairs change places */
+	for (unsigned i = 0; i < N_SUITES; i++) /* with AES the first two pairs change places */
 		order[i] = tls_suites[br_aes_x86ni_ctr_get_vtable() != NULL && i < 4 ? i ^ 2 : i].id;
-	br_ssl_engine_set_suites(&t->client.eng, order, sizeof order / sizeof *order);
+	br_ssl_engine_set_suites(&t->client.eng, order, N_SUITES);
 	v->vtable = &verifier_class;
 	v->account = s->account;
 	v->trust = trust;
-	snprintf(v->host, sizeof v->host, "%s", s->account->host);
-	if (*v->host != '\0' &&
-	    v->host[strlen(v->host) - 1] == '.') /* which DNS may want and TLS must not have */
-		v->host[strlen(v->host) - 1] = '\0';
-	if (inet_pton(AF_INET, v->host, v->address) == 1)
-		v->address_octets = 4;
-	else if (inet_pton(AF_INET6, v->host, v->address) == 1)
-		v->address_octets = 16;
+	verifier_host(v, s->account->host);
 	br_ssl_engine_set_x509(&t->client.eng, &v->vtable);
 	br_ssl_engine_set_buffer(&t->client.eng, t->buffer, sizeof t->buffer, 1);
 	/* On top of BearSSL's own seed, which may come from RDRAND alone. */
@@ -2327,7 +2322,7 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 			br_ssl_engine_inject_entropy(&t->client.eng, seed, sizeof seed);
 		fclose(random);
 	}
-	if (!br_ssl_client_reset(&t->client, v->address_octets > 0 ? NULL : v->host, 0))
+	if (!br_ssl_client_reset(&t->client, v->tag == NAME_DNS ? v->host : NULL, 0))
 		return tls_fail(s);
 	return tls_run(s, BR_SSL_SENDAPP);
 }

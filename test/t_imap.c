@@ -514,8 +514,8 @@ static bool looked_at(const uint8_t *der, size_t n, const uint8_t *address, unsi
 	struct err e = { 0 };
 	char text[20];
 
-	memcpy(v.address, address, octets);
-	v.address_octets = octets;
+	v.tag = NAME_ADDRESS;
+	v.name = (struct der){ address, address + octets };
 	if (!cert_next(&list, &v.leaf) || der_octets(list) > 0)
 		return false;
 	cert_name(v.leaf.subject, false, text, sizeof text);

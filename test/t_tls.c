@@ -78,8 +78,10 @@ static void serve_text(br_ssl_server_context *server, int fd, const char *text)
 	serve_records(server, fd);
 }
 
-/* "a", then what is odd, then "b" */
-static void serve(int fd, bool renegotiate)
+/* "a", then what is odd, then "b"; or something that is no certificate */
+enum odd { EMPTY, RENEGOTIATE, JUNK };
+
+static void serve(int fd, enum odd odd)
 {
 	static br_ssl_server_context server;
 	static uint8_t buffer[BR_SSL_BUFSIZE_BIDI];
@@ -88,16 +90,17 @@ static void serve(int fd, bool renegotiate)
 	br_ec_private_key private = { BR_EC_secp256r1, memcpy(key, secret, sizeof key), sizeof key };
 
 	signal(SIGPIPE, SIG_IGN);
+	der[0] ^= odd == JUNK;
 	br_ssl_server_init_full_ec(&server, &chain, 1, BR_KEYTYPE_EC, &private);
 	br_ssl_engine_set_buffer(&server.eng, buffer, sizeof buffer, 1);
 	br_ssl_server_reset(&server);
 	serve_records(&server, fd);
 	serve_text(&server, fd, "a");
-	for (unsigned i = 0; !renegotiate && i < 100000; i++) {
+	for (unsigned i = 0; odd == EMPTY && i < 100000; i++) {
 		br_ssl_engine_flush(&server.eng, 1); /* a record without content */
 		serve_records(&server, fd);
 	}
-	if (renegotiate) {
+	if (odd == RENEGOTIATE) {
 		br_ssl_engine_renegotiate(&server.eng);
 		serve_records(&server, fd);
 	}
@@ -108,7 +111,7 @@ static void serve(int fd, bool renegotiate)
 }
 
 /* Connect to such a server; its pid. */
-static pid_t begin(struct stream *s, const struct account *account, bool renegotiate)
+static pid_t begin(struct stream *s, const struct account *account, enum odd odd)
 {
 	int pair[2];
 	pid_t pid;
@@ -117,7 +120,7 @@ static pid_t begin(struct stream *s, const struct account *account, bool renegot
 	pid = fork();
 	if (pid == 0) {
 		close(pair[0]);
-		serve(pair[1], renegotiate);
+		serve(pair[1], odd);
 	}
 	close(pair[1]);
 	fcntl(pair[0], F_SETFL, O_NONBLOCK);
@@ -144,7 +147,7 @@ int main(void)
 	br_sha256_update(&hash, certificate, sizeof certificate);
 	br_sha256_out(&hash, account.pin[0]);
 
-	pid = begin(&s, &account, false);
+	pid = begin(&s, &account, EMPTY);
 	check(stream_start_tls(&s, NULL) == 0 && fills(&s, 'a'), "pinned: %s", s.err.text);
 	check(stream_fill(&s) != 0 && s.err.code == E_PROTO && strstr(s.err.text, "stand for nothing") != NULL,
 	      "records without content: %s", s.err.text);
@@ -152,7 +155,7 @@ int main(void)
 	waitpid(pid, NULL, 0);
 
 	account.pins = 0; /* the dot at its end is not the certificate's */
-	pid = begin(&s, &account, true);
+	pid = begin(&s, &account, RENEGOTIATE);
 	check(stream_start_tls(&s, &own) == 0 && fills(&s, 'a'), "trusted: %s", s.err.text);
 	check(strcmp(s.tls->client.eng.server_name, "t") == 0, "SNI %s", s.tls->client.eng.server_name);
 	tls_describe(&s, text, sizeof text);
@@ -166,8 +169,13 @@ int main(void)
 	waitpid(pid, NULL, 0);
 
 	account.host = "u";
-	pid = begin(&s, &account, false);
+	pid = begin(&s, &account, EMPTY);
 	check(stream_start_tls(&s, &own) != 0 && strstr(s.err.text, "is for t, not for u") != NULL, "%s", s.err.text);
+	stream_close(&s);
+	waitpid(pid, NULL, 0);
+
+	pid = begin(&s, &account, JUNK);
+	check(stream_start_tls(&s, &own) != 0 && strstr(s.err.text, "its certificate is none") != NULL, "%s", s.err.text);
 	stream_close(&s);
 	waitpid(pid, NULL, 0);
 	return checked("t_tls");
