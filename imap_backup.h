@@ -125,7 +125,7 @@ size_t json_escape(char *out, size_t size, const char *text);
 /*
  * The format of the mbox file and the invariants are at the top of mbox.c. An open struct mbox is
  * the only descriptor of its file in the process (closing another would drop the fcntl lock), holds
- * the lock from mbox_open() to mbox_close(), and keeps 20 octets in memory for each message.
+ * the lock from mbox_open() to mbox_close(), and keeps 24 octets in memory for each message.
  */
 struct mbox;
 
@@ -219,7 +219,9 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	uint32_t different, unbound;              /* mails that are not gone and have no UID; by mbox_tally() */
+	/* By mbox_tally() only: mails that are not gone and have no UID; mails left out as duplicates since
+	 * mbox_open() though their size tells that they are other mails. */
+	uint32_t unbound, different;
 	bool exists;                   /* the mbox file does */
 	bool fits;                     /* an index is there, at rest, for this name and this mbox */
 };
@@ -268,22 +270,29 @@ uint32_t mbox_last_uid(const struct mbox *m);
 /* UIDVALIDITY changed: the UIDs are void. Bind all anew, then commit with the new UIDVALIDITY. */
 void mbox_forget_uids(struct mbox *m);
 
-/* Forget the UIDs that live() denies: they are proved to have left the server. */
+/*
+ * Forget the UIDs that live() denies: they are proved to have left the server. To be called before new
+ * UIDs are bound: only then mbox_bind() can tell a mail that replaced one of these.
+ */
 void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), void *context);
 
 /*
  * The server has a mail 'uid' with this identity: is it stored? If so the UID is noted (as another
  * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
+ *
+ *   size   its RFC822.SIZE, 0 if unknown. If it tells that a mail whose UID was dropped, or that may be
+ *          torn, is another one, the mail must be fetched, and mbox_end() compares.
+ *
  * Returns 1 if it is stored, 0 if it must be fetched, -1 with E_FORMAT or E_SYSTEM.
  */
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);
 
 /* The same for a mail without a Message-ID. */
 int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e);
-void mbox_assume(struct mbox *m, const struct mbox_claim *claim);
 
 /*
- * Every listed UID has been bound or will be stored: mark what has no UID left as gone.
+ * Every listed UID has been bound or stored: mark what has no UID left as gone. Copies of a mail that
+ * have no UID of their own, and are octet by octet alike, get its state.
  * *live_before receives how many were not marked before this, *gone how many are marked by it.
  * moved: the lowest and the highest UID that was another name of a mail and now is the mail's own, so
  * that its flags count; or 0.
@@ -294,23 +303,16 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 uint32_t mbox_came_back(const struct mbox *m);
 
 /*
- * Set a mail's flags (MBOX_FLAGS) in place, on all copies that have no UID of their own.
- * Reads before it writes; the same state writes nothing. E_FORMAT if no mail stands where the
- * index says: then the index is given up when the archive is closed. Unknown UIDs are ignored.
+ * Set a mail's flags (MBOX_FLAGS) in place. Reads before it writes; the same state writes nothing.
+ * E_FORMAT if no mail stands where the index says: then the index is given up when the archive is
+ * closed. Unknown UIDs are ignored.
  */
 int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e);
-
-/*
- * The last mail of a tail that was taken over may be torn. If there is one and its UID is known:
- * returns that and the octets it has on the wire; compare with RFC822.SIZE, then say what it is.
- */
-uint32_t mbox_suspect(struct mbox *m, uint64_t *octets);
-int mbox_judge(struct mbox *m, bool torn, struct err *e); /* torn: marked gone, and unknown again */
 
 /* -- storing -- */
 
 /*
- * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(), at a price. At
+ * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(). At
  * the first one the index is marked "writing" and synced. E_FORMAT if another program has changed
  * the mbox since.
  */
@@ -319,24 +321,22 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e);
 /* The mail's next octets as they come from the server, cut anywhere. */
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);
 
-/*
- * The mail's last octet was written: has it no Message-ID of its own? Then the made one bears the next
- * number after those of the mails with the same key that are stored. Returns 1, 0, or -1 as below.
- */
-int mbox_lacks_id(struct mbox *m, struct err *e);
-
 /* Return the text of the Date field of the mail in hand, as far as it has come, or "". */
 const char *mbox_date(const struct mbox *m);
 
 /*
  * The mail is whole: give it its UID, INTERNALDATE and flags, and note it in the index.
  * Returns 1 if it is stored, 0 if its Message-ID turned out to be known (nothing is kept then but
- * the UID), -1 with E_SYSTEM or E_FORMAT (nothing is kept). May commit.
+ * the UID), -1 with E_SYSTEM or E_FORMAT (nothing is kept). May commit. A mail that replaces another
+ * under its Message-ID is stored unless it is octet by octet the same; the other is gone for good.
  */
 int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e);
 
 /* The mail is not wanted or not whole: the archive is as before mbox_begin(). */
 void mbox_abort(struct mbox *m);
+
+/* Let the header say this from the next commit on. */
+void mbox_assume(struct mbox *m, const struct mbox_claim *claim);
 
 /*
  * Sync the mbox, then the index. 'claim' (NULL: the old one stays) replaces what the header says.

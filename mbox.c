@@ -28,12 +28,11 @@
  *
  * The index, all numbers little-endian:
  *
- *        0  "imap_backup idx1", u32 length of the mailbox's name, u32 its checksum, the name
- *     1536  one copy of the index's state (struct state), and at
- *     2048  the other; they are written in turn, each is a sector, the higher 'turn' counts
- *     2560  a record of 64 octets for each message or other name of one, in the order of storing
+ *        0  "imap_backup idx2", u32 length of the mailbox's name, u32 its checksum, the name
+ *     1536  the index's state (struct state)
+ *     2048  a record of 64 octets for each message or other name of one, in the order of storing
  *
- * A record lies within a sector: a power cut leaves it old or new, never mixed.
+ * The state and each record lie within a sector: a power cut leaves them old or new, never mixed.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -50,24 +49,25 @@
 
 enum {
 	BUFFER_OCTETS = 64 << 10, /* between us and the mbox file, both ways */
+	HEADER_OCTETS = 48 << 10, /* of a header are held there; quoted, they are up to 56 << 10 */
 	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
 	COMMIT_SEC = 20,          /* ... or for so long */
 	PATH_OCTETS = 4096,       /* of a path, with ".index.new" */
 	NAME_AT = 24,             /* places in the index: */
 	STATE_AT = 1536,
-	STATE_STEP = 512,
 	STATE_OCTETS = 80,
-	RECORDS_AT = 2560,
+	RECORDS_AT = 2048,
 	RECORD_OCTETS = 64,
 	RECORDS_HELD = 64,            /* records read or written at once */
 	FROM_OCTETS = 44,             /* of the From line that we write, with its line end */
 	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
 	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
-	MADE_HINTS = 64               /* keys for which the next free number is remembered */
+	KEYS_MAX = 1 << 16,           /* places for keys of made IDs; then all are forgotten */
+	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
-static const char index_magic[] = "imap_backup idx1";
+static const char index_magic[] = "imap_backup idx2";
 static const char status_field[] = "X-Mozilla-Status: ";
 static const char made_domain[] = "@imap_backup.py.local>";
 
@@ -380,16 +380,19 @@ bool mbox_header_end(struct mbox_header *h, struct mbox_id *id)
 
 /* ======== the open archive ======== */
 
-enum entry_bits { /* what is kept of a record in memory, below the 23 bits of its ID's hash */
+enum entry_bits { /* what is kept of a record in memory, below the 22 bits of its ID's hash */
 		  ENTRY_OTHER = 1,   /* another name (UID) of a stored mail */
 		  ENTRY_SUSPECT = 2, /* the last mail of a tail that was taken over: may be torn */
-		  ENTRY_TORN = 4,    /* it was: known under no ID any more */
-		  ENTRY_DIRTY = 8,   /* differs from the record on disk */
-		  ENTRY_STATE = 16,  /* five bits: seen, answered, flagged, gone, forwarded */
+		  ENTRY_TORN = 4,    /* it was, or another mail replaced it: gone for good */
+		  ENTRY_LEFT = 8,    /* its UID left the listing, under this UIDVALIDITY */
+		  ENTRY_DIRTY = 16,  /* differs from the record on disk */
+		  ENTRY_STATE = 32,  /* five bits: seen, answered, flagged, gone, forwarded */
 		  ENTRY_GONE = ENTRY_STATE * 8,
-		  ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN,
-		  ENTRY_HASH_SHIFT = 9,
-		  ENTRY_HASH_BITS = 23
+		  ENTRY_DIFFERENT = ENTRY_STATE * 4, /* of another name: its size is that of another mail */
+		  ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN | ENTRY_LEFT,
+		  ENTRY_HASH_SHIFT = 10,
+		  ENTRY_HASH_BITS = 22,
+		  RECORD_SCANNED = 16 /* a record's kind, only on disk: 'wire' may be two too high */
 };
 
 struct entry {        /* one for each record, in their order */
@@ -399,20 +402,32 @@ struct entry {        /* one for each record, in their order */
 
 struct record { /* as in the index */
 	uint32_t uid;
-	unsigned state, kind; /* MBOX_SEEN ...; ENTRY_KIND */
+	unsigned state, kind; /* MBOX_SEEN ...; ENTRY_KIND and RECORD_SCANNED */
 	off_t offset, octets; /* in the mbox: From line up to and with the closing empty line */
 	struct mbox_id id;
-	uint64_t sum;    /* of these octets, the digits taken as 0000 */
-	uint32_t digits; /* where they are, from offset; 0: it has none */
+	uint64_t sum;    /* of the octets behind 'head' */
+	uint32_t head;   /* octets of the From line and the status line, if there is one */
+	uint32_t digits; /* where its digits are, from offset; 0: it has none */
+	uint32_t
+		wire; /* octets of the mail at the server, also of that whose other name this is; 0: unknown */
 };
 
-struct state { /* what the index's header says */
-	uint32_t turn;
+struct state {        /* what the index's header says */
 	bool writing; /* mails may follow behind 'octets', their records behind 'records' */
 	uint32_t records, stored, gone, others;
 	off_t octets; /* of the mbox: the committed size */
 	uint64_t mix; /* the records' checksums, XORed: do they belong to this header? */
 	struct mbox_claim claim;
+};
+
+/*
+ * Mails without a Message-ID and with the same key differ by a number, k. What is known of a key saves
+ * walking through all of its mails for each.
+ */
+struct key {
+	uint64_t hash;    /* salted; 0: a free place */
+	uint32_t next;    /* below this all k are stored, ... */
+	uint32_t free[2]; /* ... below these no mail without a UID is live, or gone */
 };
 
 struct mbox {
@@ -424,37 +439,46 @@ struct mbox {
 	bool index_void;    /* it does not fit the mbox: to be removed */
 	bool index_rekeyed; /* every UID changed: to be written anew as a whole */
 	bool data_dirty, records_dirty;
-	bool marked;            /* we have brought "writing" to the disk; what was read may not be there */
-	bool stuck;             /* a write or sync failed: what is on disk is not known */
-	struct state disk, now; /* the index's header on disk, and as it should be */
-	uint32_t came_back;
+	bool marked;      /* we have brought "writing" to the disk; what was read may not be there */
+	bool stuck;       /* a write or sync failed: what is on disk is not known */
+	struct state now; /* the index's header as it should be, ... */
+	uint8_t disk[STATE_OCTETS]; /* ... and as it is on disk */
+	uint32_t came_back, different, moved[2];
 	char mended[200];
 
-	/* records: in memory 8 octets each, 4 for their order by UID, 6 for the table of IDs */
+	/*
+	 * Records: in memory 8 octets each, 4 for their order by UID, 4 for their rings, 6 for the table.
+	 * All records with one ID form a ring, whose last one is in the table. Its order is that of enum
+	 * rank when it was sorted; who gets a UID goes from its front to its end. So the first tells
+	 * whether a mail has no UID, and the last whether any record has one.
+	 */
 	struct entry *entries;
 	uint32_t entries_room;
+	uint32_t *next;  /* of each record's ring */
 	uint32_t *order; /* records with a UID, ascending by it */
 	uint32_t known;  /* how many these are */
 	uint32_t place;  /* where the last one was looked for */
-	uint32_t *table; /* record + 1, or 0; open addressing by the ID's hash */
+	uint32_t *table; /* a ring's last record + 1, or 0; open addressing by the ID's hash */
 	uint32_t table_room;
-	uint32_t suspect; /* record + 1 */
+	uint64_t salt;    /* of the hashes: nobody can send mails whose IDs meet */
 	uint32_t written; /* records in the index file; the others, up to RECORDS_HELD, are here: */
 	uint8_t held[RECORDS_HELD * RECORD_OCTETS];
-	struct hint {
-		uint8_t key[20];
-		unsigned stored, bound;
-	} hints[MADE_HINTS];
+	struct key *keys;
+	uint32_t keys_room, keys_used;
 
 	/* the mail being stored */
-	off_t start;             /* -1: none */
-	int64_t when_sec;        /* as its From line says */
-	off_t flushed;           /* the mbox file's length; 'buffer' follows it */
-	off_t whole;             /* of this, up to the last end of a mail */
-	size_t buffered, summed; /* octets in 'buffer'; of these already in 'sum' */
+	off_t start;   /* -1: none */
+	off_t flushed; /* the mbox file's length; 'buffer' follows it */
+	off_t whole;   /* of this, up to the last end of a mail */
+	size_t buffered,
+		summed; /* octets in 'buffer'; of these already in 'sum', or before the mail itself */
 	struct sum sum;
+	uint64_t wire; /* octets of the mail so far, as they came */
 	struct mbox_header header;
-	bool header_over, known_already, sum_again;
+	bool whole_header; /* all of it is held in 'buffer', until its header has ended */
+	bool header_over;
+	bool known_already;     /* it is not kept */
+	bool compare;           /* it may replace a stored one, or be the same */
 	bool cr;                /* the last octet was a CR, held back: a LF may follow */
 	int prefix;             /* -1: within a line; else so much of "From " stands at its start ... */
 	bool quotes;            /* ... behind any number of '>' */
@@ -463,9 +487,14 @@ struct mbox {
 	uint8_t buffer[BUFFER_OCTETS];
 };
 
-static uint32_t entry_hash(const struct mbox_id *id)
+static uint64_t salted(const struct mbox *m, const uint8_t *p)
 {
-	return (uint32_t)get_number(id->octets, 4) >> (32 - ENTRY_HASH_BITS);
+	return sum_step(sum_step(m->salt, get_word(p)), get_word(p + 8));
+}
+
+static uint32_t entry_hash(const struct mbox *m, const struct mbox_id *id)
+{
+	return (uint32_t)(salted(m, id->octets) >> (64 - ENTRY_HASH_BITS));
 }
 
 /* The state's five bits in memory, and its digits: only "forwarded" lies elsewhere. */
@@ -479,6 +508,40 @@ static unsigned state_of(const struct entry *entry)
 	uint32_t five = entry->bits / ENTRY_STATE & 31;
 
 	return (five & 15) | (five & 16) << 8;
+}
+
+/* The order of a ring: who gets the next UID comes first. */
+enum rank { RANK_LIVE, RANK_GONE, RANK_NAME, RANK_TORN, RANK_NAME_BOUND, RANK_BOUND, RANKS };
+
+static enum rank rank_of(const struct mbox *m, uint32_t i)
+{
+	const struct entry *entry = &m->entries[i];
+
+	if (entry->uid != 0)
+		return entry->bits & ENTRY_OTHER ? RANK_NAME_BOUND : RANK_BOUND;
+	if (entry->bits & (ENTRY_OTHER | ENTRY_TORN))
+		return entry->bits & ENTRY_OTHER ? RANK_NAME : RANK_TORN;
+	return entry->bits & ENTRY_GONE ? RANK_GONE : RANK_LIVE;
+}
+
+static bool is_gone(const struct mbox *m, uint32_t i)
+{
+	return (m->entries[i].bits & ENTRY_GONE) != 0;
+}
+
+/* What nobody can foresee. */
+static uint64_t random_word(void)
+{
+	uint8_t octets[8] = { 0 };
+	struct timespec now;
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	ssize_t got = fd >= 0 ? read(fd, octets, sizeof octets) : 0;
+
+	if (fd >= 0)
+		close(fd);
+	clock_gettime(CLOCK_MONOTONIC, &now); /* better than nothing, where there is no such file */
+	return get_word(octets) ^
+	       (got == sizeof octets ? 0 : (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid());
 }
 
 static time_t now_sec(void)
@@ -562,6 +625,21 @@ static int sync_folder(struct mbox *m, struct err *e)
 	return r;
 }
 
+/* Open a file of ours: a link is not followed, a FIFO not waited for, a device not used. */
+static int open_file(const char *path, int flags, struct err *e)
+{
+	int fd = open(path, flags | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
+	struct stat st;
+
+	if (fd < 0 && errno == ELOOP)
+		return err_set(e, E_FORMAT, "%s: this is a link: it is not followed", path);
+	if (fd < 0 || (fstat(fd, &st) == 0 && S_ISREG(st.st_mode)))
+		return fd;
+	close(fd);
+	errno = EINVAL;
+	return err_set(e, E_FORMAT, "%s: this is not a file", path);
+}
+
 static void index_path(const char *path, const char *suffix, char out[PATH_OCTETS + 16])
 {
 	snprintf(out, PATH_OCTETS + 16, "%s.index%s", path, suffix);
@@ -572,8 +650,8 @@ static void index_path(const char *path, const char *suffix, char out[PATH_OCTET
 static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 {
 	const uint32_t numbers[] = {
-		s->turn,   s->writing,           s->records,       s->stored,         s->gone,
-		s->others, s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen
+		s->writing,           s->records,       s->stored,         s->gone,         s->others,
+		s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen, 0
 	};
 
 	for (unsigned i = 0; i < 10; i++)
@@ -587,75 +665,52 @@ static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 
 static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 {
-	uint32_t n[10];
+	uint32_t n[9];
 
 	if (get_number(p + 72, 8) != sum_of(p, 72))
 		return false;
-	for (unsigned i = 0; i < 10; i++)
+	for (unsigned i = 0; i < 9; i++)
 		n[i] = (uint32_t)get_number(p + 4 * i, 4);
-	*s = (struct state){ .turn = n[0],
-			     .writing = n[1] != 0,
-			     .records = n[2],
-			     .stored = n[3],
-			     .gone = n[4],
-			     .others = n[5],
+	*s = (struct state){ .writing = n[0] != 0,
+			     .records = n[1],
+			     .stored = n[2],
+			     .gone = n[3],
+			     .others = n[4],
 			     .octets = (off_t)get_number(p + 56, 8),
 			     .mix = get_number(p + 64, 8) };
-	s->claim = (struct mbox_claim){ .uidvalidity = n[6],
-					.uidnext = n[7],
-					.messages = n[8],
-					.unseen = n[9],
+	s->claim = (struct mbox_claim){ .uidvalidity = n[5],
+					.uidnext = n[6],
+					.messages = n[7],
+					.unseen = n[8],
 					.highestmodseq = get_number(p + 40, 8),
 					.when_sec = (int64_t)get_number(p + 48, 8) };
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;
 }
 
-/*
- * Read the index's header: both copies of the state, the newer one first; a copy that is damaged
- * has turn 0. Returns 1, or 0 if there is no index that could be read, or -1 if it is that of
- * another mailbox, whose name then is in 'other'.
- */
-static int index_header(int fd, const char *name, struct state states[2], char other[MBOX_NAME_MAX + 1])
+enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_OLD, INDEX_FOREIGN };
+
+/* Read the index's header. INDEX_FOREIGN: it is that of another mailbox, whose name then is in 'other'. */
+static enum index_form index_header(int fd, const char *name, struct state *state,
+				    char other[MBOX_NAME_MAX + 1])
 {
 	uint8_t head[RECORDS_AT];
 	size_t got = 0, length;
 
-	memset(states, 0, 2 * sizeof *states);
 	for (ssize_t r; got < sizeof head; got += (size_t)r)
 		if ((r = pread(fd, head + got, sizeof head - got, (off_t)got)) <= 0)
-			return 0;
+			return INDEX_DAMAGED;
 	length = (size_t)get_number(head + 16, 4);
-	if (memcmp(head, index_magic, 16) != 0 || length > MBOX_NAME_MAX ||
+	if (memcmp(head, index_magic, 15) != 0 || length > MBOX_NAME_MAX ||
 	    get_number(head + 20, 4) != (uint32_t)sum_of(head + NAME_AT, length))
-		return 0;
+		return INDEX_DAMAGED;
 	if (length != strlen(name) || memcmp(head + NAME_AT, name, length) != 0) {
 		memcpy(other, head + NAME_AT, length);
 		other[length] = '\0';
-		return -1;
+		return INDEX_FOREIGN;
 	}
-	for (int i = 0; i < 2; i++)
-		if (!state_unpack(&states[i], head + STATE_AT + i * STATE_STEP))
-			states[i].turn = 0;
-	if (states[1].turn > states[0].turn) {
-		struct state newer = states[1];
-
-		states[1] = states[0];
-		states[0] = newer;
-	}
-	return states[0].turn > 0;
-}
-
-/* Write m->now as the header's next copy. Not synced. */
-static int index_write_state(struct mbox *m, struct err *e)
-{
-	uint8_t p[STATE_OCTETS];
-
-	m->now.turn = m->disk.turn + 1;
-	state_pack(&m->now, p);
-	if (write_all(m, m->index, p, sizeof p, STATE_AT + m->now.turn % 2 * STATE_STEP, e) != 0)
-		return -1;
-	m->disk = m->now;
-	return 0;
+	if (head[15] != (uint8_t)index_magic[15])
+		return INDEX_OLD;
+	return state_unpack(state, head + STATE_AT) ? INDEX_GOOD : INDEX_DAMAGED;
 }
 
 /* Open a new index file beside the old one; the first commit puts it in the old one's place. */
@@ -667,8 +722,8 @@ static int index_create(struct mbox *m, struct err *e)
 	int fd;
 
 	index_path(m->path, ".new", path);
-	fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	if (fd < 0)
+	unlink(path);
+	if ((fd = open_file(path, O_RDWR | O_CREAT | O_EXCL, e)) < 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
 	memcpy(head, index_magic, 16);
 	put_number(head + 16, 4, length);
@@ -683,32 +738,33 @@ static int index_create(struct mbox *m, struct err *e)
 		close(m->index);
 	m->index = fd;
 	m->index_new = true;
-	m->disk = (struct state){ 0 };
+	memset(m->disk, 0, sizeof m->disk);
 	return 0;
 }
 
 void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 {
 	char index[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1];
-	struct state states[2];
+	struct err ignored = { 0 };
+	struct state state;
 	struct stat st;
 	int fd;
 
 	memset(info, 0, sizeof *info);
-	info->exists = stat(path, &st) == 0;
+	info->exists = lstat(path, &st) == 0;
 	if (info->exists)
 		info->octets = st.st_size;
 	index_path(path, "", index);
-	if ((fd = open(index, O_RDONLY | O_CLOEXEC)) < 0)
+	if ((fd = open_file(index, O_RDONLY, &ignored)) < 0)
 		return;
-	if (index_header(fd, name, states, other) > 0) {
-		info->claim = states->claim;
-		info->stored = states->stored;
-		info->gone = states->gone;
-		info->others = states->others;
-		info->fits = info->exists && !states->writing && info->octets == states->octets &&
+	if (index_header(fd, name, &state, other) == INDEX_GOOD) {
+		info->claim = state.claim;
+		info->stored = state.stored;
+		info->gone = state.gone;
+		info->others = state.others;
+		info->fits = info->exists && !state.writing && info->octets == state.octets &&
 			     fstat(fd, &st) == 0 &&
-			     st.st_size >= RECORDS_AT + (off_t)states->records * RECORD_OCTETS;
+			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS;
 	}
 	close(fd);
 }
@@ -722,32 +778,40 @@ static uint64_t record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 
 	put_number(p, 4, r->uid);
 	put_number(p + 4, 2, r->state);
-	put_number(p + 6, 2, r->kind);
+	put_number(p + 6, 1, r->kind);
+	put_number(p + 7, 1, r->digits);
 	put_number(p + 8, 8, (uint64_t)r->offset);
 	put_number(p + 16, 8, (uint64_t)r->octets);
 	memcpy(p + 24, r->id.octets, 16);
 	put_number(p + 40, 8, r->sum);
-	put_number(p + 48, 4, r->digits);
-	put_number(p + 52, 4, 0);
+	put_number(p + 48, 4, r->head);
+	put_number(p + 52, 4, r->wire);
 	sum = sum_of(p, 56);
 	put_number(p + 56, 8, sum);
 	return sum;
 }
 
+/* Return false if it is damaged, or says what no record of ours does. */
 static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 {
-	const uint64_t first = get_word(p);
+	const uint64_t first = get_word(p), lengths = get_word(p + 48);
 
 	*r = (struct record){ .uid = (uint32_t)first,
 			      .state = (unsigned)(first >> 32) & 0xFFFF,
-			      .kind = (unsigned)(first >> 48),
+			      .kind = (unsigned)(first >> 48) & 0xFF,
+			      .digits = (uint32_t)(first >> 56),
 			      .offset = (off_t)get_word(p + 8),
 			      .octets = (off_t)get_word(p + 16),
 			      .sum = get_word(p + 40),
-			      .digits = (uint32_t)get_number(p + 48, 4) };
+			      .head = (uint32_t)lengths,
+			      .wire = (uint32_t)(lengths >> 32) };
 	memcpy(r->id.octets, p + 24, 16);
-	return get_word(p + 56) == sum_of(p, 56) && r->offset >= 0 && r->octets >= 0 &&
-	       r->octets <= INT64_MAX - r->offset && r->digits <= DIGITS_MAX;
+	if (get_word(p + 56) != sum_of(p, 56) || r->kind > (ENTRY_KIND | RECORD_SCANNED))
+		return false;
+	if (r->kind & ENTRY_OTHER)
+		return (r->kind & ENTRY_KIND) == ENTRY_OTHER && r->offset == 0 && r->octets == 0;
+	return r->offset >= 0 && r->octets >= r->head && r->octets <= INT64_MAX - r->offset &&
+	       (r->digits == 0 || r->head == r->digits + 5);
 }
 
 /* Record i as it is on disk or held back; its UID and state may be newer in entries[i]. */
@@ -800,7 +864,7 @@ static int records_update(struct mbox *m, struct err *e)
 		m->now.mix ^= record_pack(&r, p);
 		r.uid = entry->uid;
 		r.state = state_of(entry);
-		r.kind = entry->bits & ENTRY_KIND;
+		r.kind = (r.kind & RECORD_SCANNED) | (entry->bits & ENTRY_KIND);
 		m->now.mix ^= record_pack(&r, p);
 		if (i >= m->written)
 			memcpy(m->held + (i - m->written) * RECORD_OCTETS, p, sizeof p);
@@ -940,42 +1004,82 @@ static void order_make(struct mbox *m)
 			set_uid(m, m->order[i], 0);
 }
 
-static void table_insert(struct mbox *m, uint32_t i)
-{
-	uint32_t at = (uint32_t)((uint64_t)(m->entries[i].bits >> ENTRY_HASH_SHIFT) * m->table_room >>
-				 ENTRY_HASH_BITS);
+/* ---- rings ---- */
 
-	while (m->table[at] != 0)
+static uint32_t first_of(const struct mbox *m, const uint32_t *place)
+{
+	return m->next[*place - 1];
+}
+
+/* A free place of the table for a ring with this hash, or the next place from 'at' on with one like it. */
+static uint32_t table_find(const struct mbox *m, uint32_t hash, uint32_t at)
+{
+	while (m->table[at] != 0 && m->entries[m->table[at] - 1].bits >> ENTRY_HASH_SHIFT != hash)
 		at = at + 1 < m->table_room ? at + 1 : 0;
-	m->table[at] = i + 1;
+	return at;
+}
+
+static uint32_t table_home(const struct mbox *m, uint32_t hash)
+{
+	return (uint32_t)((uint64_t)hash * m->table_room >> ENTRY_HASH_BITS);
 }
 
 /*
- * Walk the records with this ID: *at is 0 to begin with and private; each call returns the next
- * record, MBOX_MAILS_MAX if there is none, or -1 as a read error.
+ * Find the ring of this ID: *place is where the table holds its last record + 1, and *last is that
+ * record; or a place that holds 0. It is good until a record is added.
  */
-static int64_t record_by_id(struct mbox *m, const struct mbox_id *id, uint32_t *at, struct err *e)
+static int ring_find(struct mbox *m, const struct mbox_id *id, uint32_t **place, struct record *last,
+		     struct err *e)
 {
-	uint32_t hash = entry_hash(id);
-	uint32_t home = (uint32_t)((uint64_t)hash * m->table_room >> ENTRY_HASH_BITS);
+	uint32_t hash = entry_hash(m, id), at = table_home(m, hash);
 
-	for (; *at < m->table_room; (*at)++) {
-		uint32_t place = home + *at;
-		uint32_t i = m->table[place < m->table_room ? place : place - m->table_room];
-		struct record r;
-
-		if (i-- == 0)
-			break;
-		if (m->entries[i].bits >> ENTRY_HASH_SHIFT != hash || m->entries[i].bits & ENTRY_TORN)
-			continue;
-		if (record_get(m, i, &r, e) != 0)
+	for (;; at = at + 1 < m->table_room ? at + 1 : 0) {
+		at = table_find(m, hash, at);
+		*place = &m->table[at];
+		if (m->table[at] == 0)
+			return 0;
+		if (record_get(m, m->table[at] - 1, last, e) != 0)
 			return -1;
-		if (memcmp(&r.id, id, sizeof *id) == 0) {
-			(*at)++;
-			return i;
-		}
+		if (memcmp(&last->id, id, sizeof *id) == 0)
+			return 0;
 	}
-	return MBOX_MAILS_MAX;
+}
+
+/* Put each ring into the order of enum rank. */
+static void rings_sort(struct mbox *m)
+{
+	for (uint32_t at = 0; at < m->table_room; at++) {
+		uint32_t head[RANKS] = { 0 }, tail[RANKS], i = m->table[at], end;
+
+		if (i == 0 || m->next[i - 1] == i - 1)
+			continue;
+		end = i - 1;
+		i = end;
+		do { /* numbers + 1, to have a 0 */
+			enum rank rank;
+
+			i = m->next[i];
+			rank = rank_of(m, i);
+			if (head[rank] == 0)
+				head[rank] = i + 1;
+			else
+				m->next[tail[rank] - 1] = i;
+			tail[rank] = i + 1;
+			/* the link of i is overwritten no sooner than the next of its rank comes */
+		} while (i != end);
+		m->table[at] = 0;
+		for (int rank = RANKS;
+		     rank-- > 0;) { /* from the last to the first, each in front of what is there */
+			if (head[rank] == 0)
+				continue;
+			if (m->table[at] == 0)
+				m->table[at] = tail[rank];
+			else
+				m->next[tail[rank] - 1] = i;
+			i = head[rank] - 1;
+		}
+		m->next[m->table[at] - 1] = i;
+	}
 }
 
 /* Make room for so many records, and then some; the table never is fuller than three quarters. */
@@ -985,49 +1089,64 @@ static int records_room(struct mbox *m, uint32_t n, struct err *e)
 		return err_set(e, E_FORMAT, "%s: more than %d mails, the most that one archive takes",
 			       m->path, MBOX_MAILS_MAX);
 	if (n > m->entries_room) {
-		uint32_t room = n + n / 8 + 256;
+		uint32_t room = n + n / 16 + 256;
 		void *entries = realloc(m->entries, room * sizeof *m->entries);
-		void *order;
+		void *order = realloc(m->order, room * sizeof *m->order);
+		void *next = realloc(m->next, room * sizeof *m->next);
 
-		if (entries != NULL)
-			m->entries = entries;
-		order = realloc(m->order, room * sizeof *m->order);
-		if (order != NULL)
-			m->order = order;
-		if (entries == NULL || order == NULL)
+		m->entries = entries != NULL ? entries : m->entries;
+		m->order = order != NULL ? order : m->order;
+		m->next = next != NULL ? next : m->next;
+		if (entries == NULL || order == NULL || next == NULL)
 			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 				       (unsigned long)room);
 		m->entries_room = room;
 	}
 	if (n > m->table_room / 4 * 3) {
-		uint32_t room = n + n / 2 + 512;
+		uint32_t *old = m->table, old_room = m->table_room, room = n + n / 2 + 512;
+		uint32_t *table = calloc(room, sizeof *m->table);
 
-		free(m->table);
-		m->table_room = 0;
-		m->table = calloc(room, sizeof *m->table);
-		if (m->table == NULL)
+		if (table == NULL)
 			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 				       (unsigned long)n);
+		m->table = table;
 		m->table_room = room;
-		for (uint32_t i = 0; i < m->now.records; i++)
-			table_insert(m, i);
+		for (uint32_t i = 0; i < old_room; i++)
+			if (old[i] != 0) { /* rings whose hashes are alike take the next places */
+				uint32_t at = table_home(m,
+							 m->entries[old[i] - 1].bits >> ENTRY_HASH_SHIFT);
+
+				while (m->table[at] != 0)
+					at = at + 1 < room ? at + 1 : 0;
+				m->table[at] = old[i];
+			}
+		free(old);
 	}
 	return 0;
 }
 
-/* Take a record into memory; the counts follow. Its UID does not enter 'order' yet. */
+/*
+ * Take a record into memory, at the end of its ring; the counts follow. Its UID does not enter 'order'
+ * yet. Returns 1, or 0 if it is another name of a mail that is not there, or -1.
+ */
 static int record_add(struct mbox *m, const struct record *r, struct err *e)
 {
-	uint32_t i = m->now.records;
+	uint32_t i = m->now.records, *place;
+	struct record last;
 
-	if (records_room(m, i + 1, e) != 0)
+	if (records_room(m, i + 1, e) != 0 || ring_find(m, &r->id, &place, &last, e) != 0)
 		return -1;
+	if (*place == 0 && r->kind & ENTRY_OTHER)
+		return 0;
 	m->entries[i].uid = r->uid;
-	m->entries[i].bits = entry_hash(&r->id) << ENTRY_HASH_SHIFT | entry_state(r->state) |
+	m->entries[i].bits = entry_hash(m, &r->id) << ENTRY_HASH_SHIFT | entry_state(r->state) |
 			     (r->kind & ENTRY_KIND);
-	table_insert(m, i);
-	if (r->kind & ENTRY_SUSPECT)
-		m->suspect = i + 1;
+	m->next[i] = i;
+	if (*place != 0) {
+		m->next[i] = first_of(m, place);
+		m->next[*place - 1] = i;
+	}
+	*place = i + 1;
 	if ((r->kind & ENTRY_OTHER) == 0) {
 		m->now.stored++;
 		m->now.gone += (r->state & MBOX_GONE) != 0;
@@ -1035,7 +1154,7 @@ static int record_add(struct mbox *m, const struct record *r, struct err *e)
 		m->now.others++;
 	}
 	m->now.records++;
-	return 0;
+	return 1;
 }
 
 /* Add a record that the index does not have yet. */
@@ -1045,7 +1164,7 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 
 	if (i - m->written == RECORDS_HELD && records_flush(m, e) != 0)
 		return -1;
-	if (record_add(m, r, e) != 0)
+	if (record_add(m, r, e) <= 0)
 		return -1;
 	m->now.mix ^= record_pack(r, m->held + (i - m->written) * RECORD_OCTETS);
 	if (uid != 0)
@@ -1053,65 +1172,94 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 	return 0;
 }
 
-/*
- * Mails without a Message-ID and with the same key differ by a number, k. For some keys it is
- * remembered below which k all are stored, and all have a UID: else many such mails would cost
- * the square of their number.
- */
-static struct hint *made_hint(struct mbox *m, const uint8_t key[20])
-{
-	struct hint *hint = &m->hints[key[0] % MADE_HINTS];
+/* ---- mails without a Message-ID ---- */
 
-	if (memcmp(hint->key, key, 20) != 0) {
-		memcpy(hint->key, key, 20);
-		hint->stored = hint->bound = 1;
+/* What is known of this key, or NULL with an error; good until the next call. */
+static struct key *key_find(struct mbox *m, const uint8_t octets[20], struct err *e)
+{
+	uint64_t hash = sum_step(salted(m, octets), get_number(octets + 16, 4)) | 1;
+	uint32_t at;
+
+	if (m->keys_used >= m->keys_room / 4 * 3) {
+		uint32_t room = m->keys_room == 0 ? 64 : m->keys_room;
+		struct key *old = m->keys, *keys;
+
+		room *= room < KEYS_MAX && m->keys_used > 0 ? 2 : 1;
+		if ((keys = calloc(room, sizeof *keys)) == NULL) {
+			err_set(e, E_SYSTEM, "%s: out of memory", m->path);
+			return NULL;
+		}
+		for (uint32_t i = 0; room > m->keys_room && i < m->keys_room; i++)
+			if (old[i].hash != 0) {
+				for (at = (uint32_t)(old[i].hash >> 32) & (room - 1); keys[at].hash != 0;)
+					at = (at + 1) & (room - 1);
+				keys[at] = old[i];
+			}
+		m->keys_used = room > m->keys_room ? m->keys_used : 0;
+		m->keys = keys;
+		m->keys_room = room;
+		free(old);
 	}
-	return hint;
+	for (at = (uint32_t)(hash >> 32) & (m->keys_room - 1); m->keys[at].hash != hash;) {
+		if (m->keys[at].hash == 0) {
+			m->keys[at] = (struct key){ hash, 1, { 1, 1 } };
+			m->keys_used++;
+			break;
+		}
+		at = (at + 1) & (m->keys_room - 1);
+	}
+	return &m->keys[at];
+}
+
+/* Mails have lost their UIDs, or their marks. */
+static void keys_forget(struct mbox *m)
+{
+	free(m->keys);
+	m->keys = NULL;
+	m->keys_room = m->keys_used = 0;
 }
 
 /* The first number that no stored mail with this key has, and its ID; 0 is an error. */
-static unsigned made_next(struct mbox *m, const uint8_t key[20], struct mbox_id *id, struct err *e)
+static uint32_t made_next(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, struct err *e)
 {
-	struct hint *hint = made_hint(m, key);
+	struct key *key = key_find(m, octets, e);
+	struct record last;
+	uint32_t *place;
 
-	for (;; hint->stored++) {
-		uint32_t at = 0;
-		int64_t i;
-
-		made_id(id, key, hint->stored);
-		if ((i = record_by_id(m, id, &at, e)) < 0)
+	if (key == NULL)
+		return 0;
+	for (;; key->next++) {
+		made_id(id, octets, key->next);
+		if (ring_find(m, id, &place, &last, e) != 0)
 			return 0;
-		if (i == MBOX_MAILS_MAX)
-			return hint->stored;
+		if (*place == 0)
+			return key->next;
 	}
 }
 
-/* The stored mail with this key that has no UID, and its ID: a live one rather than a gone one. */
-static int64_t made_unbound(struct mbox *m, const uint8_t key[20], struct mbox_id *id, struct err *e)
+/*
+ * Find a mail with this key that has no UID: a live one rather than a gone one. *place receives its
+ * ring, and *id its ID. Returns its number, 0 if there is none, or -1.
+ */
+static int64_t made_unbound(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, uint32_t **place,
+			    struct err *e)
 {
-	struct hint *hint = made_hint(m, key);
-	int64_t gone = MBOX_MAILS_MAX;
+	struct key *key = key_find(m, octets, e);
+	struct record last;
 
-	for (unsigned k = hint->bound;; k++) {
-		struct mbox_id other;
-		uint32_t at = 0;
-		int64_t i;
-
-		made_id(&other, key, k);
-		if ((i = record_by_id(m, &other, &at, e)) < 0)
-			return -1;
-		if (i == MBOX_MAILS_MAX)
-			return gone;
-		if (m->entries[i].uid != 0) {
-			hint->bound += hint->bound == k;
-			continue;
+	if (key == NULL)
+		return -1;
+	for (int rank = RANK_LIVE; rank <= RANK_GONE; rank++)
+		for (;; key->free[rank]++) {
+			made_id(id, octets, key->free[rank]);
+			if (ring_find(m, id, place, &last, e) != 0)
+				return -1;
+			if (**place == 0)
+				break;
+			if ((int)rank_of(m, first_of(m, *place)) == rank)
+				return key->free[rank];
 		}
-		if (gone == MBOX_MAILS_MAX || (m->entries[i].bits & ENTRY_GONE) == 0)
-			*id = other;
-		if ((m->entries[i].bits & ENTRY_GONE) == 0)
-			return i;
-		gone = gone == MBOX_MAILS_MAX ? i : gone;
-	}
+	return 0;
 }
 
 /* ======== reading the mbox: verify, scan ======== */
@@ -1202,7 +1350,6 @@ static int parse_state(const uint8_t *p)
  */
 static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 {
-	static const uint8_t unset[] = "0000\n";
 	const size_t field = sizeof status_field - 1;
 	struct mbox *m = reader->m;
 	struct mbox_header id_header, made_header;
@@ -1210,6 +1357,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 	struct sum sum = { 0 };
 	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
 	unsigned line = 0;
+	uint64_t wire = 0;
 	int got = 1;
 
 	*r = (struct record){ .offset = reader->next - (off_t)(reader->n - reader->at) -
@@ -1217,6 +1365,9 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 	mbox_header_init(&id_header, NULL);
 	mbox_header_init(&made_header, &made);
 	for (; got > 0; got = reader_next(reader, e)) {
+		const uint8_t *p = reader->piece;
+		size_t quotes = 0;
+
 		line += reader->line_start;
 		if (line > 1 && reader_at(reader, "From ")) {
 			more = true;
@@ -1224,25 +1375,36 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 		}
 		r->octets += (off_t)reader->octets;
 		if (line == 2 && r->digits == 0 && reader_at(reader, status_field) &&
-		    reader->octets == field + 5 && parse_state(reader->piece + field) >= 0) {
-			r->state = (unsigned)parse_state(reader->piece + field);
-			r->digits = (uint32_t)((size_t)r->octets - 5);
-			if (r->digits > DIGITS_MAX)
-				r->digits = 0;
-			sum_feed(&sum, reader->piece, field);
-			sum_feed(&sum, unset, 5);
+		    reader->octets == field + 5 && parse_state(p + field) >= 0 &&
+		    r->octets - 5 <= DIGITS_MAX) {
+			r->state = (unsigned)parse_state(p + field);
+			r->digits = (uint32_t)r->octets - 5;
+		}
+		if (line == 1 || (r->digits > 0 && line == 2)) {
+			r->head = r->octets < UINT32_MAX ? (uint32_t)r->octets : UINT32_MAX;
 			continue;
 		}
-		sum_feed(&sum, reader->piece, reader->octets);
-		if (line == 1 || !header)
+		sum_feed(&sum, p, reader->octets);
+		/* The mail as it was on the wire: without the Message-ID that we made, and our quoting. */
+		if (line > 2u + (r->digits > 0) || !reader->line_start || reader->octets < 13 ||
+		    memcmp(p, "Message-ID: ", 12) != 0 ||
+		    !is_made((const char *)p + 12, reader->octets - 13)) {
+			wire += reader->octets + (p[reader->octets - 1] == '\n');
+			while (quotes < reader->octets && p[quotes] == '>')
+				quotes++;
+			wire -= reader->line_start && quotes > 0 && reader->octets - quotes >= 5 &&
+				memcmp(p + quotes, "From ", 5) == 0;
+		}
+		if (!header)
 			continue;
-		mbox_header_feed(&made_header, reader->piece, reader->octets);
-		header = !mbox_header_feed(&id_header, reader->piece, reader->octets);
+		mbox_header_feed(&made_header, p, reader->octets);
+		header = !mbox_header_feed(&id_header, p, reader->octets);
 	}
 	if (got < 0)
 		return -1;
 	r->sum = sum_end(&sum);
-	r->kind = nobody ? 0 : ENTRY_SUSPECT;
+	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
+	r->wire = wire > 2 && wire - 2 <= UINT32_MAX ? (uint32_t)wire - 2 : 0; /* without the empty line */
 	if (mbox_header_end(&id_header, &r->id)) {
 		/* The original gave a made ID to mails whose own it overlooked. */
 		if (nobody && id_header.kind[0] == MBOX_ID_MADE && id_header.fields > 1 &&
@@ -1280,7 +1442,7 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 	return more;
 }
 
-/* Does the record's message stand in the mbox, whole? 1 yes, and its state is read; 0 no, -1 cannot say. */
+/* Return 1 if the record's message stands in the mbox, whole; its state is read. 0: it does not; -1. */
 static int verify(struct mbox *m, struct record *r, struct err *e)
 {
 	struct reader reader;
@@ -1295,7 +1457,7 @@ static int verify(struct mbox *m, struct record *r, struct err *e)
 	if (got < 0)
 		return -1;
 	r->state = found.state;
-	return got == 0 && found.octets == r->octets && found.sum == r->sum;
+	return got == 0 && found.octets == r->octets && found.head == r->head && found.sum == r->sum;
 }
 
 /* Read only its state. 1, 0 if there is none where the record says, -1. */
@@ -1312,316 +1474,6 @@ static int reread_state(struct mbox *m, struct record *r, struct err *e)
 		return 0;
 	r->state = (unsigned)parse_state(digits);
 	return 1;
-}
-
-/* ======== opening ======== */
-
-/* Take a record of the index into memory, with the state that it has in the mbox by now. */
-static int record_load(struct mbox *m, const struct record *r, unsigned state_before, struct err *e)
-{
-	if (record_add(m, r, e) != 0)
-		return -1;
-	if (entry_state(r->state) != entry_state(state_before)) {
-		m->entries[m->now.records - 1].bits |= ENTRY_DIRTY;
-		m->records_dirty = true;
-	}
-	return 0;
-}
-
-/*
- * Take in the records that this copy of the header counts. Returns 1; 0 if they are damaged or do
- * not fit the mbox: a record fails its checksum, or with the header at rest all of them fail theirs
- * (only some came to the disk before the power went), the last message does not end where the mbox
- * was committed, or no message begins where the first or the last record says.
- */
-static int load(struct mbox *m, const struct state *state, struct err *e)
-{
-	const uint32_t in_block = BUFFER_OCTETS / RECORD_OCTETS;
-	struct record first = { 0 }, last = { 0 }, r;
-	size_t got = 0;
-
-	m->now = *state;
-	m->now.records = m->now.stored = m->now.gone = m->now.others = m->suspect = 0;
-	m->now.mix = 0;
-	memset(m->table, 0, m->table_room * sizeof *m->table);
-	if (records_room(m, state->records, e) != 0)
-		return -1;
-	for (uint32_t i = 0; i < state->records; i++) {
-		const uint8_t *p = m->buffer + i % in_block * RECORD_OCTETS;
-		unsigned before;
-		int good = 1;
-
-		if (p == m->buffer && read_all(m, m->index, m->buffer, BUFFER_OCTETS,
-					       RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
-			return -1;
-		if (got < (size_t)(p - m->buffer) + RECORD_OCTETS || !record_unpack(&r, p))
-			return 0;
-		m->now.mix ^= get_word(p + 56);
-		before = r.state;
-		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
-		if ((state->writing || m->flushed > state->octets) && (r.kind & ENTRY_OTHER) == 0)
-			good = reread_state(m, &r, e);
-		if (good <= 0)
-			return good;
-		if (record_load(m, &r, before, e) != 0)
-			return -1;
-		if ((r.kind & ENTRY_OTHER) == 0) {
-			first = first.octets == 0 ? r : first;
-			last = r;
-		}
-	}
-	m->written = m->now.records;
-	if (last.offset + last.octets != state->octets || state->octets > m->flushed ||
-	    (!state->writing && m->now.mix != state->mix))
-		return 0;
-	for (int i = 0; i < 2 && last.octets > 0; i++) {
-		char from[5];
-
-		if (read_all(m, m->fd, from, 5, i == 0 ? first.offset : last.offset, &got, e) != 0)
-			return -1;
-		if (got < 5 || memcmp(from, "From ", 5) != 0)
-			return 0;
-	}
-	return 1;
-}
-
-/* A run ended before its commit: keep the mails that fit their records, cut off what follows. */
-static int recover(struct mbox *m, struct err *e)
-{
-	uint32_t before = m->now.stored;
-	off_t end = m->now.octets;
-
-	for (;;) {
-		uint8_t p[RECORD_OCTETS];
-		struct record r;
-		unsigned state;
-		size_t got;
-		int good = 1;
-
-		if (read_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS,
-			     &got, e) != 0)
-			return -1;
-		if (got < sizeof p || !record_unpack(&r, p))
-			break;
-		state = r.state;
-		if ((r.kind & ENTRY_OTHER) == 0)
-			good = r.offset == end && r.octets <= m->flushed - end ? verify(m, &r, e) : 0;
-		if (good < 0)
-			return -1;
-		if (good == 0)
-			break;
-		if (record_load(m, &r, state, e) != 0)
-			return -1;
-		m->now.mix ^= get_number(p + 56, 8);
-		m->written = m->now.records;
-		end += r.octets;
-	}
-	snprintf(m->mended, sizeof m->mended,
-		 "the last run was cut off: %lu of its mails kept, "
-		 "%lld octets of an unfinished one removed",
-		 (unsigned long)(m->now.stored - before), (long long)(m->flushed - end));
-	if (m->how & MBOX_LOOK)
-		return 0;
-	if ((m->flushed > end && ftruncate(m->fd, end) != 0) ||
-	    ftruncate(m->index, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS) != 0) {
-		m->stuck = true;
-		return err_errno(e, E_SYSTEM, "%s: cannot cut off an unfinished mail", m->path);
-	}
-	m->flushed = end;
-	m->data_dirty = true;
-	return 0;
-}
-
-/* Take the messages behind 'from' into the index; the file's end is made that of a message. */
-static int take_over(struct mbox *m, off_t from, struct err *e)
-{
-	char end[2] = "\n";
-	size_t got, missing;
-
-	if (m->flushed == from)
-		return 0;
-	if (read_all(m, m->fd, end, 2, m->flushed - 2, &got, e) != 0)
-		return -1;
-	missing = end[1] != '\n' ? 2 : end[0] != '\n' ? 1 : 0;
-	if (write_all(m, m->fd, "\n\n", missing, m->flushed, e) != 0)
-		return -1;
-	m->flushed += (off_t)missing;
-	m->data_dirty = true;
-	if (scan(m, from, m->flushed, e) != 0)
-		return -1;
-	/* What we store ends with a line end: without one it is not whole, whatever its length. */
-	return missing == 2 && m->suspect == m->now.records ? mbox_judge(m, true, e) : 0;
-}
-
-/* The index is missing or does not fit: make it from the mbox. UIDs must be bound anew. */
-static int rebuild(struct mbox *m, bool had_index, struct err *e)
-{
-	char from[5];
-	size_t got;
-
-	m->now = (struct state){ .claim.unseen = UINT32_MAX };
-	m->suspect = m->written = 0;
-	memset(m->table, 0, m->table_room * sizeof *m->table);
-	if (read_all(m, m->fd, from, 5, 0, &got, e) != 0)
-		return -1;
-	if (m->flushed > 0 && (got < 5 || memcmp(from, "From ", 5) != 0))
-		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"",
-			       m->path);
-	if (index_create(m, e) != 0 || take_over(m, 0, e) != 0)
-		return -1;
-	if (m->flushed > 0 || had_index)
-		snprintf(m->mended, sizeof m->mended, "index %s: rebuilt, %lu mails",
-			 had_index ? "does not fit the mbox" : "missing", (unsigned long)m->now.stored);
-	return 0;
-}
-
-static int put_in_order(struct mbox *m, struct err *e)
-{
-	char path[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1], from[5];
-	struct state states[2] = { { 0 } };
-	bool look = m->how & MBOX_LOOK, had_index;
-	int found = 0, loaded = 0;
-	size_t got = 0;
-
-	index_path(m->path, "", path);
-	m->index = open(path, (look ? O_RDONLY : O_RDWR) | O_CLOEXEC);
-	had_index = m->index >= 0;
-	if (!had_index && errno != ENOENT)
-		return err_errno(e, E_SYSTEM, "%s: cannot open", path);
-	if (had_index && (found = index_header(m->index, m->name, states, other)) < 0)
-		return err_set(e, E_FORMAT, "%s: this archive is of the mailbox \"%s\", not of \"%s\"",
-			       path, other, m->name);
-	m->disk = states[0];
-	/* The older copy's mark is void where the newer one says that all is at rest: no cutting then. */
-	for (int i = 0; i < 2 && loaded == 0 && found > 0; i++)
-		if (states[i].turn > 0 && (i == 0 || states[0].writing))
-			loaded = load(m, &states[i], e);
-	if (loaded < 0)
-		return -1;
-	if (loaded > 0 && m->now.writing)
-		return recover(m, e);
-	if (loaded > 0 && m->flushed > m->now.octets) {
-		if (read_all(m, m->fd, from, 5, m->now.octets, &got, e) != 0)
-			return -1;
-		loaded = got == 5 && memcmp(from, "From ", 5) == 0;
-	}
-	if (loaded > 0 && m->flushed == m->now.octets)
-		return 0;
-	if (look && (m->flushed > 0 || had_index))
-		return err_set(e, E_FORMAT,
-			       "%s: the index is missing or does not fit; the next backup "
-			       "makes it anew",
-			       m->path);
-	if (look)
-		return 0;
-	if (loaded == 0)
-		return rebuild(m, had_index, e);
-	found = (int)m->now.stored;
-	if (take_over(m, m->now.octets, e) != 0)
-		return -1;
-	snprintf(m->mended, sizeof m->mended, "%lu mails were behind the index's end: taken over",
-		 (unsigned long)m->now.stored - (unsigned long)found);
-	return 0;
-}
-
-/* Open and lock the mbox, and be sure that it still is the file of that name. */
-static int open_locked(struct mbox *m, struct err *e)
-{
-	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-	struct stat st, named;
-
-	if (m->how & MBOX_LOOK) {
-		m->fd = open(m->path, O_RDONLY | O_CLOEXEC);
-		if (m->fd < 0 && errno == ENOENT)
-			return 0;
-	} else {
-		m->fd = open(m->path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	}
-	if (m->fd < 0)
-		return err_errno(e, E_SYSTEM, "%s: cannot open", m->path);
-	/* Any other error than "held": a file system that has no locks. */
-	if ((m->how & MBOX_LOOK) == 0 && fcntl(m->fd, F_SETLK, &lock) != 0 &&
-	    (errno == EACCES || errno == EAGAIN))
-		return err_set(e, E_LOCKED, "%s: another program has locked it", m->path);
-	if (fstat(m->fd, &st) != 0 || stat(m->path, &named) != 0)
-		return err_errno(e, E_SYSTEM, "%s: cannot look at it", m->path);
-	if (st.st_ino != named.st_ino || st.st_dev != named.st_dev)
-		return err_set(e, E_LOCKED, "%s: another program is replacing it", m->path);
-	if (!S_ISREG(st.st_mode))
-		return err_set(e, E_FORMAT, "%s: this is not a file", m->path);
-	m->flushed = m->whole = m->committed_octets = st.st_size;
-	return 0;
-}
-
-int mbox_open(struct mbox **out, const char *path, const char *name, unsigned how, struct err *e)
-{
-	struct mbox *m = calloc(1, sizeof *m);
-
-	*out = NULL;
-	if (m == NULL)
-		return err_set(e, E_SYSTEM, "%s: out of memory", path);
-	m->fd = m->index = -1;
-	m->start = -1;
-	m->how = how;
-	if (strlen(path) + sizeof ".index.new" > sizeof m->path || strlen(name) > MBOX_NAME_MAX) {
-		err_set(e, E_FORMAT, "%s: the path or the mailbox's name is too long", path);
-		goto fail;
-	}
-	strcpy(m->path, path);
-	strcpy(m->name, name);
-	m->now.claim.unseen = UINT32_MAX;
-	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 ||
-	    ((m->fd >= 0 || (how & MBOX_LOOK) == 0) && put_in_order(m, e) != 0))
-		goto fail;
-	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
-		for (uint32_t i = 0; i < m->now.records; i++)
-			if (m->entries[i].bits & ENTRY_OTHER && m->entries[i].uid != 0) {
-				m->entries[i].uid = 0;
-				m->entries[i].bits |= ENTRY_DIRTY;
-				m->records_dirty = true;
-				m->now.others--;
-			}
-	order_make(m);
-	m->committed_octets = m->flushed;
-	m->committed_sec = now_sec();
-	*out = m;
-	return 0;
-fail:
-	m->stuck = true; /* leave everything as it was found */
-	mbox_close(m, NULL, e);
-	return -1;
-}
-
-const char *mbox_mended(const struct mbox *m)
-{
-	return m->mended;
-}
-
-const struct mbox_claim *mbox_claimed(const struct mbox *m)
-{
-	return &m->now.claim;
-}
-
-uint32_t mbox_count(const struct mbox *m)
-{
-	return m->now.records;
-}
-
-void mbox_tally(const struct mbox *m, struct mbox_info *info)
-{
-	*info = (struct mbox_info){ .claim = m->now.claim,
-				    .octets = m->flushed + (off_t)m->buffered,
-				    .stored = m->now.stored,
-				    .gone = m->now.gone,
-				    .others = m->now.others,
-				    .exists = true,
-				    .fits = true,
-				    .unbound = m->now.stored - m->now.gone + m->now.others - m->known };
-}
-
-uint32_t mbox_came_back(const struct mbox *m)
-{
-	return m->came_back;
 }
 
 /* ======== writing the mbox ======== */
@@ -1666,26 +1518,32 @@ static int untouched(struct mbox *m, struct err *e)
 		       (long long)st.st_size, (long long)m->flushed);
 }
 
-/* Write out the buffer. */
+/* Write out the buffer, but for a mail that is held there. */
 static int flush(struct mbox *m, struct err *e)
 {
-	if (m->start >= 0)
-		sum_feed(&m->sum, m->buffer + m->summed, m->buffered - m->summed);
-	m->summed = 0;
-	if (m->buffered == 0)
+	bool held = m->start >= 0 && m->whole_header;
+	size_t n = held ? (size_t)(m->start - m->flushed) : m->buffered;
+
+	if (!held && m->start >= 0) {
+		sum_feed(&m->sum, m->buffer + m->summed, n - m->summed);
+		m->summed = n;
+	}
+	if (n == 0)
 		return 0;
 	if (untouched(m, e) != 0)
 		return -1;
-	if (write_all(m, m->fd, m->buffer, m->buffered, m->flushed, e) != 0) {
+	if (write_all(m, m->fd, m->buffer, n, m->flushed, e) != 0) {
 		/* Leave no part of a mail. Whole ones are lost too, whose records stand: mbox_open() sees it. */
 		if (ftruncate(m->fd, m->whole) == 0)
 			m->flushed = m->whole;
 		m->buffered = 0;
 		return -1;
 	}
-	m->flushed += (off_t)m->buffered;
+	m->flushed += (off_t)n;
 	m->whole = m->start >= 0 ? m->start : m->flushed;
-	m->buffered = 0;
+	m->buffered -= n;
+	m->summed = held ? m->summed - n : 0;
+	memmove(m->buffer, m->buffer + n, m->buffered);
 	m->data_dirty = true;
 	return 0;
 }
@@ -1707,19 +1565,6 @@ static int put(struct mbox *m, const void *octets, size_t n, struct err *e)
 	memcpy(m->buffer + m->buffered, p, n);
 	m->buffered += n;
 	return 0;
-}
-
-/* Overwrite octets of the mail in hand, wherever they are by now. */
-static int patch(struct mbox *m, off_t at, const void *octets, size_t n, struct err *e)
-{
-	if (at >= m->flushed) {
-		memcpy(m->buffer + (at - m->flushed), octets, n);
-		return 0;
-	}
-	if ((at + (off_t)n > m->flushed && flush(m, e) != 0) || untouched(m, e) != 0)
-		return -1;
-	m->data_dirty = true;
-	return write_all(m, m->fd, octets, n, at, e);
 }
 
 /* ======== state ======== */
@@ -1783,28 +1628,394 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	return 0;
 }
 
-/* Set the state of record i, and of copies of it that have no UID of their own. */
-static int set_state_alike(struct mbox *m, uint32_t i, unsigned state, struct err *e)
+/* Return true if two messages are octet by octet the same, their own lines in front aside. */
+static bool is_alike(const struct record *a, const struct record *b)
 {
-	struct record r;
-	uint32_t at = 0;
-	int64_t copy;
+	return a->octets - a->head == b->octets - b->head && a->sum == b->sum;
+}
 
-	if (record_get(m, i, &r, e) != 0 || set_state(m, i, state, e) != 0)
-		return -1;
-	while ((copy = record_by_id(m, &r.id, &at, e)) >= 0 && copy < MBOX_MAILS_MAX)
-		if (m->entries[copy].uid == 0 && set_state(m, (uint32_t)copy, state, e) != 0)
+/* A mail is not whole, or another has taken its place: gone for good, and its UID is free. */
+static int tear(struct mbox *m, uint32_t i, struct err *e)
+{
+	m->entries[i].bits &= ~(uint32_t)(ENTRY_SUSPECT | ENTRY_LEFT);
+	m->entries[i].bits |= ENTRY_TORN | ENTRY_DIRTY;
+	m->records_dirty = true;
+	return set_state(m, i, state_of(&m->entries[i]) | MBOX_GONE, e);
+}
+
+/*
+ * After a scan: of several mails with one ID those that are gone have been torn, or replaced, unless they
+ * are alike the last one that is not gone (or the last, if all are). Else they would come back with it.
+ */
+static int copies_judge(struct mbox *m, struct err *e)
+{
+	for (uint32_t at = 0; at < m->table_room; at++) {
+		uint32_t i, end = m->table[at] - 1, best = UINT32_MAX;
+		struct record r, copy;
+
+		if (m->table[at] == 0 || m->next[end] == end)
+			continue;
+		i = end;
+		do {
+			i = m->next[i];
+			if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
+				continue;
+			if (best == UINT32_MAX || is_gone(m, best) > is_gone(m, i) ||
+			    (is_gone(m, best) == is_gone(m, i) && i > best))
+				best = i;
+		} while (i != end);
+		if (best == UINT32_MAX)
+			continue;
+		if (record_get(m, best, &r, e) != 0)
 			return -1;
-	return copy < 0 ? -1 : 0;
+		do {
+			i = m->next[i];
+			if (i == best || rank_of(m, i) != RANK_GONE)
+				continue;
+			if (record_get(m, i, &copy, e) != 0 || (!is_alike(&r, &copy) && tear(m, i, e) != 0))
+				return -1;
+		} while (i != end);
+	}
+	return 0;
 }
 
 int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e)
 {
 	const uint32_t *i = record_by_uid(m, uid);
 
-	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER || state_of(&m->entries[*i]) == flags)
+	return i == NULL ? 0 : set_state(m, *i, flags & MBOX_FLAGS, e);
+}
+
+/* ======== opening ======== */
+
+/* Take a record of the index into memory, with the state that it has in the mbox by now. As record_add(). */
+static int record_load(struct mbox *m, struct record *r, unsigned state_before, struct err *e)
+{
+	uint32_t i = m->now.records;
+	int added;
+
+	m->written = i;
+	if ((added = record_add(m, r, e)) <= 0)
+		return added;
+	m->written++;
+	if (entry_state(r->state) != entry_state(state_before)) {
+		m->entries[i].bits |= ENTRY_DIRTY;
+		m->records_dirty = true;
+	}
+	/* A run that died had found out that its UID had left. */
+	if (rank_of(m, i) == RANK_BOUND && r->state & MBOX_GONE) {
+		m->entries[i].uid = 0;
+		m->entries[i].bits |= ENTRY_LEFT | ENTRY_DIRTY;
+		m->records_dirty = true;
+	}
+	return 1;
+}
+
+/*
+ * Take in the records that the header counts. Returns 1; 0 if they are damaged or do not fit the mbox:
+ * a record fails its checksum, or with the header at rest all of them fail theirs (only some came to
+ * the disk before the power went), a message does not begin where the one before it ends, the last
+ * does not end where the mbox was committed, or none begins where the first or the last record says.
+ */
+static int load(struct mbox *m, const struct state *state, struct err *e)
+{
+	const uint32_t in_block = BUFFER_OCTETS / RECORD_OCTETS;
+	off_t last = 0, end = 0;
+	struct record r;
+	size_t got = 0;
+
+	m->now = *state;
+	m->now.records = m->now.stored = m->now.gone = m->now.others = 0;
+	m->now.mix = 0;
+	if (records_room(m, state->records, e) != 0)
+		return -1;
+	for (uint32_t i = 0; i < state->records; i++) {
+		const uint8_t *p = m->buffer + i % in_block * RECORD_OCTETS;
+		unsigned before;
+		int good = 1;
+
+		if (p == m->buffer && read_all(m, m->index, m->buffer, BUFFER_OCTETS,
+					       RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
+			return -1;
+		if (got < (size_t)(p - m->buffer) + RECORD_OCTETS || !record_unpack(&r, p))
+			return 0;
+		m->now.mix ^= get_word(p + 56);
+		before = r.state;
+		if ((r.kind & ENTRY_OTHER) == 0) {
+			if (r.offset != end)
+				return 0;
+			last = end;
+			end += r.octets;
+			/* A run died, or the index is of an older day: where they differ, the mbox is right. */
+			if (state->writing || m->flushed > state->octets)
+				good = reread_state(m, &r, e);
+		}
+		if (good <= 0 || (good = record_load(m, &r, before, e)) <= 0)
+			return good;
+	}
+	if (end != state->octets || end > m->flushed || m->now.stored != state->stored ||
+	    (!state->writing && m->now.mix != state->mix))
 		return 0;
-	return set_state_alike(m, *i, flags & MBOX_FLAGS, e);
+	for (int i = 0; i < 2 && end > 0; i++, last = 0) {
+		char from[5];
+
+		if (read_all(m, m->fd, from, 5, last, &got, e) != 0)
+			return -1;
+		if (got < 5 || memcmp(from, "From ", 5) != 0)
+			return 0;
+	}
+	return 1;
+}
+
+/* A run ended before its commit: keep the mails that fit their records, cut off what follows. */
+static int recover(struct mbox *m, struct err *e)
+{
+	uint32_t before = m->now.stored;
+	off_t end = m->now.octets;
+
+	for (;;) {
+		uint8_t p[RECORD_OCTETS];
+		struct record r;
+		unsigned state;
+		size_t got;
+		int good = 1;
+
+		if (read_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS,
+			     &got, e) != 0)
+			return -1;
+		if (got < sizeof p || !record_unpack(&r, p))
+			break;
+		state = r.state;
+		if ((r.kind & ENTRY_OTHER) == 0)
+			good = r.offset == end && r.octets <= m->flushed - end ? verify(m, &r, e) : 0;
+		if (good < 0)
+			return -1;
+		if (good == 0)
+			break;
+		if ((good = record_load(m, &r, state, e)) < 0)
+			return -1;
+		if (good == 0)
+			break;
+		m->now.mix ^= get_number(p + 56, 8);
+		end += r.octets;
+	}
+	snprintf(m->mended, sizeof m->mended,
+		 "the last run was cut off: %lu of its mails kept, "
+		 "%lld octets of an unfinished one removed",
+		 (unsigned long)(m->now.stored - before), (long long)(m->flushed - end));
+	if (m->how & MBOX_LOOK)
+		return 0;
+	if ((m->flushed > end && ftruncate(m->fd, end) != 0) ||
+	    ftruncate(m->index, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS) != 0) {
+		m->stuck = true;
+		return err_errno(e, E_SYSTEM, "%s: cannot cut off an unfinished mail", m->path);
+	}
+	m->flushed = end;
+	m->data_dirty = true;
+	return 0;
+}
+
+/* Take the messages behind 'from' into the index; the file's end is made that of a message. */
+static int take_over(struct mbox *m, off_t from, struct err *e)
+{
+	char end[2] = "\n";
+	size_t got, missing;
+
+	if (m->flushed == from)
+		return 0;
+	if (read_all(m, m->fd, end, 2, m->flushed - 2, &got, e) != 0)
+		return -1;
+	missing = end[1] != '\n' ? 2 : end[0] != '\n' ? 1 : 0;
+	if (write_all(m, m->fd, "\n\n", missing, m->flushed, e) != 0)
+		return -1;
+	m->flushed += (off_t)missing;
+	m->data_dirty = true;
+	if (scan(m, from, m->flushed, e) != 0)
+		return -1;
+	/* What we store ends with a line end: without one it is not whole, whatever its length. */
+	if (missing == 2 && m->entries[m->now.records - 1].bits & ENTRY_SUSPECT &&
+	    tear(m, m->now.records - 1, e) != 0)
+		return -1;
+	return copies_judge(m, e);
+}
+
+/* Make the index from the mbox. UIDs must be bound anew. */
+static int rebuild(struct mbox *m, const char *why, struct err *e)
+{
+	char from[5];
+	size_t got;
+
+	m->now = (struct state){ .claim.unseen = UINT32_MAX };
+	m->written = 0;
+	m->records_dirty = false;
+	memset(m->table, 0, m->table_room * sizeof *m->table);
+	if (read_all(m, m->fd, from, 5, 0, &got, e) != 0)
+		return -1;
+	if (m->flushed > 0 && (got < 5 || memcmp(from, "From ", 5) != 0))
+		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"",
+			       m->path);
+	if (index_create(m, e) != 0 || take_over(m, 0, e) != 0)
+		return -1;
+	if (m->flushed > 0 || strcmp(why, "missing") != 0)
+		snprintf(m->mended, sizeof m->mended, "index %s: rebuilt, %lu mails", why,
+			 (unsigned long)m->now.stored);
+	return 0;
+}
+
+static int put_in_order(struct mbox *m, struct err *e)
+{
+	char path[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1], from[5];
+	struct state state;
+	const char *why = "missing";
+	bool look = m->how & MBOX_LOOK;
+	enum index_form form = INDEX_DAMAGED;
+	uint32_t stored;
+	int loaded = 0;
+	size_t got = 0;
+
+	index_path(m->path, "", path);
+	m->index = open_file(path, look ? O_RDONLY : O_RDWR, e);
+	if (m->index < 0 && errno != ENOENT)
+		return err_errno(e, E_SYSTEM, "%s: cannot open", path);
+	if (m->index >= 0) {
+		form = index_header(m->index, m->name, &state, other);
+		why = form == INDEX_OLD ? "is of an older version" : "does not fit the mbox";
+	}
+	if (form == INDEX_FOREIGN)
+		return err_set(e, E_FORMAT, "%s: this archive is of the mailbox \"%s\", not of \"%s\"",
+			       path, other, m->name);
+	if (form == INDEX_GOOD) {
+		state_pack(&state, m->disk);
+		if ((loaded = load(m, &state, e)) < 0)
+			return -1;
+	}
+	if (loaded > 0 && m->now.writing)
+		return recover(m, e);
+	if (loaded > 0 && m->flushed > m->now.octets) {
+		if (read_all(m, m->fd, from, 5, m->now.octets, &got, e) != 0)
+			return -1;
+		loaded = got == 5 && memcmp(from, "From ", 5) == 0;
+	}
+	if (loaded > 0 && m->flushed == m->now.octets)
+		return 0;
+	if (look && (m->flushed > 0 || m->index >= 0))
+		return err_set(e, E_FORMAT,
+			       "%s: the index is missing or does not fit; the next backup "
+			       "makes it anew",
+			       m->path);
+	if (look)
+		return 0;
+	if (loaded == 0)
+		return rebuild(m, why, e);
+	stored = m->now.stored;
+	if (take_over(m, m->now.octets, e) != 0)
+		return -1;
+	snprintf(m->mended, sizeof m->mended, "%lu mails were behind the index's end: taken over",
+		 (unsigned long)(m->now.stored - stored));
+	return 0;
+}
+
+/* Open and lock the mbox, and be sure that it still is the file of that name. */
+static int open_locked(struct mbox *m, struct err *e)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	struct stat st, named;
+
+	if (m->how & MBOX_LOOK) {
+		m->fd = open_file(m->path, O_RDONLY, e);
+		if (m->fd < 0 && errno == ENOENT)
+			return 0;
+	} else {
+		m->fd = open_file(m->path, O_RDWR | O_CREAT, e);
+	}
+	if (m->fd < 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot open", m->path);
+	/* Any other error than "held": a file system that has no locks. */
+	if ((m->how & MBOX_LOOK) == 0 && fcntl(m->fd, F_SETLK, &lock) != 0 &&
+	    (errno == EACCES || errno == EAGAIN))
+		return err_set(e, E_LOCKED, "%s: another program has locked it", m->path);
+	if (fstat(m->fd, &st) != 0 || lstat(m->path, &named) != 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot look at it", m->path);
+	if (st.st_ino != named.st_ino || st.st_dev != named.st_dev)
+		return err_set(e, E_LOCKED, "%s: another program is replacing it", m->path);
+	m->flushed = m->whole = m->committed_octets = st.st_size;
+	return 0;
+}
+
+int mbox_open(struct mbox **out, const char *path, const char *name, unsigned how, struct err *e)
+{
+	struct mbox *m = calloc(1, sizeof *m);
+
+	*out = NULL;
+	if (m == NULL)
+		return err_set(e, E_SYSTEM, "%s: out of memory", path);
+	m->fd = m->index = -1;
+	m->start = -1;
+	m->how = how;
+	if (strlen(path) + sizeof ".index.new" > sizeof m->path || strlen(name) > MBOX_NAME_MAX) {
+		err_set(e, E_FORMAT, "%s: the path or the mailbox's name is too long", path);
+		goto fail;
+	}
+	strcpy(m->path, path);
+	strcpy(m->name, name);
+	m->now.claim.unseen = UINT32_MAX;
+	m->salt = random_word();
+	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 ||
+	    ((m->fd >= 0 || (how & MBOX_LOOK) == 0) && put_in_order(m, e) != 0))
+		goto fail;
+	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
+		for (uint32_t i = 0; i < m->now.records; i++)
+			if (m->entries[i].bits & ENTRY_OTHER && m->entries[i].uid != 0) {
+				m->entries[i].uid = 0;
+				m->entries[i].bits |= ENTRY_DIRTY;
+				m->records_dirty = true;
+				m->now.others--;
+			}
+	order_make(m);
+	rings_sort(m);
+	keys_forget(m);
+	m->committed_octets = m->flushed;
+	m->committed_sec = now_sec();
+	*out = m;
+	return 0;
+fail:
+	m->stuck = true; /* leave everything as it was found */
+	mbox_close(m, NULL, e);
+	return -1;
+}
+
+const char *mbox_mended(const struct mbox *m)
+{
+	return m->mended;
+}
+
+const struct mbox_claim *mbox_claimed(const struct mbox *m)
+{
+	return &m->now.claim;
+}
+
+uint32_t mbox_count(const struct mbox *m)
+{
+	return m->now.records;
+}
+
+void mbox_tally(const struct mbox *m, struct mbox_info *info)
+{
+	/* All records with a UID, but for other names, are mails that are not gone. */
+	*info = (struct mbox_info){ .claim = m->now.claim,
+				    .octets = m->flushed + (off_t)m->buffered,
+				    .stored = m->now.stored,
+				    .gone = m->now.gone,
+				    .others = m->now.others,
+				    .different = m->different,
+				    .exists = true,
+				    .fits = true,
+				    .unbound = m->now.stored - m->now.gone - (m->known - m->now.others) };
+}
+
+uint32_t mbox_came_back(const struct mbox *m)
+{
+	return m->came_back;
 }
 
 /* ======== UIDs and identities ======== */
@@ -1819,6 +2030,12 @@ static bool no_uid_lives(void *context, uint32_t uid)
 void mbox_forget_uids(struct mbox *m)
 {
 	mbox_drop_uids(m, no_uid_lives, NULL);
+	m->records_dirty = true;
+	for (uint32_t i = 0; i < m->now.records; i++)
+		if (m->entries[i].bits & ENTRY_LEFT) {
+			m->entries[i].bits &= ~(uint32_t)ENTRY_LEFT;
+			m->entries[i].bits |= ENTRY_DIRTY;
+		}
 	m->index_rekeyed = true;
 	m->now.claim = (struct mbox_claim){ .unseen = UINT32_MAX }; /* should a commit come meanwhile */
 }
@@ -1830,158 +2047,202 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 	for (uint32_t at = 0; at < m->known; at++) {
 		uint32_t i = m->order[at];
 
-		if (live(context, m->entries[i].uid))
+		if (live(context, m->entries[i].uid)) {
 			m->order[kept++] = i;
-		else
+		} else {
 			set_uid(m, i, 0);
+			m->entries[i].bits |= m->entries[i].bits & ENTRY_OTHER ? 0 : ENTRY_LEFT;
+		}
 	}
+	if (kept == m->known)
+		return;
 	m->known = kept;
-	for (int i = 0; i < MADE_HINTS; i++)
-		m->hints[i].bound = 1;
+	rings_sort(m);
+	keys_forget(m);
 }
 
-/* The UID belongs to the stored mail or other name i, which has none: it lives. */
-static int give_uid(struct mbox *m, uint32_t i, uint32_t uid, struct err *e)
+/* A ring's mail has lost its UID, while another name of it is listed: it takes that one's. */
+static void take_name(struct mbox *m, uint32_t *place)
 {
+	uint32_t i = first_of(m, place), name = *place - 1, uid = m->entries[name].uid;
+
+	if (rank_of(m, i) != RANK_LIVE || rank_of(m, name) != RANK_NAME_BOUND)
+		return;
+	*record_by_uid(m, uid) = i;
+	m->entries[i].uid = uid;
+	m->entries[i].bits &= ~(uint32_t)(ENTRY_LEFT | ENTRY_SUSPECT);
+	m->entries[i].bits |= ENTRY_DIRTY;
+	set_uid(m, name, 0);
+	*place = i + 1;
+	m->moved[0] = m->moved[0] == 0 || uid < m->moved[0] ? uid : m->moved[0];
+	m->moved[1] = uid > m->moved[1] ? uid : m->moved[1];
+}
+
+/* A ring's first, which has no UID, gets this one: it lives, and goes to the end. */
+static int give_uid(struct mbox *m, uint32_t *place, uint32_t uid, struct err *e)
+{
+	uint32_t i = first_of(m, place);
+	struct entry *entry = &m->entries[i];
+
+	*place = i + 1;
 	set_uid(m, i, uid);
-	if ((m->entries[i].bits & ENTRY_GONE) == 0)
+	entry->bits &= ~(uint32_t)(ENTRY_LEFT | ENTRY_SUSPECT);
+	if (entry->bits & ENTRY_OTHER || (entry->bits & ENTRY_GONE) == 0)
 		return 0;
 	m->came_back++;
-	return set_state_alike(m, i, state_of(&m->entries[i]) & ~(unsigned)MBOX_GONE, e);
+	return set_state(m, i, state_of(entry) & ~(unsigned)MBOX_GONE, e);
+}
+
+/* Return true if the mail of a record can have so many octets on the wire; 0: unknown. */
+static bool is_of_size(const struct record *r, uint64_t size)
+{
+	return size == 0 || r->wire == 0 || size == r->wire ||
+	       (r->kind & RECORD_SCANNED && size + 2 == r->wire);
+}
+
+/*
+ * A mail that the server has belongs to this ring. Give its UID to the first mail there that has none.
+ * Returns 1; 0 if there is none, or it must be fetched and compared: another mail has its place; or -1.
+ */
+static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t size, struct err *e)
+{
+	uint32_t i = first_of(m, place), bits = m->entries[i].bits;
+	struct record r;
+
+	if (rank_of(m, i) > RANK_GONE)
+		return 0;
+	if (bits & (ENTRY_LEFT | ENTRY_SUSPECT)) {
+		if (record_get(m, i, &r, e) != 0)
+			return -1;
+		/* Torn is what is too short; if it is too long, another program has added lines. */
+		if (!is_of_size(&r, size) && (bits & ENTRY_LEFT || size > r.wire))
+			return 0;
+	}
+	return give_uid(m, place, uid, e) != 0 ? -1 : 1;
+}
+
+/* Note the UID as another name of a mail of this ring; 'last' is the ring's last. */
+static int bind_name(struct mbox *m, uint32_t *place, const struct record *last, uint32_t uid,
+		     uint64_t size, struct err *e)
+{
+	struct record name = { .uid = uid,
+			       .kind = ENTRY_OTHER | (last->kind & RECORD_SCANNED),
+			       .id = last->id,
+			       .wire = last->wire };
+	bool different = !is_of_size(last, size);
+	uint32_t i = first_of(m, place);
+
+	if (m->how & MBOX_LOOK) {
+		m->different += different;
+		return 0;
+	}
+	if (rank_of(m, i) != RANK_NAME) {
+		name.state = different ? MBOX_FLAGGED : 0;
+		m->different += different;
+		return record_append(m, &name, e);
+	}
+	if (different && (m->entries[i].bits & ENTRY_DIFFERENT) == 0)
+		m->different++;
+	m->entries[i].bits &= ~(uint32_t)ENTRY_DIFFERENT;
+	m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
+	return give_uid(m, place, uid, e);
 }
 
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)
 {
-(void)size;
-	struct record other = { .uid = uid, .kind = ENTRY_OTHER, .id = *id };
-	int64_t i, best = -1, gone = -1;
-	bool stored = false;
-	uint32_t at = 0;
+	struct record last;
+	uint32_t *place;
+	int r;
 
 	if (record_by_uid(m, uid) != NULL)
 		return 1;
-	while ((i = record_by_id(m, id, &at, e)) >= 0 && i < MBOX_MAILS_MAX) {
-		uint32_t bits = m->entries[i].bits;
-
-		if (bits & ENTRY_OTHER && m->how & MBOX_DUPLICATES)
-			continue;
-		stored = stored || (bits & ENTRY_OTHER) == 0;
-		if (m->entries[i].uid != 0)
-			continue;
-		/* A mail rather than another name of it, a live one rather than a gone one. */
-		if ((bits & (ENTRY_OTHER | ENTRY_GONE)) == 0)
-			best = best < 0 || m->entries[best].bits & ENTRY_OTHER ? i : best;
-		else if (bits & ENTRY_GONE)
-			gone = i;
-		else if (best < 0)
-			best = i;
-	}
-	if (i < 0)
+	if (ring_find(m, id, &place, &last, e) != 0)
 		return -1;
-	if (gone >= 0 && (best < 0 || m->entries[best].bits & ENTRY_OTHER))
-		best = gone;
-	if (best >= 0)
-		return give_uid(m, (uint32_t)best, uid, e) != 0 ? -1 : 1;
-	if (!stored || m->how & MBOX_DUPLICATES)
+	if (*place == 0)
 		return 0;
-	if ((m->how & MBOX_LOOK) == 0 && record_append(m, &other, e) != 0)
-		return -1;
-	return 1;
+	take_name(m, place);
+	if ((r = bind_first(m, place, uid, size, e)) != 0)
+		return r;
+	if (m->how & MBOX_DUPLICATES || m->entries[*place - 1].uid == 0 ||
+	    rank_of(m, first_of(m, place)) <= RANK_GONE)
+		return 0;
+	return bind_name(m, place, &last, uid, size, e) != 0 ? -1 : 1;
 }
 
-void mbox_assume(struct mbox *m, const struct mbox_claim *claim) { m->now.claim = *claim; }
 int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e)
 {
-(void)size;
 	struct mbox_id id;
-	int64_t i;
+	uint32_t *place;
+	int64_t k;
 
 	if (record_by_uid(m, uid) != NULL)
 		return 1;
-	if ((i = made_unbound(m, key, &id, e)) < 0)
-		return -1;
-	if (i == MBOX_MAILS_MAX)
-		return 0;
-	return give_uid(m, (uint32_t)i, uid, e) != 0 ? -1 : 1;
+	if ((k = made_unbound(m, key, &id, &place, e)) <= 0)
+		return (int)k;
+	return bind_first(m, place, uid, size, e);
 }
 
 int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e)
 {
 	*live_before = m->now.stored - m->now.gone;
-	*gone = moved[0] = moved[1] = 0;
+	*gone = 0;
 	for (uint32_t n = 0; n < m->now.records; n++) {
-		struct entry *entry = &m->entries[n];
-		uint32_t at = 0, before = m->now.gone;
-		struct record r;
-		int64_t i;
+		unsigned state = state_of(&m->entries[n]) | MBOX_GONE;
+		enum rank rank = rank_of(m, n);
+		uint32_t *place;
+		struct record r, last;
 
-		if (entry->uid != 0 || entry->bits & (ENTRY_GONE | ENTRY_OTHER | ENTRY_TORN))
+		if (rank > RANK_GONE || (rank == RANK_GONE && m->next[n] == n))
 			continue;
-		if (record_get(m, n, &r, e) != 0)
-			return -1;
-		while ((i = record_by_id(m, &r.id, &at, e)) >= 0 && i < MBOX_MAILS_MAX)
-			if (m->entries[i].uid != 0)
-				break;
-		if (i < 0)
-			return -1;
-		if (i < MBOX_MAILS_MAX) { /* lives under another UID: the mail takes the name's */
-			if (m->entries[i].bits & ENTRY_OTHER) {
-				uint32_t uid = m->entries[i].uid, *place = record_by_uid(m, uid);
-
-				*place = n;
-				entry->uid = uid;
-				entry->bits |= ENTRY_DIRTY;
-				set_uid(m, (uint32_t)i, 0);
-				moved[0] = moved[0] == 0 || uid < moved[0] ? uid : moved[0];
-				moved[1] = uid > moved[1] ? uid : moved[1];
+		if (m->next[n] != n) {
+			if (record_get(m, n, &r, e) != 0 || ring_find(m, &r.id, &place, &last, e) != 0)
+				return -1;
+			take_name(m, place);
+			if (rank_of(m, *place - 1) == RANK_BOUND) { /* lives under another UID */
+				if (m->entries[n].uid != 0 || !is_alike(&r, &last))
+					continue;
+				state = state_of(&m->entries[*place - 1]);
 			}
-			continue;
 		}
-		if (set_state(m, n, state_of(entry) | MBOX_GONE, e) != 0)
+		*gone += rank == RANK_LIVE && state & MBOX_GONE;
+		if (set_state(m, n, state, e) != 0)
 			return -1;
-		*gone += m->now.gone - before;
 	}
+	memcpy(moved, m->moved, sizeof m->moved);
+	memset(m->moved, 0, sizeof m->moved);
+	keys_forget(m);
 	return 0;
 }
 
 /* ======== storing ======== */
 
-/* "From MAILER-DAEMON ", asctime() in UTC, LF; FROM_OCTETS whatever the time (RFC 4155). */
-static void from_line(char out[FROM_OCTETS], int64_t when_sec)
+/* Our two lines in front of a mail; BODY_AT octets whatever the time (RFC 4155). */
+static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 {
-	static const char days[] = "ThuFriSatSunMonTueWed";
+	static const char days[] = "SunMonTueWedThuFriSat";
 	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-	int64_t day, rest, era, year;
-	int of_era, of_year, month, second;
+	time_t t = (time_t)when_sec;
+	struct tm tm;
 
-	if (when_sec < INT64_C(-62167219200) || when_sec > INT64_C(253402300799))
-		when_sec = 0; /* not in the years 0 to 9999 */
-	day = when_sec / 86400 - (when_sec % 86400 < 0);
-	second = (int)(when_sec - day * 86400);
-	/* The civil calendar, in eras of 400 years that begin on 1 March. */
-	rest = day + 719468;
-	era = rest / 146097 - (rest % 146097 < 0);
-	of_era = (int)(rest - era * 146097);
-	year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
-	of_year = of_era - (int)(365 * year + year / 4 - year / 100);
-	month = (5 * of_year + 2) / 153;
-	day = ((day % 7) + 7) % 7;
-	year += era * 400 + (month >= 10);
-	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\n", FROM_OCTETS);
-	memcpy(out + 19, days + 3 * day, 3);
-	memcpy(out + 23, months + 3 * ((month + 2) % 12), 3);
-	put_digits(out + 27, 2, 10, (unsigned)(of_year - (153 * month + 2) / 5 + 1));
+	if (when_sec < INT64_C(-62167219200) || when_sec > INT64_C(253402300799) || t != when_sec)
+		t = 0; /* not in the years 0 to 9999 */
+	gmtime_r(&t, &tm);
+	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0000\n", BODY_AT);
+	memcpy(out + 19, days + 3 * tm.tm_wday, 3);
+	memcpy(out + 23, months + 3 * tm.tm_mon, 3);
+	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
 	if (out[27] == '0')
 		out[27] = ' ';
-	put_digits(out + 30, 2, 10, (unsigned)second / 3600);
-	put_digits(out + 33, 2, 10, (unsigned)second / 60 % 60);
-	put_digits(out + 36, 2, 10, (unsigned)second % 60);
-	put_digits(out + 39, 4, 10, (unsigned)year);
+	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
+	put_digits(out + 33, 2, 10, (unsigned)tm.tm_min);
+	put_digits(out + 36, 2, 10, (unsigned)tm.tm_sec);
+	put_digits(out + 39, 4, 10, (unsigned)(tm.tm_year + 1900));
+	put_digits(out + DIGITS_AT, 4, 16, state);
 }
 
 int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 {
-	char line[FROM_OCTETS];
+	char head[BODY_AT];
 
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
@@ -1990,87 +2251,111 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 	m->start = m->flushed + (off_t)m->buffered;
 	if (m->buffered == 0)
 		m->whole = m->flushed;
-	m->summed = m->buffered;
 	m->sum = (struct sum){ 0 };
+	m->wire = 0;
 	mbox_header_init(&m->header, NULL);
-	m->header_over = m->known_already = m->sum_again = m->cr = false;
-	m->when_sec = when_sec;
-	from_line(line, when_sec);
-	if (put(m, line, FROM_OCTETS, e) != 0 || put(m, status_field, sizeof status_field - 1, e) != 0 ||
-	    put(m, "0000\n", 5, e) != 0) {
+	m->whole_header = true;
+	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
+	m->prefix = 0;
+	head_text(head, when_sec, 0);
+	if (put(m, head, BODY_AT, e) != 0) {
 		mbox_abort(m);
 		return -1;
 	}
-	m->prefix = 0;
-	m->quotes = false;
+	m->summed = m->buffered;
 	return 0;
 }
 
-/* The header of the mail in hand names no Message-ID: put one in front of it, in the file, or find it stored. */
+/* The mail in hand belongs to this ring: have we got it? */
+static void find_stored(struct mbox *m, uint32_t *place)
+{
+	uint32_t i;
+
+	take_name(m, place);
+	i = first_of(m, place);
+	if (rank_of(m, i) > RANK_GONE)
+		m->known_already = (m->how & MBOX_DUPLICATES) == 0 && m->entries[*place - 1].uid != 0;
+	else if (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT))
+		m->compare = true;
+	else
+		m->known_already = true;
+}
+
+/* The header of the mail in hand names no Message-ID: put one in front of it, unless it is stored. */
 static int insert_made_id(struct mbox *m, struct err *e)
 {
-	static const char field[] = "Message-ID: ";
-	char line[sizeof field + MBOX_MADE_MAX + 1];
+	char line[sizeof "Message-ID: " + MBOX_MADE_MAX + 1] = "Message-ID: ";
+	struct mbox_id *id = &m->header.id[0];
 	struct mbox_header header;
 	struct mbox_made made;
-	uint8_t key[20];
-	off_t body = m->start + BODY_AT, end;
-	size_t length = sizeof field - 1, got;
-	int64_t stored;
-	unsigned k;
+	uint32_t *place;
+	uint8_t key[20], *body;
+	off_t at = m->start + BODY_AT;
+	size_t length = strlen(line), got;
+	int64_t k;
 
-	if (flush(m, e) != 0)
+	if ((!m->whole_header || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
 		return -1;
 	mbox_header_init(&header, &made);
-	for (off_t at = body; at < m->flushed; at += (off_t)got) {
+	body = m->buffer + m->summed;
+	if (m->whole_header)
+		mbox_header_feed(&header, body, m->buffered - m->summed);
+	for (bool over = m->whole_header; !over && at < m->flushed; at += (off_t)got) {
 		if (read_all(m, m->fd, m->buffer, BUFFER_OCTETS, at, &got, e) != 0)
 			return -1;
-		if (got == 0 || mbox_header_feed(&header, m->buffer, got))
-			break;
+		over = got == 0 || mbox_header_feed(&header, m->buffer, got);
 	}
-	mbox_header_end(&header, &m->header.id[0]);
+	mbox_header_end(&header, id);
 	mbox_made_end(&made, key);
-	m->header.kind[0] = MBOX_ID_MADE;
-	m->header.fields = 1;
-	if ((stored = made_unbound(m, key, &m->header.id[0], e)) != MBOX_MAILS_MAX) {
-		m->known_already = true;
-		return stored < 0 ? -1 : 0;
-	}
-	if ((k = made_next(m, key, &m->header.id[0], e)) == 0)
+	if ((k = made_unbound(m, key, id, &place, e)) > 0)
+		find_stored(m, place);
+	else if (k == 0)
+		k = made_next(m, key, id, e);
+	if (k <= 0)
 		return -1;
-	memcpy(line, field, length);
-	length += made_text(line + length, key, k);
+	length += made_text(line + length, key, (uint32_t)k);
 	line[length++] = '\n';
-	/* Move what is there up, from its end. */
-	for (end = m->flushed; end > body; end -= (off_t)got) {
-		size_t n = end - body < BUFFER_OCTETS ? (size_t)(end - body) : BUFFER_OCTETS;
-
-		if (read_all(m, m->fd, m->buffer, n, end - (off_t)n, &got, e) != 0 ||
-		    write_all(m, m->fd, m->buffer, got, end - (off_t)n + (off_t)length, e) != 0)
-			return -1;
-		if (got < n)
-			return err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
+	if (m->whole_header) {
+		memmove(body + length, body, m->buffered - m->summed);
+		memcpy(body, line, length);
+		m->buffered += length;
+		return 0;
 	}
-	m->flushed += (off_t)length;
-	m->sum_again = true;
-	return write_all(m, m->fd, line, length, body, e);
+	/* A long header is in the file: move all of it, block by block. What is left goes behind it. */
+	m->sum = (struct sum){ 0 };
+	memcpy(m->buffer, line, length);
+	for (at = m->start + BODY_AT; at < m->flushed; at += (off_t)got) {
+		if (read_all(m, m->fd, m->buffer + length, BUFFER_OCTETS - length, at, &got, e) != 0 ||
+		    write_all(m, m->fd, m->buffer, got, at, e) != 0)
+			return -1;
+		if (got == 0)
+			return err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
+		sum_feed(&m->sum, m->buffer, got);
+		memmove(m->buffer, m->buffer + got, length);
+	}
+	m->buffered = length;
+	return 0;
 }
 
 /* The header's end has been seen: have we this mail already, and does it need a Message-ID? */
 static int header_over(struct mbox *m, struct err *e)
 {
+	struct record last;
 	struct mbox_id id;
-	uint32_t at = 0;
-	int64_t i;
+	uint32_t *place;
 
+	if (!mbox_header_end(&m->header, &id)) {
+		if (insert_made_id(m, e) != 0)
+			return -1;
+	} else {
+		if (ring_find(m, &id, &place, &last, e) != 0)
+			return -1;
+		if (*place != 0)
+			find_stored(m, place);
+	}
 	m->header_over = true;
-	if (!mbox_header_end(&m->header, &id))
-		return insert_made_id(m, e);
-	while ((i = record_by_id(m, &id, &at, e)) >= 0 && i < MBOX_MAILS_MAX)
-		if ((m->entries[i].bits & ENTRY_OTHER) == 0 &&
-		    ((m->how & MBOX_DUPLICATES) == 0 || m->entries[i].uid == 0))
-			m->known_already = true;
-	return i < 0 ? -1 : 0;
+	m->whole_header = false;
+	return 0;
 }
 
 /* The mail in mboxrd form: CRLF as LF, one > more in front of lines that match ^>*From . */
@@ -2126,13 +2411,23 @@ static int put_quoted(struct mbox *m, const uint8_t *p, size_t n, struct err *e)
 
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e)
 {
-	if (m->known_already)
-		return 0;
-	if (m->header_over)
-		return put_quoted(m, octets, n, e);
-	if (put_quoted(m, octets, n, e) != 0)
-		return -1;
-	return mbox_header_feed(&m->header, octets, n) ? header_over(m, e) : 0;
+	const uint8_t *p = octets;
+
+	while (n > 0 && !m->header_over) {
+		size_t room = m->whole_header ? HEADER_OCTETS - (size_t)m->wire : n,
+		       part = n < room ? n : room;
+
+		if (put_quoted(m, p, part, e) != 0)
+			return -1;
+		m->wire += part;
+		m->whole_header = m->whole_header && m->wire < HEADER_OCTETS;
+		if (mbox_header_feed(&m->header, p, part) && header_over(m, e) != 0)
+			return -1;
+		p += part;
+		n -= part;
+	}
+	m->wire += n;
+	return m->known_already ? 0 : put_quoted(m, p, n, e);
 }
 
 const char *mbox_date(const struct mbox *m)
@@ -2140,28 +2435,68 @@ const char *mbox_date(const struct mbox *m)
 	return m->header.date;
 }
 
-int mbox_lacks_id(struct mbox *m, struct err *e)
+/*
+ * A mail may take the place of a stored one. If one of those with its ID is the same, octet by octet, that
+ * gets the UID. Returns 0 then, or 1 if the mail is to be stored, or -1.
+ */
+static int compare(struct mbox *m, const struct record *r, struct err *e)
 {
-	if (!m->header_over && header_over(m, e) != 0) {
-		mbox_abort(m);
+	uint32_t *place, before, i;
+	struct record first, copy;
+
+	if (ring_find(m, &r->id, &place, &copy, e) != 0)
 		return -1;
+	before = *place - 1;
+	for (int n = 0; n < COMPARED_MAX; n++, before = i) {
+		enum rank rank;
+
+		i = m->next[before];
+		rank = rank_of(m, i);
+		if ((rank <= RANK_GONE || rank == RANK_BOUND) && record_get(m, i, &copy, e) != 0)
+			return -1;
+		if (n == 0)
+			first = copy;
+		if ((rank <= RANK_GONE || rank == RANK_BOUND) && is_alike(r, &copy)) {
+			mbox_abort(m);
+			if (rank == RANK_BOUND)
+				return bind_name(m, place, &copy, r->uid, m->wire, e);
+			if (i == *place - 1) { /* to the front */
+				*place = before + 1;
+			} else {
+				m->next[before] = m->next[i];
+				m->next[i] = first_of(m, place);
+				m->next[*place - 1] = i;
+			}
+			return give_uid(m, place, r->uid, e);
+		}
+		if (i == *place - 1)
+			break;
 	}
-	return m->header.kind[0] == MBOX_ID_MADE;
+	i = first_of(m, place);
+	if ((m->entries[i].bits & ENTRY_LEFT) == 0 && m->wire <= first.wire) { /* as in bind_first() */
+		mbox_abort(m);
+		return give_uid(m, place, r->uid, e);
+	}
+	*place = i + 1;
+	return tear(m, i, e) != 0 ? -1 : 1;
 }
 
 int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e)
 {
-	struct record r = {
-		.uid = uid, .state = flags & MBOX_FLAGS, .offset = m->start, .digits = DIGITS_AT
-	};
-	char from[FROM_OCTETS], digits[4];
+	struct record r = { .uid = uid,
+			    .state = flags & MBOX_FLAGS,
+			    .offset = m->start,
+			    .head = BODY_AT,
+			    .digits = DIGITS_AT };
+	char head[BODY_AT];
+	int new = 1;
 
 	if (!m->header_over && header_over(m, e) != 0)
 		goto fail;
 	r.id = m->header.id[0];
 	if (m->known_already || record_by_uid(m, uid) != NULL) {
 		mbox_abort(m);
-		return mbox_bind(m, uid, &r.id, 0, e) < 0 ? -1 : 0;
+		return mbox_bind(m, uid, &r.id, m->wire, e) < 0 ? -1 : 0;
 	}
 	/* What was held back; then the line end that may be missing, then the empty line. */
 	if ((m->cr && put(m, "\r", 1, e) != 0) ||
@@ -2169,34 +2504,24 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		goto fail;
 	if (put(m, "\n\n", m->prefix == 0 && !m->quotes && !m->cr ? 1 : 2, e) != 0)
 		goto fail;
-	if (when_sec != m->when_sec) {
-		from_line(from, when_sec);
-		m->sum_again = m->sum_again || m->start < m->flushed;
-		if (patch(m, m->start, from, FROM_OCTETS, e) != 0)
-			goto fail;
-	}
+	sum_feed(&m->sum, m->buffer + m->summed, m->buffered - m->summed);
+	m->summed = m->buffered;
 	r.octets = m->flushed + (off_t)m->buffered - m->start;
-	if (m->sum_again) {
-		struct reader reader;
-		struct record found;
-
-		if (flush(m, e) != 0)
+	r.sum = sum_end(&m->sum);
+	r.wire = m->wire <= UINT32_MAX ? (uint32_t)m->wire : 0;
+	if (m->compare && (new = compare(m, &r, e)) <= 0) {
+		if (new < 0)
 			goto fail;
-		reader_init(&reader, m, m->start, m->flushed);
-		if (reader_next(&reader, e) < 0 || scan_mail(&reader, &found, e) < 0)
-			goto fail;
-		m->sum = (struct sum){ 0 };
-		r.sum = found.sum;
-	} else {
-		sum_feed(&m->sum, m->buffer + m->summed, m->buffered - m->summed);
-		m->summed = m->buffered;
-		r.sum = sum_end(&m->sum);
+		return 0;
 	}
-	put_digits(digits, 4, 16, r.state);
-	if (patch(m, m->start + DIGITS_AT, digits, 4, e) != 0 || record_append(m, &r, e) != 0)
+	head_text(head, when_sec, r.state);
+	if (m->start >= m->flushed)
+		memcpy(m->buffer + (m->start - m->flushed), head, BODY_AT);
+	else if (untouched(m, e) != 0 || write_all(m, m->fd, head, BODY_AT, m->start, e) != 0)
+		goto fail;
+	if (record_append(m, &r, e) != 0)
 		goto fail;
 	m->start = -1;
-	m->summed = 0;
 	if (m->flushed - m->committed_octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
 	return 1;
@@ -2222,7 +2547,11 @@ void mbox_abort(struct mbox *m)
 	    ftruncate(m->fd, m->flushed) != 0)
 		m->stuck = true;
 	m->start = -1;
-	m->summed = 0;
+}
+
+void mbox_assume(struct mbox *m, const struct mbox_claim *claim)
+{
+	m->now.claim = *claim;
 }
 
 /* ======== commit and close ======== */
@@ -2231,11 +2560,12 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
 	char new[PATH_OCTETS + 16], path[PATH_OCTETS + 16];
 	bool data = m->data_dirty || m->buffered > 0, marking = m->now.writing && !m->marked, records;
+	uint8_t state[STATE_OCTETS];
 	struct stat st, named;
 
 	if (m->stuck || m->index_void)
 		return err_set(e, E_SYSTEM, "%s: not committed after an error", m->path);
-	if (fstat(m->fd, &st) != 0 || stat(m->path, &named) != 0 || st.st_ino != named.st_ino ||
+	if (fstat(m->fd, &st) != 0 || lstat(m->path, &named) != 0 || st.st_ino != named.st_ino ||
 	    st.st_dev != named.st_dev) {
 		m->index_void = true;
 		return err_set(e, E_FORMAT, "%s: another program replaced it", m->path);
@@ -2252,12 +2582,15 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		return -1;
 	m->index_rekeyed = false;
 	records = data || m->records_dirty || m->now.records > m->written || m->index_new || marking ||
-		  m->now.writing != m->disk.writing;
-	m->now.turn = m->disk.turn;
-	if (!records && memcmp(&m->now, &m->disk, sizeof m->now) == 0)
-		return 0;
-	if (records_update(m, e) != 0 || records_flush(m, e) != 0 || index_write_state(m, e) != 0)
+		  m->now.writing != m->disk[0];
+	if (records_update(m, e) != 0 || records_flush(m, e) != 0)
 		return -1;
+	state_pack(&m->now, state);
+	if (!records && memcmp(state, m->disk, sizeof state) == 0)
+		return 0;
+	if (write_all(m, m->index, state, sizeof state, STATE_AT, e) != 0)
+		return -1;
+	memcpy(m->disk, state, sizeof state);
 	/* A mere claim may be lost with the power: the old one only asks again. */
 	if (records && sync_file(m, m->index, e) != 0)
 		return -1;
@@ -2303,73 +2636,11 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		close(m->fd);
 	free(m->entries);
 	free(m->order);
+	free(m->next);
+	free(m->keys);
 	free(m->table);
 	free(m);
 	return r;
-}
-
-/* ======== a mail that may be torn ======== */
-
-/*
- * The octets that a stored mail has on the wire: LF as CRLF, without our fields, quoting and
- * closing empty line.
- */
-static int wire_octets(struct mbox *m, const struct record *r, uint64_t *octets, struct err *e)
-{
-	struct reader reader;
-	bool more;
-	int got;
-
-	*octets = 0;
-	if (flush(m, e) != 0)
-		return -1;
-	reader_init(&reader, m, r->offset + r->digits + (r->digits > 0 ? 5 : 0), r->offset + r->octets - 1);
-	for (more = false; (got = reader_next(&reader, e)) > 0; more = true) {
-		size_t quotes = 0;
-
-		if (!more &&
-		    (r->digits == 0 ||
-		     (reader.octets > 12 && is_made((const char *)reader.piece + 12, reader.octets - 13))))
-			continue; /* the From line of a mail without digits; the Message-ID we made */
-		*octets += reader.octets + (reader.piece[reader.octets - 1] == '\n');
-		while (quotes < reader.octets && reader.piece[quotes] == '>')
-			quotes++;
-		if (reader.line_start && quotes > 0 && reader.octets - quotes >= 5 &&
-		    memcmp(reader.piece + quotes, "From ", 5) == 0)
-			--*octets;
-	}
-	return got;
-}
-
-uint32_t mbox_suspect(struct mbox *m, uint64_t *octets)
-{
-	struct err ignored = { 0 };
-	struct record r;
-
-	if (m->suspect == 0 || m->entries[m->suspect - 1].uid == 0 ||
-	    record_get(m, m->suspect - 1, &r, &ignored) != 0 || wire_octets(m, &r, octets, &ignored) != 0)
-		return 0;
-	return m->entries[m->suspect - 1].uid;
-}
-
-int mbox_judge(struct mbox *m, bool torn, struct err *e)
-{
-	uint32_t i = m->suspect - 1, at;
-
-	m->suspect = 0;
-	m->entries[i].bits &= ~(uint32_t)ENTRY_SUSPECT;
-	m->entries[i].bits |= ENTRY_DIRTY;
-	m->records_dirty = true;
-	if (!torn)
-		return 0;
-	if (m->entries[i].uid != 0) {
-		at = order_find(m, m->entries[i].uid);
-		m->known--;
-		memmove(m->order + at, m->order + at + 1, (m->known - at) * sizeof *m->order);
-		set_uid(m, i, 0);
-	}
-	m->entries[i].bits |= ENTRY_TORN;
-	return set_state(m, i, state_of(&m->entries[i]) | MBOX_GONE, e);
 }
 
 /* ======== file names ======== */

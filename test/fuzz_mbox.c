@@ -50,20 +50,18 @@ static void check_counts(struct mbox *m)
 
 	for (uint32_t i = 0; i < m->now.records; i++) {
 		const struct entry *entry = &m->entries[i];
-		struct record r;
-		uint32_t at = 0;
-		int64_t k;
+		struct record r, tail;
+		uint32_t *place, k;
 
 		known += entry->uid != 0;
 		stored += (entry->bits & ENTRY_OTHER) == 0;
 		gone += (entry->bits & ENTRY_OTHER) == 0 && entry->bits & ENTRY_GONE;
 		others += entry->bits & ENTRY_OTHER && entry->uid != 0;
 		must(entry->uid == 0 || m->entries[*record_by_uid(m, entry->uid)].uid == entry->uid);
-		if (entry->bits & ENTRY_TORN)
-			continue;
 		must(record_get(m, i, &r, &e) == 0);
-		while ((k = record_by_id(m, &r.id, &at, &e)) != i)
-			must(k >= 0 && k < MBOX_MAILS_MAX);
+		must(ring_find(m, &r.id, &place, &tail, &e) == 0 && *place != 0);
+		for (k = *place - 1; k != i;)
+			must((k = m->next[k]) != *place - 1 || k == i);
 	}
 	must(m->known == known && m->now.stored == stored && m->now.others == others);
 	must(m->now.gone == gone);
@@ -107,7 +105,6 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 {
 	struct err e = { 0 };
 	uint32_t live, gone, moved[2];
-	uint64_t octets;
 	struct record r;
 
 	for (; n > 1 && e.code == E_NONE; p += 2, n -= 2) {
@@ -116,10 +113,10 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 		switch (p[0] % 9) {
 		case 0:
 			if (m->now.records > 0 && record_get(m, p[1] % m->now.records, &r, &e) == 0)
-				mbox_bind(m, uid, &r.id, &e);
+				mbox_bind(m, uid, &r.id, p[0] / 9, &e);
 			break;
 		case 1:
-			mbox_bind_made(m, uid, (const uint8_t *)"01234567890123456789", &e);
+			mbox_bind_made(m, uid, (const uint8_t *)"01234567890123456789", p[0] / 9, &e);
 			break;
 		case 2:
 			mbox_set_flags(m, uid, p[0] / 9 & 7u, &e);
@@ -131,8 +128,7 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 			mbox_drop_uids(m, odd_lives, NULL);
 			break;
 		case 5:
-			if (mbox_suspect(m, &octets) != 0)
-				mbox_judge(m, p[1] & 1, &e);
+			mbox_assume(m, &(struct mbox_claim){ .uidvalidity = p[1] });
 			break;
 		case 6:
 			mbox_forget_uids(m);
@@ -194,18 +190,12 @@ static void index_make(const uint8_t *p, size_t n, uint8_t right)
 	put_number(octets + 16, 4, 5);
 	put_number(octets + 20, 4, sum_of((const uint8_t *)"INBOX", 5));
 	memcpy(octets + NAME_AT, "INBOX", 5);
-	for (int i = 0; i < 2; i++) {
-		uint8_t *state = octets + STATE_AT + i * STATE_STEP;
-		size_t part = n < 24 ? n : 24;
-
-		memcpy(state, p, part < 16 ? part : 16); /* turn, writing, records, stored */
-		state[3] = 0; /* 2^32 commits are too many */
-		put_number(state + 56, 2, part > 17 ? get_number(p + 16, 2) : 0);
-		p += part;
-		n -= part;
-		if (right & 1)
-			put_number(state + 72, 8, sum_of(state, 72));
-	}
+	memcpy(octets + STATE_AT, p, n < 12 ? n : 12); /* writing, records, stored */
+	put_number(octets + STATE_AT + 56, 2, n > 13 ? get_number(p + 12, 2) : 0);
+	if (right & 1)
+		put_number(octets + STATE_AT + 72, 8, sum_of(octets + STATE_AT, 72));
+	p += n < 16 ? n : 16;
+	n -= n < 16 ? n : 16;
 	for (; n >= 16 && records < 64; p += 16, n -= 16, records++) {
 		uint8_t *record = octets + RECORDS_AT + records * RECORD_OCTETS;
 
@@ -215,7 +205,8 @@ static void index_make(const uint8_t *p, size_t n, uint8_t right)
 		record[15] = right & 4 ? p[7] : 0;
 		put_number(record + 16, 2, get_number(p + 8, 2));
 		record[24] = p[10] & 3; /* few IDs */
-		put_number(record + 48, 4, get_number(p + 11, right & 8 ? 4 : 1));
+		put_number(record + 48, 1, p[11]); /* the lines in front, as the digits say, or not */
+		record[7] = right & 8 ? p[12] : (uint8_t)(p[11] - 5);
 		if (right & 2)
 			put_number(record + 56, 8, sum_of(record, 56));
 	}
