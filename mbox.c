@@ -63,7 +63,7 @@ enum {
 	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
 	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
-	KEYS_MAX = 1 << 16,           /* places for keys of made IDs; then all are forgotten */
+	KEYS_MAX = 1 << 14,           /* places for keys of made IDs; nobody can foresee which meet */
 	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
@@ -425,7 +425,7 @@ struct state {        /* what the index's header says */
  * walking through all of its mails for each.
  */
 struct key {
-	uint64_t hash;    /* salted; 0: a free place */
+	uint64_t hash;    /* salted; 0: none */
 	uint32_t next;    /* below this all k are stored, ... */
 	uint32_t free[2]; /* ... below these no mail without a UID is live, or gone */
 };
@@ -463,8 +463,7 @@ struct mbox {
 	uint64_t salt;    /* of the hashes: nobody can send mails whose IDs meet */
 	uint32_t written; /* records in the index file; the others, up to RECORDS_HELD, are here: */
 	uint8_t held[RECORDS_HELD * RECORD_OCTETS];
-	struct key *keys;
-	uint32_t keys_room, keys_used;
+	struct key *keys; /* KEYS_MAX of them, or NULL */
 
 	/* the mail being stored */
 	off_t start;   /* -1: none */
@@ -1045,40 +1044,50 @@ static int ring_find(struct mbox *m, const struct mbox_id *id, uint32_t **place,
 	}
 }
 
+/* Put the ring whose last record + 1 is 'other' behind the one whose last record + 1 is *last, if any. */
+static void ring_join(struct mbox *m, uint32_t *last, uint32_t other)
+{
+	if (*last != 0) {
+		uint32_t first = m->next[*last - 1];
+
+		m->next[*last - 1] = m->next[other - 1];
+		m->next[other - 1] = first;
+	}
+	*last = other;
+}
+
+/* Make the record behind 'before' the first of its ring. */
+static void ring_prefer(struct mbox *m, uint32_t *place, uint32_t before)
+{
+	uint32_t i = m->next[before];
+
+	if (i == *place - 1) {
+		*place = before + 1;
+	} else if (before != *place - 1) {
+		m->next[before] = m->next[i];
+		m->next[i] = first_of(m, place);
+		m->next[*place - 1] = i;
+	}
+}
+
 /* Put each ring into the order of enum rank. */
 static void rings_sort(struct mbox *m)
 {
-	for (uint32_t at = 0; at < m->table_room; at++) {
-		uint32_t head[RANKS] = { 0 }, tail[RANKS], i = m->table[at], end;
+	for (uint32_t *place = m->table; place < m->table + m->table_room; place++) {
+		uint32_t ranks[RANKS] = { 0 }, end = *place - 1, i;
 
-		if (i == 0 || m->next[i - 1] == i - 1)
+		if (*place == 0 || m->next[end] == end)
 			continue;
-		end = i - 1;
-		i = end;
-		do { /* numbers + 1, to have a 0 */
-			enum rank rank;
-
-			i = m->next[i];
-			rank = rank_of(m, i);
-			if (head[rank] == 0)
-				head[rank] = i + 1;
-			else
-				m->next[tail[rank] - 1] = i;
-			tail[rank] = i + 1;
-			/* the link of i is overwritten no sooner than the next of its rank comes */
-		} while (i != end);
-		m->table[at] = 0;
-		for (int rank = RANKS;
-		     rank-- > 0;) { /* from the last to the first, each in front of what is there */
-			if (head[rank] == 0)
-				continue;
-			if (m->table[at] == 0)
-				m->table[at] = tail[rank];
-			else
-				m->next[tail[rank] - 1] = i;
-			i = head[rank] - 1;
+		for (uint32_t follows = m->next[end]; *place != 0;) {
+			i = follows;
+			follows = m->next[i];
+			m->next[i] = i;
+			ring_join(m, &ranks[rank_of(m, i)], i + 1);
+			*place = i == end ? 0 : *place;
 		}
-		m->next[m->table[at] - 1] = i;
+		for (int rank = 0; rank < RANKS; rank++)
+			if (ranks[rank] != 0)
+				ring_join(m, place, ranks[rank]);
 	}
 }
 
@@ -1142,11 +1151,7 @@ static int record_add(struct mbox *m, const struct record *r, struct err *e)
 	m->entries[i].bits = entry_hash(m, &r->id) << ENTRY_HASH_SHIFT | entry_state(r->state) |
 			     (r->kind & ENTRY_KIND);
 	m->next[i] = i;
-	if (*place != 0) {
-		m->next[i] = first_of(m, place);
-		m->next[*place - 1] = i;
-	}
-	*place = i + 1;
+	ring_join(m, place, i + 1);
 	if ((r->kind & ENTRY_OTHER) == 0) {
 		m->now.stored++;
 		m->now.gone += (r->state & MBOX_GONE) != 0;
@@ -1178,37 +1183,16 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 static struct key *key_find(struct mbox *m, const uint8_t octets[20], struct err *e)
 {
 	uint64_t hash = sum_step(salted(m, octets), get_number(octets + 16, 4)) | 1;
-	uint32_t at;
+	struct key *key;
 
-	if (m->keys_used >= m->keys_room / 4 * 3) {
-		uint32_t room = m->keys_room == 0 ? 64 : m->keys_room;
-		struct key *old = m->keys, *keys;
-
-		room *= room < KEYS_MAX && m->keys_used > 0 ? 2 : 1;
-		if ((keys = calloc(room, sizeof *keys)) == NULL) {
-			err_set(e, E_SYSTEM, "%s: out of memory", m->path);
-			return NULL;
-		}
-		for (uint32_t i = 0; room > m->keys_room && i < m->keys_room; i++)
-			if (old[i].hash != 0) {
-				for (at = (uint32_t)(old[i].hash >> 32) & (room - 1); keys[at].hash != 0;)
-					at = (at + 1) & (room - 1);
-				keys[at] = old[i];
-			}
-		m->keys_used = room > m->keys_room ? m->keys_used : 0;
-		m->keys = keys;
-		m->keys_room = room;
-		free(old);
+	if (m->keys == NULL && (m->keys = calloc(KEYS_MAX, sizeof *m->keys)) == NULL) {
+		err_set(e, E_SYSTEM, "%s: out of memory", m->path);
+		return NULL;
 	}
-	for (at = (uint32_t)(hash >> 32) & (m->keys_room - 1); m->keys[at].hash != hash;) {
-		if (m->keys[at].hash == 0) {
-			m->keys[at] = (struct key){ hash, 1, { 1, 1 } };
-			m->keys_used++;
-			break;
-		}
-		at = (at + 1) & (m->keys_room - 1);
-	}
-	return &m->keys[at];
+	key = &m->keys[(hash >> 32) % KEYS_MAX];
+	if (key->hash != hash)
+		*key = (struct key){ hash, 1, { 1, 1 } };
+	return key;
 }
 
 /* Mails have lost their UIDs, or their marks. */
@@ -1216,7 +1200,6 @@ static void keys_forget(struct mbox *m)
 {
 	free(m->keys);
 	m->keys = NULL;
-	m->keys_room = m->keys_used = 0;
 }
 
 /* The first number that no stored mail with this key has, and its ID; 0 is an error. */
@@ -1404,7 +1387,8 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 		return -1;
 	r->sum = sum_end(&sum);
 	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
-	r->wire = wire > 2 && wire - 2 <= UINT32_MAX ? (uint32_t)wire - 2 : 0; /* without the empty line */
+	/* Without the empty line; the original has stripped its mails. */
+	r->wire = !nobody && wire > 2 && wire - 2 <= UINT32_MAX ? (uint32_t)wire - 2 : 0;
 	if (mbox_header_end(&id_header, &r->id)) {
 		/* The original gave a made ID to mails whose own it overlooked. */
 		if (nobody && id_header.kind[0] == MBOX_ID_MADE && id_header.fields > 1 &&
@@ -2101,24 +2085,32 @@ static bool is_of_size(const struct record *r, uint64_t size)
 }
 
 /*
- * A mail that the server has belongs to this ring. Give its UID to the first mail there that has none.
- * Returns 1; 0 if there is none, or it must be fetched and compared: another mail has its place; or -1.
+ * A mail that the server has belongs to this ring. Give its UID to the first mail there that has none and
+ * may be it. Returns 1; 0 if there is none, or it must be fetched and compared; or -1.
  */
 static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t size, struct err *e)
 {
-	uint32_t i = first_of(m, place), bits = m->entries[i].bits;
-	struct record r;
+	uint32_t before = *place - 1, i;
 
-	if (rank_of(m, i) > RANK_GONE)
-		return 0;
-	if (bits & (ENTRY_LEFT | ENTRY_SUSPECT)) {
-		if (record_get(m, i, &r, e) != 0)
-			return -1;
-		/* Torn is what is too short; if it is too long, another program has added lines. */
-		if (!is_of_size(&r, size) && (bits & ENTRY_LEFT || size > r.wire))
-			return 0;
+	for (int n = 0; n < COMPARED_MAX; n++, before = i) {
+		struct record r;
+		uint32_t bits;
+
+		i = m->next[before];
+		bits = m->entries[i].bits;
+		if (rank_of(m, i) > RANK_GONE)
+			break;
+		if (bits & (ENTRY_LEFT | ENTRY_SUSPECT)) {
+			if (record_get(m, i, &r, e) != 0)
+				return -1;
+			/* Torn is what is too short; if it is too long, another program has added lines. */
+			if (!is_of_size(&r, size) && (bits & ENTRY_LEFT || size > r.wire))
+				continue;
+		}
+		ring_prefer(m, place, before);
+		return give_uid(m, place, uid, e) != 0 ? -1 : 1;
 	}
-	return give_uid(m, place, uid, e) != 0 ? -1 : 1;
+	return 0;
 }
 
 /* Note the UID as another name of a mail of this ring; 'last' is the ring's last. */
@@ -2199,7 +2191,11 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 				return -1;
 			take_name(m, place);
 			if (rank_of(m, *place - 1) == RANK_BOUND) { /* lives under another UID */
-				if (m->entries[n].uid != 0 || !is_alike(&r, &last))
+				if (m->entries[n].uid != 0)
+					continue;
+				if (record_get(m, *place - 1, &last, e) != 0)
+					return -1;
+				if (!is_alike(&r, &last))
 					continue;
 				state = state_of(&m->entries[*place - 1]);
 			}
@@ -2436,43 +2432,46 @@ const char *mbox_date(const struct mbox *m)
 }
 
 /*
- * A mail may take the place of a stored one. If one of those with its ID is the same, octet by octet, that
- * gets the UID. Returns 0 then, or 1 if the mail is to be stored, or -1.
+ * The mail in hand may take the place of a stored one. If one of those with its ID is the same, octet by
+ * octet, that gets the UID. Returns 0 then, or 1 if the mail is to be stored, or -1.
  */
 static int compare(struct mbox *m, const struct record *r, struct err *e)
 {
 	uint32_t *place, before, i;
-	struct record first, copy;
+	struct record first = { 0 }, copy;
 
 	if (ring_find(m, &r->id, &place, &copy, e) != 0)
 		return -1;
 	before = *place - 1;
-	for (int n = 0; n < COMPARED_MAX; n++, before = i) {
+	for (int n = 0; n < COMPARED_MAX && (n == 0 || before != *place - 1); n++, before = i) {
 		enum rank rank;
 
 		i = m->next[before];
 		rank = rank_of(m, i);
-		if ((rank <= RANK_GONE || rank == RANK_BOUND) && record_get(m, i, &copy, e) != 0)
+		if (rank > RANK_GONE && (rank != RANK_BOUND || m->how & MBOX_DUPLICATES))
+			continue;
+		if (record_get(m, i, &copy, e) != 0)
 			return -1;
 		if (n == 0)
 			first = copy;
-		if ((rank <= RANK_GONE || rank == RANK_BOUND) && is_alike(r, &copy)) {
-			mbox_abort(m);
-			if (rank == RANK_BOUND)
-				return bind_name(m, place, &copy, r->uid, m->wire, e);
-			if (i == *place - 1) { /* to the front */
-				*place = before + 1;
-			} else {
-				m->next[before] = m->next[i];
-				m->next[i] = first_of(m, place);
-				m->next[*place - 1] = i;
-			}
+		if (!is_alike(r, &copy))
+			continue;
+		mbox_abort(m);
+		if (rank <= RANK_GONE) {
+			ring_prefer(m, place, before);
 			return give_uid(m, place, r->uid, e);
 		}
-		if (i == *place - 1)
-			break;
+		if (bind_name(m, place, &copy, r->uid, m->wire, e) != 0 ||
+		    ring_find(m, &r->id, &place, &copy, e) != 0)
+			return -1;
+		/* The name must not be the ring's last, for the first would take it. */
+		ring_prefer(m, place, before);
+		*place = i + 1;
+		return 0;
 	}
 	i = first_of(m, place);
+	if (rank_of(m, i) > RANK_GONE)
+		return 1;
 	if ((m->entries[i].bits & ENTRY_LEFT) == 0 && m->wire <= first.wire) { /* as in bind_first() */
 		mbox_abort(m);
 		return give_uid(m, place, r->uid, e);

@@ -699,6 +699,111 @@ static void test_bind_made(void)
 }
 
 /* Mails of the original with an ID that it overlooked are known by either. */
+/* An edited draft has a new UID, its old Message-ID, and mostly another size. */
+static void test_replaced(void)
+{
+	static const char id[] = "Message-ID: <a@x>\r\n\r\n", v1[] = "Message-ID: <a@x>\r\n\r\none\r\n",
+			  v2[] = "Message-ID: <a@x>\r\n\r\nthe second\r\n";
+	const uint64_t size1 = sizeof v1 - 1, size2 = sizeof v2 - 1;
+
+	for (unsigned how = 0; how <= MBOX_DUPLICATES; how += MBOX_DUPLICATES) {
+		struct mbox *m = fresh(how);
+		struct mbox_info info;
+
+		check(keep(m, 1, v1) == 1, "the first");
+		listed(m, "2");
+		check(bound_size(m, 2, "<a@x>", size2) == 0 && keep(m, 2, v2) == 1, "the second is stored");
+		marked(m, 0);
+		mbox_tally(m, &info);
+		check(info.gone == 1 && info.unbound == 0 && info.different == 0, "the first is gone");
+		m = reopened(m, how);
+		listed(m, "");
+		marked(m, 1);
+		check(bound_size(m, 3, "<a@x>", size1) == 0, "the first is not known any more");
+		check(bound_size(m, 3, "<a@x>", size2) == 1 && m->now.gone == 1, "the second is back");
+		closed(m);
+		holds(OURS("0008") "Message-ID: <a@x>\n\none\n\n" OURS("0000") "Message-ID: <a@x>\n\nthe second\n\n",
+		      "replaced");
+		unlink(index_file); /* nor does it come back when the index is lost, and the server has more UIDs */
+		m = opened(how);
+		check(bound(m, 4, "<a@x>") == 1 && bound(m, 5, "<a@x>") == (how == 0), "lost index");
+		marked(m, 0);
+		check(m->now.gone == 1, "lost index: still gone");
+		closed(reopened(m, how));
+
+		m = fresh(how); /* the size was wrong: it is the same mail */
+		check(keep(m, 1, v1) == 1, "the first");
+		listed(m, "2");
+		check(bound_size(m, 2, "<a@x>", size1 - 2) == 0 && keep(m, 2, v1) == 0 && mbox_next_uid(m, 1) == 2,
+		      "the same mail");
+		/* A new index or UIDVALIDITY proves nothing, nor does a mail that is still listed. */
+		mbox_forget_uids(m);
+		check(bound_size(m, 3, "<a@x>", size2) == 1, "rekeyed");
+		check(bound_size(m, 4, "<a@x>", size2) == (how == 0), "another one besides");
+		mbox_tally(m, &info);
+		check(info.different == (how == 0), "it is told");
+		m = reopened(m, how);
+		mbox_tally(m, &info);
+		check(info.different == 0, "but once");
+		closed(m);
+
+		/* The fetched mail is the same as one that has a UID: another name, unless copies are kept. */
+		m = fresh(MBOX_DUPLICATES);
+		check(keep(m, 1, v1) == 1 && keep(m, 2, v2) == 1, "two mails, one ID");
+		m = reopened(m, how);
+		listed(m, "23");
+		check(bound_size(m, 3, "<a@x>", size2) == 0 && keep(m, 3, v2) == (how != 0), "a copy");
+		check(mbox_next_uid(m, 3) == 3 && m->now.others == (how == 0), "a copy's UID");
+		marked(m, 0);
+		check(m->entries[*record_by_uid(m, 2)].bits == m->entries[1].bits && m->entries[0].uid == 0,
+		      "the first does not take its place");
+		m = reopened(m, how);
+		check(mbox_next_uid(m, 3) == 3, "a copy's UID stays");
+		closed(m);
+
+		/* Two that left come again: each is found by its size, whatever the order. */
+		m = fresh(MBOX_DUPLICATES);
+		check(keep(m, 1, v1) == 1 && keep(m, 2, v2) == 1 && keep(m, 3, id) == 1, "three mails, one ID");
+		listed(m, "");
+		check(bound_size(m, 6, "<a@x>", sizeof id - 1) == 1 && bound_size(m, 4, "<a@x>", size2) == 1 &&
+		      bound_size(m, 5, "<a@x>", size1) == 1, "by size");
+		check(*record_by_uid(m, 6) == 2 && *record_by_uid(m, 4) == 1 && *record_by_uid(m, 5) == 0, "by size: which");
+		closed(reopened(m, MBOX_DUPLICATES));
+	}
+}
+
+/* A run that dies between the drop of a UID and the mail that replaced its mail. */
+static void test_replaced_later(void)
+{
+	struct mbox *m = fresh(0);
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\none\r\n") == 1, "the first");
+	listed(m, "");
+	marked(m, 1);
+	m = reopened(m, 0);
+	check(bound_size(m, 2, "<a@x>", 99) == 0 && keep(m, 2, "Message-ID: <a@x>\r\n\r\ntwo\r\n") == 1, "the second");
+	closed(reopened(m, 0));
+	holds(OURS("0008") "Message-ID: <a@x>\n\none\n\n" OURS("0000") "Message-ID: <a@x>\n\ntwo\n\n", "later");
+}
+
+/* Another program added lines to all mails: nothing is fetched again, nothing is marked. */
+static void test_rewritten(void)
+{
+	static const char box[] = OURS("0000") "Status: RO\nMessage-ID: <a@x>\n\none\n\n"
+				  OURS("0000") "Status: RO\nMessage-ID: <b@x>\n\ntwo\n\n";
+	struct mbox *m = fresh(0);
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\none\r\n") == 1 && keep(m, 2, "Message-ID: <b@x>\r\n\r\ntwo\r\n") == 1,
+	      "two mails");
+	closed(m);
+	write_file(path, box, sizeof box - 1);
+	m = opened(0);
+	check(bound_size(m, 1, "<a@x>", 26) == 1 && bound_size(m, 2, "<b@x>", 26) == 1, "rewritten: known");
+	marked(m, 0);
+	closed(reopened(m, 0));
+	holds(box, "rewritten");
+}
+
 static void test_original(void)
 {
 	static const char text[] = "From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0001\n"
@@ -998,6 +1103,9 @@ int main(void)
 	test_states();
 	test_bind();
 	test_bind_made();
+	test_replaced();
+	test_replaced_later();
+	test_rewritten();
 	test_original();
 	test_marks();
 	test_index();
