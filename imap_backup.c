@@ -1791,7 +1791,7 @@ static int host_judge(const struct verifier *v, struct err *e)
 		if (tag == NAME_DNS && *text == '\0')
 			snprintf(text, sizeof text, "%.*s", (int)der_octets(name), (const char *)name.at);
 	}
-	return err_set(e, E_ACCOUNT, "the certificate is for %s, not for %s",
+	return err_set(e, E_ACCOUNT, "the certificate is for %.90s, not for %.90s",
 		       *text != '\0' ? text : "another name", v->host);
 }
 
@@ -1822,15 +1822,16 @@ static int verifier_judge(struct verifier *v, bool pinned)
 			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
 	if (host_judge(v, e) != 0)
 		return -1;
-	if (chain_judge(v, clock_sec, e) == 0)
-		return 0;
 	first_sec = ((int64_t)v->leaf.decoder.notbefore_days - 719527) * 86400;
-	if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &other) != 0)
-		return -1;
-	clock_sec = first_sec;
-	log_warn("%s: the certificate is not valid before %s, and this device's clock is wrong: taking the "
-		 "day after as today",
-		 v->host, cert_date(date, v->leaf.decoder.notbefore_days));
+	if (chain_judge(v, clock_sec, e) != 0) {
+		if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &other) != 0)
+			return -1;
+		log_warn("%s: the certificate is not valid before %s, and this device's clock is wrong: "
+			 "taking the day after as today",
+			 v->host, cert_date(date, v->leaf.decoder.notbefore_days));
+		clock_sec = first_sec;
+	}
+	*e = (struct err){ 0 }; /* of another way to an anchor, or another day */
 	return 0;
 }
 
@@ -2190,7 +2191,8 @@ static int tls_fail(struct stream *s)
 		{ BR_ERR_NO_RANDOM, true, "no random numbers: /dev/urandom cannot be read" },
 		{ BR_ERR_WRONG_KEY_USAGE, true, "the certificate's key usage does not allow this cipher" },
 		{ BR_ERR_RECV_FATAL_ALERT + 40, true,
-		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, or have an RSA-PSS or Ed25519 key)" },
+		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, or have an "
+		  "RSA-PSS or Ed25519 key)" },
 		{ BR_ERR_RECV_FATAL_ALERT + 70, true,
 		  "the server speaks only TLS 1.3, or only something older than 1.2; BearSSL speaks 1.2" },
 		{ BR_ERR_RECV_FATAL_ALERT + 80, false, "the server has an internal error" },
@@ -2207,7 +2209,7 @@ static int tls_fail(struct stream *s)
 	if (code == BR_ERR_OK)
 		return stream_fail(s, E_NET, "connection closed by the server");
 	if (v->err.code != E_NONE)
-		return stream_fail(s, E_ACCOUNT, "%.100s: %s%s%s%s", host, v->err.text,
+		return stream_fail(s, E_ACCOUNT, "%.60s: %s%s%s%s", host, v->err.text,
 				   unpinned ? "; to trust it alone: \"tls_fingerprint\": \"" : "",
 				   unpinned ? v->fingerprint : "", unpinned ? "\"" : "");
 	if (code == BR_ERR_UNSUPPORTED_VERSION)
