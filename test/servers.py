@@ -67,6 +67,10 @@ class Certificates:
         'chain': (LOCAL, -2, 800, 'middle', {'chain': ['middle']}),
         'twice': (LOCAL, -2, 800, 'middle', {'chain': ['twice', 'middle']}),
         'jumbled': (LOCAL, -2, 800, 'deep', {'chain': ['other', 'middle', 'good', 'deep', 'ca']}),
+        'by_rsa': (LOCAL, -2, 800, 'rsa_ca'),
+        'forged': (LOCAL, -2, 800, 'ca', {'forge': True}),
+        'forged_rsa': (LOCAL, -2, 800, 'rsa_ca', {'forge': True}),
+        'no_sign': (LOCAL, -2, 800, 'no_sign_ca', {'chain': ['no_sign_ca']}),
         'old_root': (LOCAL, -2, 800, 'old'),
         'old_middle': (LOCAL, -2, 800, 'stale', {'chain': ['stale']}),
         'no_ca': (LOCAL, -2, 800, 'good', {'chain': ['good']}),
@@ -91,6 +95,8 @@ class Certificates:
         'other': (-3, 1000, None, ''),
         'old': (-1000, -3, None, ''),
         'limited_root': (-3, 1000, None, 'nameConstraints=critical,permitted;DNS:localhost'),
+        'rsa_ca': (-3, 1000, None, ''),
+        'no_sign_ca': (-3, 1000, 'ca', 'keyUsage=critical,cRLSign'),
         'middle': (-3, 1000, 'ca', ''),
         'deep': (-3, 1000, 'middle', ''),
         'stale': (-1000, -3, 'ca', ''),
@@ -120,7 +126,8 @@ class Certificates:
             path = more.replace('PATHLEN', ',pathlen') if more.startswith('PATHLEN') else ''
             if issuer is not None:
                 self.authority(issuer)
-            self._issue(name, issuer, None, begin, end, more='' if path else more, path=path)
+            self._issue(name, issuer, None, begin, end, more='' if path else more, path=path,
+                        key='rsa:2048' if name == 'rsa_ca' else 'ec')
         return self._path(name, 'crt')
 
     def make(self, kind):
@@ -129,10 +136,15 @@ class Certificates:
         if not os.path.exists(sent):
             names, begin, end, issuer, *more = self.KINDS[kind]
             more = dict(*more)
-            chain = more.pop('chain', ())
+            chain, forge = more.pop('chain', ()), more.pop('forge', False)
             if issuer in self.AUTHORITIES:
                 self.authority(issuer)
             self._issue(kind, issuer, names, begin, end, **more)
+            if forge:   # something else than what was signed
+                der = ssl.PEM_cert_to_DER_cert(open(self._path(kind, 'crt')).read())
+                assert der.count(b'test ' + kind.encode()) == 1
+                with open(self._path(kind, 'crt'), 'w') as f:
+                    f.write(ssl.DER_cert_to_PEM_cert(der.replace(b'test ' + kind.encode(), b'tesT ' + kind.encode())))
             with open(sent, 'w') as f:
                 for name in [kind, *chain]:
                     f.write(open(self.authority(name) if name in self.AUTHORITIES else self._path(name, 'crt')).read())
