@@ -4146,10 +4146,13 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 				 "\"ssl\": false says",
 				 account->host);
 	} else if (account->never_clear || !stream_is_local(&im->s)) {
-		return stream_fail(&im->s, E_ACCOUNT,
-				   "%s, port %u, offers no STARTTLS; set \"ssl\": true for "
-				   "TLS on port 993, or \"ssl\": false to send the password in the clear",
-				   account->host, account->port);
+		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; %s", account->host,
+				   account->port,
+				   account->pins > 0 ? "with \"tls_fingerprint\" nothing is sent in the clear"
+				   : account->never_clear
+					   ? "port 993 speaks TLS at once"
+					   : "set \"ssl\": true for TLS on port 993, or \"ssl\": false to "
+					     "send the password in the clear");
 	}
 	return 0;
 }
@@ -6324,13 +6327,15 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		return sync_send_examine(y);
 	switch (kind) {
 	case KIND_LISTING:
-		snprintf(uids, sizeof uids, y->list_to == UINT32_MAX ? "1:*" : "1:%lu",
-			 (unsigned long)y->list_to);
+		snprintf(uids, sizeof uids, "1:%lu", (unsigned long)y->list_to);
+		if (y->list_to == UINT32_MAX)
+			strcpy(uids, "1:*");
 		y->list_to = 0;
 		return sync_send_listing(y, kind, uids);
 	case KIND_FLAGS:
-		snprintf(changed, sizeof changed, y->since > 0 ? " (CHANGEDSINCE %llu)" : "",
-			 (unsigned long long)y->since);
+		changed[0] = '\0';
+		if (y->since > 0)
+			snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
 		n = y->flags.high;
 		y->flags.high = 0;
 		return sync_send(y, kind, "UID FETCH %lu:%lu (FLAGS)%s", (unsigned long)y->flags.low,

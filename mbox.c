@@ -1099,13 +1099,14 @@ static int records_room(struct mbox *m, uint32_t n, struct err *e)
 			       m->path, MBOX_MAILS_MAX);
 	if (n > m->entries_room) {
 		uint32_t room = n + n / 16 + 256;
-		void *entries = realloc(m->entries, room * sizeof *m->entries);
-		void *order = realloc(m->order, room * sizeof *m->order);
-		void *next = realloc(m->next, room * sizeof *m->next);
+		void *entries, *order, *next;
 
-		m->entries = entries != NULL ? entries : m->entries;
-		m->order = order != NULL ? order : m->order;
-		m->next = next != NULL ? next : m->next;
+		if ((entries = realloc(m->entries, room * sizeof *m->entries)) != NULL)
+			m->entries = entries;
+		if ((order = realloc(m->order, room * sizeof *m->order)) != NULL)
+			m->order = order;
+		if ((next = realloc(m->next, room * sizeof *m->next)) != NULL)
+			m->next = next;
 		if (entries == NULL || order == NULL || next == NULL)
 			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 				       (unsigned long)room);

@@ -323,7 +323,7 @@ static void mailbox(struct imap *im, const struct account *account, unsigned how
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	static struct account account = { .host = "example.org", .port = 143, .ssl = SSL_OFF };
+	static struct account account = { .email = "u@x", .host = "example.org", .port = 143, .ssl = SSL_OFF };
 	struct imap im = { .flight = IMAP_FLIGHT_MAX - 8, .capabilities = 0 };
 
 	if (*path == '\0') {

@@ -93,7 +93,7 @@ static void check_file(const char *name, char delimiter)
 	size_t n;
 
 	memset(file, 'x', sizeof file);
-	name_file(file, name, delimiter);
+	name_file(file, name, delimiter, false);
 	must(memchr(file, '\0', sizeof file) != NULL);
 	end = file + strlen(file) - 5;
 	must(end >= file && end - file <= MBOX_FILE_MAX && strcmp(end, ".mbox") == 0);
@@ -106,7 +106,7 @@ static void check_file(const char *name, char delimiter)
 	}
 	if (end - file > 8 && end[-9] == '~')
 		return; /* perhaps cut */
-	for (bool first = true; name_part(&name, delimiter, part, sizeof part, &n); first = false) {
+	for (bool first = true, raw; name_part(&name, delimiter, part, sizeof part, &n, &raw); first = false) {
 		size_t m;
 
 		if (first && n == 0 && name != NULL) { /* stands for an empty part and the '.' behind it */
@@ -160,6 +160,7 @@ static bool matches(const char *pattern, const char *text)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
+	struct mailbox box;
 	static const char delimiters[] = "/.\\&|^-"; /* its NUL is one of them: no hierarchy */
 	char name[MBOX_NAME_MAX + 1], pattern[9], original[MBOX_NAME_MAX + 8], text[NAME_OCTETS];
 	struct json entry = { .type = JSON_STRING, .text = pattern };
@@ -190,6 +191,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	must(memchr(text, '\0', sizeof text) != NULL);
 	if (strlen(text) < 24)
 		must(match(pattern, text) == matches(pattern, text));
-	must(!match(pattern, text) || name_matches(&list, name, delimiter));
+	box = (struct mailbox){ .name = (char *)(uintptr_t)name, .delimiter = delimiter };
+	must(!match(pattern, text) || name_matches(&list, &box));
 	return 0;
 }

@@ -160,28 +160,6 @@ def test_a_device_without_ca_bundle(t):
     assert got.status == 0, got
 
 
-# statfs() that takes everything for FAT.
-FAT = '#include <sys/vfs.h>\nint statfs(const char *path, struct statfs *fs)\n' \
-    '{ (void)path; fs->f_type = 0x4d44; return 0; }\n'
-
-
-def test_fat_is_nearly_full_at_4_gb(t):
-    """Said before it hits; when it hits, test_torture knows. The archive costs no disk here."""
-    few(t)
-    t.config()
-    t.backup()
-    assert 'FAT' not in t.backup().err
-    with open(t.mbox(), 'r+b') as f:
-        f.truncate(3600 << 20)
-    library = os.path.join(t.folder, 'fat.so')
-    with open(library + '.c', 'w') as f:
-        f.write(FAT)
-    servers.tool('cc', '-D_FILE_OFFSET_BITS=64', '-shared', '-fPIC', '-o', library, library + '.c')
-    got = t.backup('-n', status=1, env={'LD_PRELOAD': library})   # 1: the index does not fit any more
-    assert 'INBOX.mbox has 3600 MB, and FAT takes no file over 4096' in got.err, got.err
-    assert 'FAT' not in t.backup('-n', status=1).err
-
-
 def test_exfat(t):
     """A stick with exFAT: no modes, and names are the same in any case. In user space, and only where
     that may be mounted."""
