@@ -245,7 +245,8 @@ class Session:
             m = re.search(rb'\{(\d+)(\+?)\}\r?\n$', line)
             if not m:
                 break
-            if m.group(2) and 'LITERAL+' not in self.capabilities:
+            if m.group(2) and 'LITERAL+' not in self.capabilities and (
+                    'LITERAL-' not in self.capabilities or int(m.group(1)) > 4096):
                 self.server.fault('a non-synchronising literal, but no LITERAL+: %r' % line)
                 self.line('%s BAD no such literals here' % line.split()[0].decode())
                 self.flush()

@@ -1,0 +1,655 @@
+"""What people met at their servers and reported, each kind with some brothers; tables as in test_wire.py."""
+import os
+import random
+import re
+import select
+import time
+
+import archive
+import imapd
+import sample
+from imapd import BARE, FULL, Mailbox, Server, Session
+from test_wire import Case, always, answers, drop, few, letters, play
+from torture import held
+
+PLAIN = FULL.replace(' CONDSTORE', '')
+
+
+class Counting(Session):
+    """Keeps the mails that were fetched whole, in the server's `bodies`."""
+
+    def fetch_body(self, m, item):
+        if item == 'BODY.PEEK[]':
+            self.server.bodies.append(m.data)
+        return Session.fetch_body(self, m, item)
+
+
+def serve(t, boxes, **odd):
+    server = Server(boxes, session=type('Odd', (Counting,), odd))
+    server.bodies = []
+    t.cleanups.append(server.stop)
+    return server
+
+
+def clear(t, server, **more):
+    """Its account, without TLS."""
+    return t.account(server, mode='plain', ssl=False, **more)
+
+
+def fetched(t, server, *args, **more):
+    """Run a backup; what it said, and the mails that it fetched whole."""
+    del server.bodies[:]
+    got = t.backup(*args, **more)
+    assert not server.faults, server.faults
+    return got.err, list(server.bodies)
+
+
+def with_id(name, body, *more):
+    return b'\r\n'.join((b'From: a@x', b'Message-ID: <%s@x>' % name, *more, b'', body, b''))
+
+
+# ---- octets between the words ----
+
+def keyword(word, where='flags permanent fetch'):
+    """Mails bear this keyword, and the server tells it there."""
+    box = Mailbox(letters())
+    for m in box.mails[::2]:
+        m.flags.add(word)
+
+    def line(self, text):
+        for what, begin, end in (('flags', '* FLAGS (', ')'), ('permanent', '* OK [PERMANENTFLAGS (', ')]')):
+            if what in where and text.startswith(begin):
+                text = '%s\\Seen %s%s%s' % (begin, word, ' \\*' * (what == 'permanent'), end)
+        Session.line(self, text)
+
+    def fetch_items(self, m, items):
+        return [re.sub(rb' ?%s' % re.escape(word.encode()), b'', i) if i.startswith(b'FLAGS') and 'fetch' not in where
+                else i for i in Session.fetch_items(self, m, items)]
+    return Case(boxes={'INBOX': box, 'Behind': few(3)}, tries=1, line=line, fetch_items=fetch_items)
+
+
+def test_keywords_with_brackets(t):
+    """RFC 3501 has "[" in an atom, and servers take more than that from their users."""
+    play(t, {
+        'open': keyword('[work'), 'close': keyword('work]'), 'only': keyword('['), 'pair': keyword('[work]'),
+        'inside': keyword('a[b'), 'many': keyword('][]]['), 'open-bare': keyword('[work', 'flags'),
+        'open-fetch': keyword('[work', 'fetch'), 'close-fetch': keyword(']work', 'fetch'),
+        'close-code': keyword('wo]rk', 'permanent'), 'body': keyword('BODY[', 'fetch'),
+        'stray': keyword('wo(rk'), 'stray-first': keyword('(work'), 'stray-flags': keyword('wo(rk', 'flags'),
+        'stray-code': keyword('wo(rk', 'permanent'), 'stray-fetch': keyword('wo(rk', 'fetch'),
+    })
+
+
+def empty_line(before, what='\r\n'):
+    """An empty line in front of each line of the server's that matches."""
+    def line(self, text):
+        if re.match(before, text):
+            self.put(what)
+        Session.line(self, text)
+
+    def fetch_mail(self, number, m, items):
+        if re.match(before, '* FETCH'):
+            self.put(what)
+        Session.fetch_mail(self, number, m, items)
+    return dict(line=line, fetch_mail=fetch_mail)
+
+
+def behind_literal(what, only=''):
+    def body(self, name, data):
+        return Session.body(self, name, data) + (what if only in name.decode() else b'')
+    return dict(body=body)
+
+
+def test_empty_lines(t):
+    play(t, {
+        'mail': Case(tries=1, **behind_literal(b'\r\n')), 'mail-lf': Case(tries=1, **behind_literal(b'\n')),
+        'mail-two': Case(tries=1, **behind_literal(b'\r\n\r\n')), 'mail-blank': Case(tries=1, **behind_literal(b' \r\n ')),
+        'mail-blanks': Case(tries=1, **behind_literal(b'  ')), 'header': Case(tries=1, **behind_literal(b'\r\n', 'HEADER')),
+        'untagged': Case(tries=1, **empty_line(r'\* (?!OK \[CAP)')), 'tagged': Case(tries=1, **empty_line('A')),
+        'everywhere': Case(tries=1, **empty_line('')), 'bare-lf': Case(tries=1, **empty_line(r'\* ', '\n')),
+        'greeting': Case(tries=1, greeting='\r\n* OK [CAPABILITY %s] ready\r\n'),
+        'fetch': Case(tries=1, **empty_line(r'\* FETCH')), 'bare': Case(tries=1, capabilities=BARE, **empty_line('')),
+    })
+
+
+def wide(text):
+    """Each blank outside of quotes twice."""
+    return re.sub(r'"(?:\\.|[^"\\])*"| ', lambda m: '  ' if m.group() == ' ' else m.group(), text)
+
+
+def widens(pattern, **more):
+    def line(self, text):
+        Session.line(self, wide(text) if re.match(pattern, text) else text)
+    return Case(tries=1, **dict(dict(line=line), **more))
+
+
+def wide_fetch(self, number, m, items):
+    def widen(item):
+        head, end, data = item.partition(b'\r\n')
+        name, bracket, rest = head.rpartition(b']')
+        return name + bracket + wide(rest.decode()).encode() + end + data
+    self.put(b'*  %d  FETCH  (' % number + b'  '.join(widen(i) for i in self.fetch_items(m, items)) + b')\r\n')
+
+
+def test_two_blanks(t):
+    play(t, {
+        'exists': widens(r'\* \d+ '), 'before': Case(tries=1, line=lambda self, text: Session.line(self, re.sub(
+            r'^\* (\d+ EXISTS)', r'*  \1', text))),
+        'behind': Case(tries=1, line=lambda self, text: Session.line(self, text + ' ' * text.endswith('EXISTS'))),
+        'codes': widens(r'\* OK \[(?!CAP)'), 'capability': widens(r'.*CAPABILITY'), 'list': widens(r'\* LIST'),
+        'status': widens(r'\* STATUS'), 'status-bare': widens(r'\* STATUS', capabilities=BARE),
+        'search': widens(r'\* SEARCH', capabilities=BARE), 'esearch': widens(r'\* ESEARCH'), 'tagged': widens('A'),
+        'fetch': Case(tries=1, fetch_mail=wide_fetch),
+    })
+
+
+# ---- names ----
+
+def bare_names(self, text, octets=None):
+    """A name without quotes, whatever is in it."""
+    return text
+
+
+def literal_wanted(*commands):
+    """These answer BAD where a quoted string has an escape in it; the server itself writes literals."""
+    def hook(session, tag, name, args):
+        if name in commands and re.match(r'"[^"]*\\', args):
+            session.line(tag + ' BAD Command Argument Error. 12')
+            return True
+
+    def string(self, text, octets=None):
+        return '{%d}\r\n%s' % (len(text), text) if re.search(r'["\\]', text) else Session.string(self, text)
+    return dict(hook=hook, string=string)
+
+
+def backslashes(*names):
+    return {name: Mailbox(letters(2 + i, name), delimiter='\\') for i, name in enumerate(names)}
+
+
+def test_names_with_blanks(t):
+    """Without quotes; what follows is the rest of the name."""
+    def case(*names, delimiter='\\', **more):
+        boxes = backslashes('INBOX', *names)
+        for box in boxes.values():
+            box.delimiter = delimiter
+        return Case(boxes=boxes, delimiter=delimiter, string=bare_names, tries=1, **more)
+
+    def childinfo(self, name, box):
+        self.line('* LIST (%s) "/" %s ("CHILDINFO" ("SUBSCRIBED"))' % (box.attributes, name))
+    years = 'Projects\\Year 1', 'Projects\\Year 2'
+    play(t, {
+        'status': case(*years, capabilities=PLAIN), 'condstore': case(*years), 'bare': case(*years, capabilities=BARE),
+        'two': case('a  b', 'a b', 'a'), 'slash': case('Sent Items', 'x/y z', delimiter='/'),
+        'extended': Case(boxes={'INBOX': few(2), 'A': few(3)}, list_line=childinfo, tries=1),
+    })
+
+
+def test_names_that_need_a_literal(t):
+    names = 'Clients/The "Blue" House', 'back\\slash'
+    boxes = [{name: few(2 + i) for i, name in enumerate(('INBOX', *names, 'Behind'))} for _ in range(5)]
+    play(t, {
+        'both': Case(boxes=boxes[0], **literal_wanted('EXAMINE', 'STATUS')),
+        'status': Case(boxes=boxes[1], capabilities='IMAP4rev1 LITERAL+', **literal_wanted('EXAMINE', 'STATUS')),
+        'bare': Case(boxes=boxes[2], capabilities=BARE, **literal_wanted('EXAMINE', 'STATUS')),
+        'examine': Case(boxes=boxes[3], capabilities=BARE, **literal_wanted('EXAMINE')),
+        'minus': Case(boxes=boxes[4], capabilities='IMAP4rev1 LITERAL-', **literal_wanted('EXAMINE', 'STATUS')),
+    })
+
+
+def test_names_that_decode_alike(t):
+    """A file each, whatever it is called, and the same one in the next run."""
+    boxes = {name: few(2 + i) for i, name in enumerate(
+        ('INBOX', '&', '&-', 'a&b', 'a&-b', 'x/&', 'x/&-', 'Fußball', 'Fu&AN8-ball', '&AN', '&-AN'))}
+    server = serve(t, boxes)
+    t.config(clear(t, server))
+    for _ in range(2):
+        fetched(t, server)
+        files = [f for f in os.listdir(t.archive()) if f.endswith('.mbox')]
+        assert len(files) == len(boxes), files
+        for name, box in boxes.items():
+            right = [f for f in files if not archive.compare(os.path.join(t.archive(), f), held(box))]
+            assert len(right) == 1, (name, files)
+
+
+# ---- login ----
+
+def test_logins_refused(t):
+    """AUTHENTICATE may be refused for what it is: then LOGIN is tried, once, and never with a wrong password."""
+    def refuses(answer, late=False, **more):
+        def authenticate(self, tag, args):
+            if late and len(args.split()) < 2:
+                self.put('+ \r\n')
+                self.flush()
+                self.take_line()
+            self.line('%s %s' % (tag, answer))
+        return dict(cmd_AUTHENTICATE=authenticate, **more)
+
+    def wrong(login=None, **more):
+        def cmd_login(self, tag, args):
+            self.logins = getattr(self, 'logins', 0) + 1
+            if login is None or self.logins > 1:
+                self.server.fault('LOGIN, number %d' % self.logins)
+            self.line('%s %s' % (tag, login))
+        return Case(runs=(1,), fails=1, tries=1, skips=('INBOX',), cmd_LOGIN=cmd_login, **more)
+
+    def no_capability(self, tag, args):
+        self.line(tag + ' BAD unknown command')
+
+    def welcome(self, tag, text='done'):
+        Session.ok(self, tag, re.sub(r'\[CAPABILITY.*?\] ', '', text))
+    play(t, {
+        'bad': Case(tries=1, **refuses('BAD unknown command')),
+        'bad-bare': Case(tries=1, capabilities=BARE, **refuses('BAD unknown command')),
+        'bad-late': Case(tries=1, capabilities=BARE, **refuses('BAD invalid response', late=True)),
+        'cannot': Case(tries=1, **refuses('NO [CANNOT] not here')),
+        'no': Case(tries=1, **refuses('NO AUTHENTICATE failed.')),
+        'no-late': Case(tries=1, capabilities=BARE, **refuses('NO AUTHENTICATE failed.', late=True)),
+        'no-8bit': Case(tries=1, password='pässwörd', **refuses('NO AUTHENTICATE failed.')),
+        'failed': wrong(**refuses('NO [AUTHENTICATIONFAILED] wrong')),
+        'failed-late': wrong(capabilities=BARE, **refuses('NO [AUTHENTICATIONFAILED] wrong', late=True)),
+        'both': wrong('NO wrong', says='wrong', **refuses('NO wrong')),
+        'both-bad': wrong('BAD wrong', says='wrong', **refuses('BAD wrong')),
+        'disabled': wrong(login='LOGINDISABLED AUTH=PLAIN', **refuses('NO wrong')),
+        'capability': Case(tries=1, cmd_CAPABILITY=no_capability),
+        'capability-later': Case(tries=1, cmd_CAPABILITY=no_capability, ok=welcome),
+        'capability-bare': Case(tries=1, capabilities=BARE, cmd_CAPABILITY=no_capability, ok=welcome),
+    })
+
+
+# ---- mailboxes ----
+
+def without(*words):
+    """EXAMINE without these lines."""
+    def examine_lines(self):
+        line, self.line = self.line, lambda text: any(w in text for w in words) or Session.line(self, text)
+        Session.examine_lines(self)
+        self.line = line
+    return examine_lines
+
+
+def test_examine_tells_little(t):
+    play(t, {
+        'exists': Case(keeps=True, tries=1, examine_lines=without('EXISTS')),
+        'exists-bare': Case(keeps=True, tries=1, capabilities=BARE, examine_lines=without('EXISTS')),
+        'uidnext': Case(tries=1, examine_lines=without('UIDNEXT')),
+        'uidnext-bare': Case(tries=1, capabilities=BARE, examine_lines=without('UIDNEXT')),
+        'both': Case(keeps=True, tries=1, examine_lines=without('EXISTS', 'UIDNEXT')),
+        'modseq': Case(tries=1, examine_lines=without('MODSEQ')),
+    })
+
+
+def test_no_news_where_examine_tells_no_uidnext(t):
+    """As Courier: the UIDNEXT of the STATUS before it may be claimed."""
+    for number, capabilities in enumerate((FULL, PLAIN, BARE)):
+        boxes = {name: few(3 + i) for i, name in enumerate(('INBOX', 'A', 'B'))}
+        server = serve(t, boxes, capabilities=capabilities, examine_lines=without('UIDNEXT'))
+        t.config(clear(t, server, email='%d@x' % number))
+        fetched(t, server)
+        server.forget()
+        fetched(t, server)
+        assert not server.lines('EXAMINE'), server.lines()
+        boxes['A'].add(with_id(b'new', b'x'))
+        fetched(t, server)
+        assert len(server.lines('EXAMINE')) == 1
+        for name, box in boxes.items():
+            assert not archive.compare(os.path.join(t.archive('%d@x' % number), name + '.mbox'), held(box))
+
+
+def forbids(code, *names, status=True):
+    def hook(session, tag, name, args):
+        if name == 'EXAMINE' or name == 'STATUS' and status:
+            if imapd.tokens(args)[0] in names:
+                session.box = None
+                return session.no(tag, code + ' Permission denied')
+    return dict(hook=hook)
+
+
+def test_no_permission(t):
+    """A mailbox that may not be opened is told, and no failure for ever; it leaves no archive."""
+    def case(code, status=True, **more):
+        return Case(boxes={'INBOX': few(9), 'Public': few(2), 'Public/Minutes': few(3), 'Z': few(2)}, runs=(1, 2, 3),
+                    skips=('Public',), says='Public.*ignore_mailboxes', tries=1, **forbids(code, 'Public', status=status),
+                    **more)
+
+    def no_status(self, name, box):
+        return {} if name == 'Public' else Session.status_values(self, name, box)
+    cases = {
+        'noperm': case('[NOPERM]'), 'noperm-bare': case('[NOPERM]', capabilities=BARE),
+        'nonexistent': case('[NONEXISTENT]'), 'nonexistent-bare': case('[NONEXISTENT]', capabilities=BARE),
+        'examine-only': case('[NOPERM]', status=False, capabilities=BARE),
+        'listed-without': case('[NOPERM]', status_values=no_status),
+    }
+    play(t, cases)
+    left = [name for name in cases for f in os.listdir(os.path.join(t.dest, name + '@x')) if f.startswith('Public.mbox')]
+    assert not left, left
+
+
+def test_no_permission_any_more(t):
+    """Where an archive is, it is a failure: that mailbox is no longer backed up."""
+    server = serve(t, {'INBOX': few(3), 'Public': few(2)}, capabilities=BARE)
+    t.config(clear(t, server))
+    fetched(t, server)
+    server.boxes['Public'].add(with_id(b'new', b'x'))
+    server.hook = forbids('[NOPERM]', 'Public')['hook']
+    said = fetched(t, server, status=1)[0]
+    assert re.search(r'Public.*NOPERM', said), said
+
+
+def test_status_makes_no_sense(t):
+    """It only saves work: the mailbox is opened, on the same connection."""
+    def says(form, capabilities=FULL):
+        def status_line(self, name, box, items):
+            self.put(form.replace('%s', name) + '\r\n')
+        return Case(boxes={'INBOX': few(9), 'A b': few(3), 'C': few(2)}, tries=1, status_line=status_line,
+                    capabilities=capabilities)
+    forms = {
+        'unquoted': '* STATUS %s and more (MESSAGES 3 UIDNEXT 4 UIDVALIDITY 1000)', 'nothing': '* STATUS', 'blank': '* STATUS ',
+        'name': '* STATUS "%s"', 'open': '* STATUS "%s" (MESSAGES 3', 'closed': '* STATUS "%s" (MESSAGES 3))',
+        'bare': '* STATUS "%s" MESSAGES 3', 'odd': '* STATUS "%s" (MESSAGES)', 'words': '* STATUS "%s" (MESSAGES x UIDNEXT y)',
+        'negative': '* STATUS "%s" (MESSAGES -1 UIDNEXT -1 UIDVALIDITY -1)', 'quote': '* STATUS "%s (MESSAGES 3)',
+        'huge': '* STATUS "%s" (MESSAGES 99999999999999999999 UIDNEXT 99999999999999999999)',
+        'list': '* STATUS ("%s") (MESSAGES 3)', 'nested': '* STATUS "%s" ((MESSAGES 3))', 'other': '* STATUS "not %s" (MESSAGES 0)',
+        'nil': '* STATUS "%s" NIL', 'empty': '* STATUS "%s" ()', 'none': '* OK nothing to say of %s',
+    }
+    play(t, {**{name: says(form) for name, form in forms.items()},
+             **{name + '-bare': says(form, BARE) for name, form in forms.items()}})
+
+
+# ---- mails ----
+
+def closes_early(uid, times=1):
+    """The parenthesis of this mail's answer closes behind its UID, so often; the rest follows on the line."""
+    left = [times]
+
+    def fetch_mail(self, number, m, items):
+        if m.uid != uid or 'BODY.PEEK[]' not in items or left[0] <= 0:
+            return Session.fetch_mail(self, number, m, items)
+        left[0] -= 1
+        parts = self.fetch_items(m, items)
+        self.put(b'* %d FETCH (' % number + parts[0] + b') ' + b' '.join(parts[1:]) + b')\r\n')
+    return dict(fetch_mail=fetch_mail)
+
+
+def ends_in(more):
+    """Behind the parenthesis of each mail's answer stands this."""
+    def fetch_mail(self, number, m, items):
+        self.put(b'* %d FETCH (' % number + b' '.join(self.fetch_items(m, items)) + b')' + more + b'\r\n')
+    return dict(fetch_mail=fetch_mail)
+
+
+def test_fetch_closes_early(t):
+    play(t, {
+        'once': Case(runs=(1,), tries=1, **closes_early(5)), 'first': Case(runs=(1,), tries=1, **closes_early(1)),
+        'last': Case(runs=(1,), tries=1, **closes_early(12)),
+        'item': Case(tries=1, **ends_in(b' MODSEQ (5))')), 'twice': Case(tries=1, **ends_in(b')')),
+        'literal': Case(tries=1, **ends_in(b' X {8}\r\nA5 OK)\r\n)')), 'quoted': Case(tries=1, **ends_in(b' X "a) (b")')),
+        'item-bare': Case(tries=1, capabilities=BARE, **ends_in(b' MODSEQ (5))')),
+    })
+
+
+def untagged_window(n, code='NO'):
+    """Only the newest n mails; an untagged response tells it (RFC 9738)."""
+    def limited(self, text):
+        with self.box.lock:
+            uids = [m.uid for m in self.box.mails if text is None or imapd.in_set(text, m.uid, self.box.uidnext - 1)]
+        if len(uids) > n:
+            self.line('* %s [MESSAGELIMIT %d %d] only so many' % (code, n, uids[-n]))
+        return uids[-n:]
+
+    def search(self, tag, args):
+        m = re.search(r'UID ([\d:*,]+)', args)
+        self.search_line(tag, limited(self, m and m.group(1)), 'RETURN' in args)
+        self.ok(tag)
+
+    def fetch(self, tag, args):
+        words = args.split(' ', 1)
+        uids = limited(self, words[0])
+        if uids:
+            self.fetch(imapd.ranges(uids) + ' ' + words[1])
+        self.ok(tag)
+    return dict(cmd_UID_SEARCH=search, cmd_UID_FETCH=fetch,
+                capabilities=(FULL + ' MESSAGELIMIT=%d' % n).replace(' ESEARCH', ''))
+
+
+def test_messagelimit_untagged(t):
+    play(t, {name: Case(boxes={'INBOX': Mailbox(letters(25))}, **untagged_window(10, code))
+             for name, code in (('no', 'NO'), ('ok', 'OK'))})
+
+
+def test_dates_that_cannot_be(t):
+    """The Date header's day is taken then, else 1970: readers sort by it."""
+    day = sample.T0 // 86400 * 86400
+    y, m, d = sample.civil(day // 86400)
+    month = sample.MONTHS[m - 1]
+    dates = [(b'%d %s %04d 10:00:00 +0000' % (d, month.encode(), y), day + 36000),
+             (b'Fri, %02d %s %04d 10:00:07 +0130' % (d, month.encode(), y), day + 36007 - 5400),
+             (b'%02d %s %04d 10:00 -0500' % (d, month.encode(), y), day + 36000 + 18000),
+             (b'%02d %s %04d 10:00:00 GMT' % (d, month.encode(), y), day + 36000),
+             (b'%02d %s %04d 10:00:00 +0000 (UTC)' % (d, month.encode(), y), day + 36000),
+             (b'\r\n\tFri, %02d %s\r\n %04d 10:00:00 +0000' % (d, month.encode(), y), day + 36000),
+             (b'yesterday', 0), (b'', 0), (b'99 Jan 2020 10:00:00 +0000', 0), (None, 0)]
+
+    def boxes():
+        return {'INBOX': Mailbox([sample.Mail(with_id(b'd%d' % i, b'x', *([b'Date: ' + text] if text is not None else [])),
+                                              '', when) for i, (text, when) in enumerate(dates)])}
+
+    def says(date):
+        def fetch_items(self, m, items):
+            out = [(date and b'INTERNALDATE ' + date) if i.startswith(b'INTERNALDATE') else i
+                   for i in Session.fetch_items(self, m, items)]
+            return [i for i in out if i]
+        return Case(boxes=boxes(), runs=(1,), tries=1, fetch_items=fetch_items)
+    play(t, {
+        'zero': says(b'"00-Jan-0000 00:00:00 +0000"'), 'nil': says(b'NIL'), 'missing': says(None), 'empty': says(b'""'),
+        'rfc2822': says(b'"Fri, 03 Jan 2020 10:00:00 +0000"'), 'zone': says(b'"17-Jul-2021 02:44:25 +9999"'),
+        'no-zone': says(b'"17-Jul-2021 02:44:25"'), 'february': says(b'"31-Feb-2021 02:44:25 +0000"'),
+        'clock': says(b'"17-Jul-2021 25:61:61 +0000"'), 'month': says(b'"17-Foo-2021 02:44:25 +0000"'),
+    })
+
+
+def test_a_date_in_a_later_response(t):
+    play(t, {
+        'behind': Case(**answers('UID FLAGS BODY', 'UID INTERNALDATE')),
+        'behind-flags': Case(**answers('UID BODY', 'UID INTERNALDATE FLAGS')),
+        'both': Case(**answers('UID BODY', 'UID INTERNALDATE', 'UID FLAGS')),
+    })
+
+
+def test_replaced_mails(t):
+    """A draft that is edited keeps its Message-ID: the new text is stored, and the old one is gone."""
+    def sizes(wrong):
+        def fetch_items(self, m, items):
+            return [b'RFC822.SIZE %d' % wrong(m.data) if i.startswith(b'RFC822') else i
+                    for i in Counting.fetch_items(self, m, items)]
+        return dict(fetch_items=fetch_items)
+    texts = b'first words', b'first words, and the rest of the letter', b'short'
+    servers_ = {'full': {}, 'bare': dict(capabilities=BARE), 'plain': dict(capabilities=PLAIN)}
+    for keep in False, True:
+        for name, odd in servers_.items():
+            box = Mailbox([with_id(b'draft', texts[0]), with_id(b'other', b'x'), with_id(b'third', b'y')])
+            server, email = serve(t, {'INBOX': few(2), 'Drafts': box}, **odd), '%s%d@x' % (name, keep)
+            path = os.path.join(t.archive(email), 'Drafts.mbox')
+            t.config(clear(t, server, email=email), keep_duplicates=keep)
+            fetched(t, server)
+            old, uid = [], 1
+            for text in texts[1:]:
+                old.append(held(box)[[m.uid for m in box.mails].index(uid)])
+                box.expunge(uid)
+                uid = box.add(with_id(b'draft', text))
+                said, bodies = fetched(t, server)
+                assert len(bodies) == 1, (email, said)
+                complaints = archive.compare(path, held(box), duplicates=True, gone=old)
+                assert not complaints, (email, complaints, said)
+            before = archive.digests(t.dest)
+            os.unlink(path + '.index')
+            said, bodies = fetched(t, server)
+            assert not bodies and before == archive.digests(t.dest), (email, said)
+    # Only its UID is new: it is what is stored, also where the server's sizes are wrong.
+    for name, odd in {'same': {}, 'lf': sizes(lambda data: len(data.replace(b'\r\n', b'\n'))), 'one': sizes(lambda data: 1)}.items():
+        box = Mailbox([with_id(b'draft', texts[0]), with_id(b'other', b'x')])
+        server, email = serve(t, {'INBOX': box}, **odd), name + '@x'
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        box.expunge(1)
+        box.add(with_id(b'draft', texts[0]))
+        for _ in range(2):
+            said, bodies = fetched(t, server)
+            complaints = archive.compare(os.path.join(t.archive(email), 'INBOX.mbox'), held(box))
+            assert not complaints, (name, complaints)
+        assert not bodies, 'fetched in every run'
+
+
+def test_other_mails_under_one_id(t):
+    """Left out as duplicates, but of another size: told once."""
+    box = Mailbox([with_id(b'one', b'x'), with_id(b'one', b'something else'), with_id(b'one', b'x'), with_id(b'two', b'y')])
+    server = serve(t, {'INBOX': box, 'Same': Mailbox([with_id(b'one', b'x')] * 3)})
+    t.config(clear(t, server))
+    said = fetched(t, server)[0]
+    warnings = [line for line in said.splitlines() if 'keep_duplicates' in line]
+    assert len(warnings) == 1 and 'INBOX' in warnings[0] and re.search(r'\b1\b', warnings[0]), said
+    assert 'keep_duplicates' not in fetched(t, server)[0]
+    box.add(with_id(b'three', b'z'))
+    said = fetched(t, server)[0]
+    assert 'keep_duplicates' not in said, said
+
+
+def test_uids_used_again(t):
+    """A mailbox made anew with the UIDVALIDITY of the old one: UIDNEXT tells it, and Message-IDs decide."""
+    for name, odd in {'full': {}, 'plain': dict(capabilities=PLAIN), 'bare': dict(capabilities=BARE),
+                      'status': dict(examine_lines=without('UIDNEXT')),
+                      'status-bare': dict(capabilities=BARE, examine_lines=without('UIDNEXT')),
+                      'examine': dict(capabilities=BARE, cmd_STATUS=lambda self, tag, args: self.no(tag, 'no STATUS'))}.items():
+        for n in 0, 1, 3:   # mails of the old mailbox that are in the new one
+            old = Mailbox(letters(7))
+            new = Mailbox([sample.Mail(m.data, ' '.join(m.flags), m.when) for m in old.mails[3:3 + n]])
+            for i in range(2):
+                new.add(with_id(b'new%d' % i, b'x'))
+            server, email = serve(t, {'INBOX': old, 'Z': few(2)}, **odd), '%s%d@x' % (name, n)
+            t.config(clear(t, server, email=email))
+            fetched(t, server)
+            server.boxes['INBOX'] = new
+            said, bodies = fetched(t, server)
+            gone = [m for i, m in enumerate(held(old)) if not 3 <= i < 3 + n]
+            complaints = archive.compare(os.path.join(t.archive(email), 'INBOX.mbox'), held(new), gone=gone)
+            assert not complaints and len(bodies) == 2, (email, complaints, len(bodies), said)
+            before = archive.digests(t.dest)
+            said, bodies = fetched(t, server)
+            assert not bodies and before == archive.digests(t.dest), (email, said)
+
+
+# ---- servers that break ----
+
+def hangs_up(how, first=False):
+    """It ends the connection when a second command comes before the first one is answered; first: after that answer."""
+    def one(self):
+        self.need(lambda data: True if b'\n' in data else None)
+        while select.select([self.sock], [], [], 0.02)[0]:
+            got = self.sock.recv(1 << 16)
+            if not got:
+                raise imapd.Gone
+            self.input += got
+        second = self.input.count(b'\n') > 1
+        if not second or first:
+            Session.one(self)
+        if second:
+            self.drop(how)
+    return dict(one=one)
+
+
+def test_a_second_command_ends_the_connection(t):
+    """After two such cuts there is one command at a time, for the rest of the run."""
+    def boxes():
+        return {'INBOX': Mailbox(letters()), **{'b%d' % i: few(2 + i) for i in range(4)}}
+    play(t, {
+        'rst': Case(boxes=boxes(), tries=4, **hangs_up('rst')), 'close': Case(boxes=boxes(), tries=4, **hangs_up('close')),
+        'answered': Case(boxes=boxes(), tries=4, **hangs_up('close', first=True)),
+        'bare': Case(boxes=boxes(), tries=4, capabilities=BARE, **hangs_up('rst')),
+        'login': Case(boxes=boxes(), tries=4, login='', **hangs_up('rst')),
+    }, retries=3)
+
+
+def test_a_search_that_breaks_the_server(t):
+    """UID FETCH 1:* (UID) lists as well."""
+    def case(act, **more):
+        return Case(tries=5, **always('^UID_SEARCH', act), **more)
+    play(t, {
+        'rst': case(drop('rst')), 'close': case(drop('close')), 'bare': case(drop('close'), capabilities=BARE),
+        'bad': case(lambda session, tag, args='': session.line(tag + ' BAD internal error')),
+        'bad-bare': case(lambda session, tag, args='': session.line(tag + ' BAD internal error'), capabilities=BARE),
+    }, retries=3)
+
+
+def capital_fields(data, names):
+    fields = imapd.header_fields(data, names)
+    return re.sub(rb'(?m)^([A-Za-z-]+)(?=:)', lambda m: m.group(1).upper(), fields)
+
+
+def test_field_names_in_capitals(t):
+    """As GNU's imap4d answers HEADER.FIELDS. Mails without a Message-ID are those that they were."""
+    def fetch_body(self, m, item):
+        fields = re.match(r'BODY\.PEEK\[HEADER\.FIELDS \((.*)\)\]$', item)
+        if not fields:
+            return Counting.fetch_body(self, m, item)
+        return self.body(b'BODY[HEADER.FIELDS (%s)]' % fields.group(1).encode(), capital_fields(m.data, fields.group(1)))
+    box = Mailbox([sample.mail(random.Random(i), 'capitals %d' % i, message_id=i % 2) for i in range(12)])
+    for number, capabilities in enumerate((FULL, BARE)):
+        server, email = serve(t, {'INBOX': box}, capabilities=capabilities, fetch_body=fetch_body), '%d@x' % number
+        path = os.path.join(t.archive(email), 'INBOX.mbox')
+        t.config(clear(t, server, email=email))
+        assert len(fetched(t, server)[1]) == len(box.mails)
+        before = archive.digests(t.dest)
+        for what in 'no news', 'UIDVALIDITY', 'index', 'index and new mail':
+            if what == 'UIDVALIDITY':
+                box.renumber()
+            if 'index' in what:
+                os.unlink(path + '.index')
+            if 'new' in what:
+                box.add(with_id(b'new%d' % number, b'x'))
+            said, bodies = fetched(t, server)
+            assert len(bodies) == ('new' in what) and ('new' in what or before == archive.digests(t.dest)), (what, len(bodies), said)
+        assert len(archive.read(path)) == len(box.mails)
+
+
+def test_sizes_without_cr(t):
+    """Courier's SEARCH LARGER counts LF alone: a lost index costs no mail, even where RFC822.SIZE did so too."""
+    def search(self, tag, args):
+        m = re.match(r'(RETURN \(ALL\) )?UID ([\d:*,]+) LARGER (\d+) SMALLER (\d+)$', args)
+        if not m:
+            return Session.cmd_UID_SEARCH(self, tag, args)
+        uids = [x.uid for x in self.box.mails if imapd.in_set(m.group(2), x.uid, self.box.uidnext - 1) and
+                int(m.group(3)) < len(x.data.replace(b'\r\n', b'\n')) < int(m.group(4))]
+        self.search_line(tag, uids, bool(m.group(1)))
+        self.ok(tag)
+
+    def short(self, m, items):
+        return [b'RFC822.SIZE %d' % len(m.data.replace(b'\r\n', b'\n')) if i.startswith(b'RFC822') else i
+                for i in Counting.fetch_items(self, m, items)]
+    for number, odd in enumerate((dict(cmd_UID_SEARCH=search), dict(cmd_UID_SEARCH=search, capabilities=BARE),
+                                  dict(cmd_UID_SEARCH=search, fetch_items=short))):
+        boxes, email = {'INBOX': Mailbox(letters()), 'A': few(3)}, '%d@x' % number
+        server = serve(t, boxes, **odd)
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        before = archive.digests(t.dest)
+        for name in boxes:
+            os.unlink(os.path.join(t.archive(email), name + '.mbox.index'))
+        said, bodies = fetched(t, server)
+        assert before == archive.digests(t.dest), said
+        assert not bodies or 'fetch_items' in odd, said
+
+
+# ---- configuration ----
+
+def test_host_with_a_port_or_a_scheme(t):
+    """What people paste; told before anything is contacted."""
+    for host in ('imap.example.org:993', 'imaps://imap.example.org', 'imap://imap.example.org:143/', 'imap.example.org/INBOX',
+                 '[::1]:993', '127.0.0.1:143', 'https://imap.example.org'):
+        t.config(t.account(host=host), retries=0)
+        for args in ((), ('--check',)):
+            got = t.run(*args)
+            assert got.status == 2 and 'host' in got.err and not os.path.exists(t.dest), (host, got)
+    server = Server({'INBOX': few(2)}, address='::1')
+    t.cleanups.append(server.stop)
+    for host in '::1', 'localhost.':
+        t.config(clear(t, server, host='::1') if host == '::1' else t.account(host=host, port=1), retries=0)
+        assert t.run('--check').status == (0 if host == '::1' else 1), host
