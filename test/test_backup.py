@@ -11,6 +11,7 @@ import termios
 import time
 
 import archive
+import imapd
 import sample
 import servers
 from run import PROGRAM, T, children
@@ -63,6 +64,19 @@ def test_forged_mails(t):
     mails = [sample.Mail(data, '', sample.T0 + i) for i, data in enumerate(sample.forged(random.Random(1)))]
     held = fill(t, {'INBOX': mails, 'Reversed': mails[::-1]})
     assert len(held['INBOX']) > len(mails) // 2   # NUL may be refused
+    # Dovecot's cache has a field's name up to a NUL: asked for the Message-ID, it tells one that the mail itself
+    # does not have (2.4 at once, 2.3 once it was asked). Such a mail is fetched again where the index is lost.
+    lies = set()
+    for name in held:
+        imap = t.imap()
+        imap.select(name, readonly=True)
+        for m in held[name]:
+            for _ in range(2):
+                told = imap.uid('FETCH', str(m.uid), '(BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])')[1][0][1]
+            if archive.own_id(told) != archive.own_id(m.data):
+                lies.add(m.uid)
+        imap.logout()
+    assert len(lies) <= 2, lies
     t.config()
     t.backup()
     t.same(held)
@@ -73,7 +87,8 @@ def test_forged_mails(t):
         t.dovecot().trace(t.user)
         got = t.backup()
         assert ': 0 new, 0 gone, 0 back' in got.err and archive.digests(t.dest) == before, got.err
-        assert not [c for c in t.dovecot().commands(t.user) if 'BODY.PEEK[]' in c]
+        again = [u for c in t.dovecot().commands(t.user) if 'BODY.PEEK[]' in c for u in imapd.uids_of(c.split()[2])]
+        assert set(again) <= (lies if lost else set()), again
 
 
 def test_starttls_and_clear(t):
