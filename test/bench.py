@@ -2,13 +2,16 @@
 """bench.py - how fast is it? Against drain (the limit), mbsync and whatever else is named
 
     test/bench.py [--scale F] [--rounds N] [--sets NAMES] [--lines NAMES] [--peer NAME=COMMAND]...
-                  [--disk FOLDER] [--svg FILE] [--json FILE]
+                  [--vs PROGRAM|REVISION] [--disk FOLDER] [--svg FILE] [--json FILE]
+    test/bench.py growth [--vs PROGRAM|REVISION] [--scale F] [PATTERN]
 
 A private Dovecot with generated mailboxes, over TLS: on loopback, and (as root) at the far end of a
 line with 50 ms of round trip, which bench_line.c makes, in a network namespace. All clients
 are measured by turns in each round; the table gives medians, and in brackets the ratio to drain.
 Archives are written to /dev/shm, so that no disk is measured; --disk adds a first backup to a disk,
-where fsync counts. A peer's COMMAND is a shell line with {host} {port} {user} {password} {folder}
+where fsync counts. --vs compares with another imap_backup, or with one that is built from a revision
+of git: square brackets hold our ratio to it. "growth" is another table: what CPU and memory do when the
+number of mails, names or mailboxes doubles (bench_growth.py). A peer's COMMAND is a shell line with {host} {port} {user} {password} {folder}
 {ca} in it.
 """
 import argparse
@@ -31,6 +34,7 @@ import tempfile
 import fcntl
 import socket
 
+import bench_growth
 import sample
 import servers
 
@@ -92,9 +96,13 @@ SETS = {
     'mixed': (mixed, ('loopback', '50ms'), ('first', 'none', 'new', 'uidvalidity', 'index')),
     'single': (single, ('loopback', '50ms'), ('first', 'none', 'new', 'uidvalidity', 'index')),
     'large': (large, ('loopback', '50ms'), ('first',)),
-    'folders': (folders, ('loopback', '50ms'), ('first', 'none')),
+    'folders': (folders, ('loopback', '50ms'), ('first', 'none', 'index')),
     'slow': (slow, ('20mbit',), ('first', 'none')),
 }
+# What it should be at most: set, line, phase, figure, whether as a ratio to drain, limit.
+GOALS = (('folders', '50ms', 'first', 'wall', True, 1.5), ('folders', '50ms', 'index', 'wall', True, 2),
+         ('mixed', '50ms', 'index', 'wall', True, 2), ('mixed', 'loopback', 'first', 'cpu', True, 1.6),
+         ('mixed', '50ms', 'none', 'waits', False, 5))
 WHAT = {'first': 'first backup', 'none': 'no news', 'new': '100 new, 20 deleted',
         'uidvalidity': 'UIDVALIDITY of one mailbox new', 'index': 'index deleted', 'disk': 'first backup, to disk'}
 
@@ -241,8 +249,10 @@ class Peer:
         return {}
 
 
-def clients(peers):
+def clients(peers, vs):
     found = {'drain': Drain(), 'imap_backup': Ours(os.path.join(TOP, 'imap_backup'))}
+    if vs:
+        found['the other'] = Ours(vs)
     static = os.path.join(TOP, 'build', 'imap_backup-' + platform.machine())
     if os.path.exists(static):
         found['static'] = Ours(static)
@@ -286,7 +296,7 @@ class Bench:
         self.certificates = servers.Certificates(os.path.join(self.work, 'certificates'))
         self.certificate = self.certificates.make('bench')
         self.dovecot = Dovecot(os.path.join(self.work, 'dovecot'), self.certificate)
-        self.clients = clients(options.peer)
+        self.clients = clients(options.peer, options.vs)
         if options.clients:
             self.clients = {k: v for k, v in self.clients.items() if k in options.clients.split(',')}
         self.results = {}   # (set, line, phase): {client: [figures]}
@@ -411,8 +421,10 @@ class Bench:
             row = [client]
             for figure, _, form, ratio in FIGURES:
                 value, base = self.median(key, client, figure), self.median(key, 'drain', figure)
+                other = self.median(key, 'the other', figure) if client == 'imap_backup' else None
                 row.append('' if value is None else form % value + (
-                    ' (%.2f)' % (value / base) if ratio and base and client != 'drain' else ''))
+                    ' (%.2f)' % (value / base) if ratio and base and client != 'drain' else '') + (
+                    ' [%.2f]' % (value / other) if ratio and other else ''))
             rows.append(row)
         used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
         widths = [max(len(row[i]) for row in rows) for i in used]
@@ -420,6 +432,17 @@ class Bench:
         for row in rows:
             print('  '.join((row[i].ljust if i == 0 else row[i].rjust)(w) for i, w in zip(used, widths)).rstrip())
         sys.stdout.flush()
+
+
+    def goals(self):
+        print()
+        for name, line, phase, figure, ratio, limit in GOALS:
+            value = self.median((name, line, phase), 'imap_backup', figure)
+            base = self.median((name, line, phase), 'drain', figure) if ratio else 1
+            if value is not None and base:
+                print('%s, %s, %s: %s %.2f%s, wanted %s: %s' % (
+                    name, line, WHAT[phase], figure, value / base, ' of drain' * ratio, limit,
+                    'good' if value / base <= limit else 'MISSED'))
 
 
 def say(text):
@@ -485,8 +508,31 @@ def build():
                      os.path.join(TOP, 'test', source), *libs)
 
 
+def other(name):
+    """The program of that name, or one built from that revision."""
+    if not name or os.access(name, os.X_OK):
+        return name and os.path.abspath(name)
+    folder = os.path.join(BUILD, 'revision')
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    servers.tool('sh', '-ec', 'git -C "$1" archive "$2" >"$3.tar"; tar -C "$3" -xf "$3.tar"; make -C "$3" imap_backup',
+                 'sh', TOP, name, folder, env=dict(os.environ, ARGS='', MAKEFLAGS=''))
+    return os.path.join(folder, 'imap_backup')
+
+
+def many_mailboxes(bench):
+    print('\n20,000 mailboxes without news: CPU s with LIST-STATUS, with a STATUS each (wanted: less than 1)')
+    for name in ('imap_backup', 'the other'):
+        if name in bench.clients:
+            print('%-12s %s' % (name, '  '.join('%.2f' % found[0] if found else '-' for found in
+                                                bench_growth.many_mailboxes(BUILD, bench.clients[name].path))))
+
+
 def main():
     parser = argparse.ArgumentParser(description='measures imap_backup against the limit and against others')
+    parser.add_argument('what', nargs='*', metavar='growth', help='the other table, or what of it begins so')
+    parser.add_argument('--vs', metavar='PROGRAM|REVISION', help='another imap_backup to compare with')
+    parser.add_argument('--limit', type=int, default=8, help='CPU seconds of a process in the other table (8)')
     parser.add_argument('--scale', type=float, default=1, help='size of the sets (1)')
     parser.add_argument('--rounds', type=int, default=3, help='runs of each, for the median (3)')
     parser.add_argument('--sets', default=','.join(SETS), help='of ' + ', '.join(SETS))
@@ -496,15 +542,22 @@ def main():
     parser.add_argument('--disk', metavar='FOLDER', help='also write there, with fsync')
     parser.add_argument('--svg', help='the picture goes there')
     parser.add_argument('--json', help='all figures go there')
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     build()
+    options.vs = other(options.vs)
+    if options.what[:1] == ['growth']:
+        programs = {'imap_backup': os.path.join(TOP, 'imap_backup'), **({'the other': options.vs} if options.vs else {})}
+        return bench_growth.growth(BUILD, programs, options.limit, options.scale, ' '.join(options.what[1:]))
     far = own_network()
     if not far:
         say('no long lines here (they take root, /dev/net/tun and network namespaces): loopback only')
     bench = Bench(options, far)
     try:
         bench.measure()
+        bench.goals()
+        if not options.clients:
+            many_mailboxes(bench)
         if options.svg:
             picture(bench, options.svg)
         if options.json:

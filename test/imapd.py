@@ -54,6 +54,21 @@ class Mailbox:
             self.uidnext += 1
             return self.uidnext - 1
 
+    def inside(self, text):
+        """[(sequence number, Mail)] of the UIDs in '1:5,9:*'; what is not asked for costs nothing."""
+        with self.lock:
+            mails, out, done = self.mails, [], 0
+            for low, high in sorted(spans(text, mails[-1].uid if mails else 0)):
+                at, end = done, len(mails)
+                while at < end:
+                    middle = (at + end) // 2
+                    at, end = (middle + 1, end) if mails[middle].uid < low else (at, middle)
+                for done in range(at, len(mails) + 1):
+                    if done == len(mails) or mails[done].uid > high:
+                        break
+                    out.append((done + 1, mails[done]))
+            return out
+
     def mail(self, uid):
         return next(m for m in self.mails if m.uid == uid)
 
@@ -451,8 +466,9 @@ class Session:
         with self.box.lock:
             uids = self.search_uids()
             if m.group(2):
-                uids = [u for u in uids if in_set(m.group(2), u, max(uids, default=0)) and
-                        (not m.group(3) or int(m.group(3)) < len(self.box.mail(u).data) < int(m.group(4)))]
+                low, high = (int(x or 0) for x in m.groups()[2:])
+                asked = {x.uid for _, x in self.box.inside(m.group(2)) if not high or low < len(x.data) < high}
+                uids = [u for u in uids if u in asked]
         self.search_line(tag, uids, bool(m.group(1)))
         self.ok(tag)
 
@@ -479,11 +495,8 @@ class Session:
             if words[2][0].upper() != 'CHANGEDSINCE' or 'CONDSTORE' not in self.capabilities:
                 self.server.fault('UID FETCH ' + args)
             since = int(words[2][1])
-        with self.box.lock:
-            mails = list(enumerate(self.box.mails, 1))
-        inside = member(words[0], mails[-1][1].uid if mails else 0)
-        for number, m in mails:
-            if inside(m.uid) and (since is None or m.modseq > since):
+        for number, m in self.box.inside(words[0]):
+            if since is None or m.modseq > since:
                 self.fetch_mail(number, m, items + (['MODSEQ'] if since is not None else []))
 
     def fetch_mail(self, number, m, items):
@@ -548,19 +561,16 @@ def ranges(uids):
 
 
 def in_set(text, uid, highest):
-    return member(text, highest)(uid)
+    return any(low <= uid <= high for low, high in spans(text, highest))
 
 
-def member(text, highest):
-    """A function that tells whether a UID is in '1:5,9:*'."""
-    spans = []
+def spans(text, highest):
+    """'5:1,9:*' -> [(1, 5), (9, highest)]"""
+    out = []
     for part in text.split(','):
         ends = [highest if x == '*' else int(x) for x in part.split(':')]
-        spans.append((min(ends), max(ends)))
-    if len(spans) == 1:
-        low, high = spans[0]
-        return lambda uid: low <= uid <= high
-    return lambda uid: any(low <= uid <= high for low, high in spans)
+        out.append((min(ends), max(ends)))
+    return out
 
 
 def uids_of(text):
