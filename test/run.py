@@ -3,7 +3,7 @@
 
 Every function test_* of a file test_*.py is a test and gets a T; every t_*.c is one too: it is
 compiled with json.c and mbox.c, unless it includes them, and must exit with 0; every fuzz_*.c is
-run for some seconds by fuzz.sh. A line a test, then "N passed, N failed".
+run for some seconds by fuzz.sh. A line a test, then "N passed, N failed", and ", N skipped" if some were.
 """
 import argparse
 import contextlib
@@ -178,23 +178,31 @@ SANITIZED = ['-std=c11', '-D_POSIX_C_SOURCE=200809L', '-D_DEFAULT_SOURCE', '-D_F
 REPORTS = os.path.join(TOP, 'build', 'report')
 
 
+def sanitized():
+    """The program built with ASan and UBSan, anew if a source has changed."""
+    program = os.path.join(TOP, 'build', 'sanitized')
+    sources = [os.path.join(TOP, s) for s in ('imap_backup.c', 'json.c', 'mbox.c', 'imap_backup.h')]
+    if not os.path.exists(program) or os.path.getmtime(program) < max(map(os.path.getmtime, sources)):
+        os.makedirs(os.path.dirname(program), exist_ok=True)
+        subprocess.run([os.environ.get('CC', 'cc'), *SANITIZED, '-o', program, *sources[:3], '-lbearssl', '-lcurl'],
+                       check=True)
+    return program
+
+
 def instrument(valgrind):
-    """Build the program with ASan and UBSan, or wrap it in valgrind: what they find goes to REPORTS.*"""
-    program = os.path.join(TOP, 'build', 'valgrind' if valgrind else 'sanitized')
-    os.makedirs(os.path.dirname(program), exist_ok=True)
+    """The program built with ASan and UBSan, or wrapped in valgrind: what they find goes to REPORTS.*"""
+    os.makedirs(os.path.dirname(REPORTS), exist_ok=True)
     for old in glob.glob(REPORTS + '.*'):
         os.unlink(old)
-    if valgrind:
-        with open(program, 'w') as f:
-            f.write('#!/bin/sh\nexec valgrind -q --trace-children=no --log-file=%s.%%p %s "$@"\n'
-                    % (shlex.quote(REPORTS), shlex.quote(PROGRAM)))
-        os.chmod(program, 0o755)
-    else:
-        subprocess.run([os.environ.get('CC', 'cc'), *SANITIZED, '-o', program,
-                        *(os.path.join(TOP, s) for s in ('imap_backup.c', 'json.c', 'mbox.c')),
-                        '-lbearssl', '-lcurl'], check=True)
+    if not valgrind:
         os.environ['ASAN_OPTIONS'] = 'detect_leaks=0:verify_asan_link_order=0:log_path=' + REPORTS   # memory is left to exit()
         os.environ['UBSAN_OPTIONS'] = 'print_stacktrace=1:log_path=' + REPORTS
+        return sanitized()
+    program = os.path.join(TOP, 'build', 'valgrind')
+    with open(program, 'w') as f:
+        f.write('#!/bin/sh\nexec valgrind -q --trace-children=no --log-file=%s.%%p %s "$@"\n'
+                % (shlex.quote(REPORTS), shlex.quote(PROGRAM)))
+    os.chmod(program, 0o755)
     return program
 
 
@@ -264,10 +272,11 @@ def main():
     crew = [multiprocessing.Process(target=worker, args=(tasks, results)) for _ in range(options.j)]
     for process in crew:
         process.start()
-    failed = 0
+    failed = skips = 0
     for _ in tests:
         name, reason, output, sec = results.get()
         skipped = reason is not None and reason.startswith('skipped')
+        skips += skipped
         failed += reason is not None and not skipped
         print('%s %s%s  (%.1f s)' % ('ok  ' if reason is None else 'skip' if skipped else 'FAIL', name,
                                      ': ' + reason if reason else '', sec), flush=True)
@@ -275,12 +284,13 @@ def main():
             print('    ' + output.rstrip().replace('\n', '\n    '), flush=True)
     for process in crew:
         process.join()
-    print('%d passed, %d failed' % (len(tests) - failed, failed))
+    passed = len(tests) - failed - skips
     for report in glob.glob(REPORTS + '.*') if instrumented else ():
         with open(report, errors='replace') as f:
             text = f.read()
         failed += text != ''   # valgrind leaves an empty one
         print(text and 'FAIL %s\n%s' % (report, text), end='')
+    print('%d passed, %d failed' % (passed, failed) + (', %d skipped' % skips if skips else ''))
     sys.exit(failed > 0)
 
 

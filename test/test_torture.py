@@ -7,13 +7,15 @@ import resource
 import shutil
 import subprocess
 import threading
+import time
 
 import archive
 import imapd
+import mutate
 import sample
 import servers
 import torture
-from run import PROGRAM, Skip
+from run import PROGRAM, Skip, sanitized
 
 
 def rig(t, *args, **more):
@@ -508,3 +510,8 @@ def test_some_cut_lines(t):
     cuts = torture.lines(r, random.Random(os.getpid()), many=64)
     for _ in range(3):
         next(cuts)
+
+
+def test_some_mutating_servers(t):
+    """Seeds are printed with what is wrong."""
+    mutate.episodes(sanitized(), random.SystemRandom().getrandbits(32), time.monotonic() + 5)

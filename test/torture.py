@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Kills, power cuts, disk faults and cut lines, for minutes: torture.py [--seed N] [--minutes N] [PART ...]
+"""Kills, power cuts, disk faults, cut lines and mutating servers, for minutes: torture.py [--seed N] [--minutes N] [PART ...]
 
-Parts: kills cuts tears faults chains lines. Each puts an archive through a history (STEPS) and disturbs each step at
+Parts: kills cuts tears faults chains lines, and mutate (mutate.py). Each of the others puts an archive through a history (STEPS) and disturbs each step at
 every operation that changes the disk, or at every octet of the line; then one more run must make the archive
 what the server holds, and another must change no byte. test_torture.py runs a sample of this.
 """
@@ -23,6 +23,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import archive   # noqa: E402
 import imapd     # noqa: E402
+import mutate    # noqa: E402
+import run       # noqa: E402
 import sample    # noqa: E402
 import servers   # noqa: E402
 
@@ -695,13 +697,22 @@ PARTS = ['kills', 'cuts', 'tears', 'faults', 'chains', 'lines']
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--seed', type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument('--minutes', type=float, default=5, help='for chains, and for lines')
-    parser.add_argument('part', nargs='*', choices=[[], *PARTS])
+    parser.add_argument('--minutes', type=float, default=5, help='for chains, lines and mutate each')
+    parser.add_argument('part', nargs='*', choices=[[], *PARTS, 'mutate'])
     options = parser.parse_args()
     print('seed %d' % options.seed, flush=True)
     failed = 0
+    parts = options.part or [*PARTS, 'mutate']
+    if 'mutate' in parts:
+        parts.remove('mutate')
+        try:
+            print('mutate: %d episodes: ok' % mutate.episodes(run.sanitized(), options.seed, time.monotonic() +
+                                                              60 * options.minutes), flush=True)
+        except AssertionError as e:
+            print('mutate: FAIL\n%s' % e, flush=True)
+            failed += 1
     for session in (imapd.Session, Plain):
-        for part in options.part or PARTS:
+        for part in parts:
             rig, rng, began = Rig(session), random.Random(options.seed), time.monotonic()
             try:
                 if part == 'chains':
