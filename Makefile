@@ -3,7 +3,7 @@
 # make demo            a backup of a sample mailbox from a private server, step by step
 # make install         to PREFIX (/usr/local), below DESTDIR; make uninstall
 # make static          one static file for this machine; TARGET=mips: for another; static-all
-# make bench fuzz torture test-static    the long ones
+# make bench fuzz torture test-static test-servers    the long ones
 #
 # For another machine with libraries of its own:
 # make CROSS=mipsel-linux-musl- LDFLAGS=-static BEARSSL_LIBS=/opt/libbearssl.a CURL_LIBS=...
@@ -57,7 +57,10 @@ static-all:
 test-static: imap_backup
 	test/setup.sh test
 	STATIC=all test/run.py $(or $(ARGS),test_static)
+test-servers: imap_backup
+	test/setup.sh servers $(ARGS)
+	SERVERS="$(or $(ARGS),dovecot cyrus courier)" test/run.py test_at_
 
 clean:
 	rm -rf imap_backup $(OBJ) build
-.PHONY: headers install uninstall test demo bench torture fuzz static static-all test-static clean
+.PHONY: headers install uninstall test demo bench torture fuzz static static-all test-static test-servers clean

@@ -48,19 +48,19 @@ def fetch(imap, wire):
                            'BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])')
     if kind != 'OK':
         raise RuntimeError('FETCH: %r' % parts)
-    mails, about, bodies = [], b'', []
+    mails, about, bodies = [], b'', {}
     for part in parts:
         if isinstance(part, tuple):
             about += part[0]
-            bodies.append(part[1])
+            bodies[b'HEADER.FIELDS' in part[0].upper()] = part[1]
         elif part is not None:
             about += part
             if len(bodies) == 2:
-                mails.append(Mail(int(re.search(rb'UID (\d+)', about).group(1)), bodies[0],
+                mails.append(Mail(int(re.search(rb'UID (\d+)', about).group(1)), bodies[False],
                                   state_of(re.search(rb'FLAGS \((.*?)\)', about).group(1).decode().split()),
                                   epoch(re.search(rb'INTERNALDATE "(.*?)"', about).group(1).decode()),
-                                  bodies[1]))
-                about, bodies = b'', []
+                                  bodies[True]))
+                about, bodies = b'', {}
     return mails
 
 

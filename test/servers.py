@@ -3,6 +3,7 @@
 Everything listens on 127.0.0.1 at free ports, lives in one folder, and ends with the process that
 started it, however that one ends.
 """
+import base64
 import glob
 import http.server
 import os
@@ -182,7 +183,78 @@ class Certificates:
              '-out', cert, '-startdate', when[0], '-enddate', when[1], '-extensions', 'ext')
 
 
-class Dovecot:
+class Private:
+    """A server in a folder of its own; as root it runs as nobody, and what a test writes there for it belongs to
+    `owner`."""
+
+    def __init__(self, folder, *below):
+        self.folder, self.log_path = folder, os.path.join(folder, 'log')
+        self.owner = pwd.getpwnam('nobody') if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+        for name in ('', *below):
+            self._mkdir(os.path.join(folder, name))
+
+    def stop(self):
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
+
+    def own(self, path):
+        """Give a tree that a test has written to the server's user."""
+        if os.getuid() == 0:
+            for base, folders, files in os.walk(path):
+                for name in [base] + [os.path.join(base, x) for x in folders + files]:
+                    os.chown(name, self.owner.pw_uid, self.owner.pw_gid)
+
+    def log(self):
+        try:
+            with open(self.log_path, errors='replace') as f:
+                return f.read()
+        except OSError:   # it has said why it does not start
+            with open(self.log_path + '.out', errors='replace') as f:
+                return f.read()
+
+    def _own(self, path):
+        if os.getuid() == 0:
+            os.chown(path, self.owner.pw_uid, self.owner.pw_gid)
+
+    def _mkdir(self, path):
+        os.makedirs(path, exist_ok=True)
+        self._own(path)
+
+    def _write(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, 'w') as f:
+            f.write(text)
+        self._own(path)
+        return path
+
+    def _as_user(self):
+        return dict(user=self.owner.pw_uid, group=self.owner.pw_gid, extra_groups=[]) if os.getuid() == 0 else {}
+
+    def _launch(self, command, **env):
+        """Does it answer at its port?"""
+        # The shell outlives nobody: its standard input ends with us, and then it ends the server.
+        script = ('out=$1; shift; "$@" </dev/null >>"$out" 2>&1 & d=$!\n'
+                  'read -r x; kill $d 2>/dev/null\n'
+                  'for i in 1 2 3 4 5 6 7 8 9 10; do kill -0 $d 2>/dev/null || exit 0; sleep 0.2; done\n'
+                  'kill -9 $d')
+        self.process = subprocess.Popen(['sh', '-c', script, 'sh', self.log_path + '.out', *command],
+                                        stdin=subprocess.PIPE, cwd=self.folder, start_new_session=True,
+                                        env={'PATH': SBIN, **env}, **self._as_user())
+        for _ in range(100):
+            try:
+                with socket.create_connection(('127.0.0.1', self.port), 5) as s:
+                    if s.recv(100).startswith(b'* OK'):
+                        return True
+            except OSError:
+                pass
+            time.sleep(0.05)
+        self.stop()
+        return False
+
+
+class Dovecot(Private):
     """A private Dovecot: implicit TLS at port `tls`, clear with STARTTLS at port `port`.
 
     starttls=False    no TLS at all
@@ -192,27 +264,21 @@ class Dovecot:
     compress          COMPRESS=DEFLATE is offered
     provider          (URL of its introspection, CA): tokens are taken too, by XOAUTH2 and OAUTHBEARER, or by
                       the mechanisms named third
-    As root it runs as nobody: what this class writes below `folder` belongs to `owner`.
     """
+    prefix, delimiter = '', '/'
 
     def __init__(self, folder, certificate, starttls=True, capability='', limit=100, compress=False,
                  provider=None):
-        self.folder = folder
-        self.owner = pwd.getpwnam('nobody') if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+        super().__init__(folder, 'run', 'home', 'raw')
         self.group = grp.getgrgid(self.owner.pw_gid).gr_name
-        for name in ('', 'run', 'home', 'raw'):
-            self._mkdir(os.path.join(folder, name))
-        self.log_path = os.path.join(folder, 'log')
         for source, name in zip(certificate, ('server.crt', 'server.key')):
             shutil.copy(source, os.path.join(folder, name))
             self._own(os.path.join(folder, name))
         self.version = tool('dovecot', '--version', env={'PATH': SBIN}).split()[0]
-        self.conf = os.path.join(folder, 'dovecot.conf')
         for attempt in range(5):   # another process may take the port in between
             self.port, self.tls = free_ports(2)
-            with open(self.conf, 'w') as f:
-                f.write(self._config(starttls, capability, limit, compress, provider))
-            self._own(self.conf)
+            self.conf = self._write('dovecot.conf', self._config(starttls, capability, limit, compress,
+                                                                 provider))
             if self._start():
                 return
         raise RuntimeError('Dovecot does not start:\n' + self.log())
@@ -251,21 +317,6 @@ class Dovecot:
         for name in glob.glob(os.path.join(self.maildir(user), 'dovecot-uidvalidity*')):
             os.unlink(name)
 
-    def own(self, path):
-        """Give a tree that a test has written to the server's user."""
-        if os.getuid() == 0:
-            for base, folders, files in os.walk(path):
-                for name in [base] + [os.path.join(base, x) for x in folders + files]:
-                    os.chown(name, self.owner.pw_uid, self.owner.pw_gid)
-
-    def log(self):
-        try:
-            with open(self.log_path, errors='replace') as f:
-                return f.read()
-        except OSError:   # it has said why it does not start
-            with open(self.log_path + '.out', errors='replace') as f:
-                return f.read()
-
     def sessions(self, user):
         """(begin, end) of each of the user's sessions, from the log, in seconds."""
         begun, over = {}, []
@@ -285,44 +336,10 @@ class Dovecot:
         spans = self.sessions(user)
         return max([sum(1 for b, e in spans if b <= begin < e - slack) for begin, _ in spans], default=0)
 
-    def stop(self):
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process = None
-
     # -- the rest --
 
-    def _own(self, path):
-        if os.getuid() == 0:
-            os.chown(path, self.owner.pw_uid, self.owner.pw_gid)
-
-    def _mkdir(self, path):
-        os.makedirs(path, exist_ok=True)
-        self._own(path)
-
     def _start(self):
-        # The shell outlives nobody: its standard input ends with us, and then it ends Dovecot.
-        script = ('dovecot -F -c "$1" </dev/null >>"$2.out" 2>&1 & d=$!\n'
-                  'read -r x; kill $d 2>/dev/null\n'
-                  'for i in 1 2 3 4 5 6 7 8 9 10; do kill -0 $d 2>/dev/null || exit 0; sleep 0.2; done\n'
-                  'kill -9 $d')
-        as_user = {}
-        if os.getuid() == 0:
-            as_user = dict(user=self.owner.pw_uid, group=self.owner.pw_gid, extra_groups=[])
-        self.process = subprocess.Popen(['sh', '-c', script, 'sh', self.conf, self.log_path],
-                                        stdin=subprocess.PIPE, cwd=self.folder, start_new_session=True,
-                                        env={'PATH': SBIN, 'HOME': self.folder}, **as_user)
-        for _ in range(100):
-            try:
-                with socket.create_connection(('127.0.0.1', self.port), 5) as s:
-                    if s.recv(100).startswith(b'* OK'):
-                        return True
-            except OSError:
-                pass
-            time.sleep(0.05)
-        self.stop()
-        return False
+        return self._launch(['dovecot', '-F', '-c', self.conf], HOME=self.folder)
 
     def _tokens(self, new, url, ca, mechanisms='xoauth2 oauthbearer'):
         """The lines for OAuth; they stand before the other passdb."""
@@ -381,6 +398,143 @@ class Dovecot:
             'service anvil {\n  chroot =\n}', 'service stats {\n  chroot =\n}',
         ]
         return '\n'.join(lines) + '\n'
+
+
+# ---- servers that setup.sh has unpacked, not installed: they and Dovecot exclude each other ----
+
+UNPACKED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'build', 'servers')
+
+
+def unpacked(name, path):
+    """What is there of a server, or None."""
+    found = glob.glob(os.path.join(UNPACKED, name, path))
+    return found[0] if found else None
+
+
+def readable(name, folder):
+    """Where nobody can run what is unpacked: there, or in a copy where that lies in a private folder."""
+    at, parent = os.path.join(UNPACKED, name), UNPACKED
+    while parent != '/':
+        if os.getuid() == 0 and not os.stat(parent).st_mode & 1:
+            return shutil.copytree(at, os.path.join(folder, 'unpacked'), symlinks=True)
+        parent = os.path.dirname(parent)
+    return at
+
+
+def libraries(at):
+    return ':'.join(sorted({os.path.dirname(path) for path in glob.glob(
+        os.path.join(at, '**', 'lib*.so*'), recursive=True)}))
+
+
+class Cyrus(Private):
+    """In the clear at port `port`. Passwords are judged by a saslauthd of ours."""
+    prefix, delimiter = '', '/'
+
+    def __init__(self, folder):
+        super().__init__(folder, 'lib', 'spool', 'lib/socket', 'lib/proc', 'lib/lock', 'lib/db', 'lib/log', 'lib/msg')
+        self.mux = socket.socket(socket.AF_UNIX)
+        self.mux.bind(os.path.join(folder, 'mux'))
+        os.chmod(os.path.join(folder, 'mux'), 0o777)
+        self.mux.listen(50)
+        threading.Thread(target=self._judge, daemon=True).start()
+        at = readable('cyrus', folder)
+        programs = at + '/usr/lib/cyrus/bin'
+        conf = self._write('imapd.conf', 'configdirectory: {0}/lib\ndefaultpartition: default\n'
+                           'partition-default: {0}/spool\nadmins: admin\nallowplaintext: yes\ncyrus_user: {1}\n'
+                           'sasl_pwcheck_method: saslauthd\nsasl_saslauthd_path: {0}/mux\nsasl_mech_list: PLAIN\n'
+                           'autocreate_users: anyone\nautocreate_quota: 0\nautocreate_post: yes\nunixhierarchysep: yes\n'
+                           'altnamespace: yes\nvirtdomains: off\nconversations: no\nmaxlogins_per_user: 0\n'
+                           .format(folder, self.owner.pw_name))
+        env = {'LD_LIBRARY_PATH': libraries(at), 'CYRUS_USER': self.owner.pw_name, 'SASL_PATH': ':'.join(
+            glob.glob(at + '/usr/lib/*/sasl2') + glob.glob('/usr/lib/*/sasl2'))}
+        for attempt in range(5):
+            self.port, = free_ports(1)
+            services = self._write('cyrus.conf', 'START {{\n  recover cmd="{0}/ctl_cyrusdb -C {1} -r"\n}}\nSERVICES {{\n'
+                                   '  imap cmd="{0}/imapd -C {1} -U 30" listen="127.0.0.1:{2}" proto="tcp4" prefork=0\n'
+                                   '}}\nEVENTS {{\n}}\n'.format(programs, conf, self.port))
+            if self._launch([programs + '/master', '-C', conf, '-M', services, '-p', folder + '/pid', '-D'], **env):
+                return
+        raise RuntimeError('Cyrus does not start:\n' + self.log())
+
+    def _judge(self):
+        """saslauthd's protocol: four strings in, one out, each after its length; the second is the password."""
+        while True:
+            try:
+                with self.mux.accept()[0] as s, s.makefile('rb') as f:
+                    said = [f.read(int.from_bytes(f.read(2), 'big')).decode() for _ in range(4)]
+                    answer = b'OK' if said[1] == PASSWORD else b'NO'
+                    s.sendall(len(answer).to_bytes(2, 'big') + answer)
+            except OSError:
+                return
+
+
+class Courier(Private):
+    """Its imapd behind a login of ours, which stands for couriertcpd, imaplogin and authdaemond."""
+    prefix, delimiter = 'INBOX.', '.'
+    CAPABILITY = 'IMAP4rev1 UIDPLUS CHILDREN NAMESPACE THREAD=ORDEREDSUBJECT THREAD=REFERENCES SORT QUOTA IDLE'
+
+    def __init__(self, folder):
+        super().__init__(folder, 'home')
+        at = readable('courier', folder)
+        self.imapd, self.libraries = at + '/usr/bin/imapd', libraries(at)
+        # What tells it of changes is asked for at each keyword, and waited for, while no such service runs.
+        source = self._write('fam.c', ''.join('int FAM%s(void);\nint FAM%s(void) { return -1; }\n' % (name, name) for name in (
+            'Open', 'Open2', 'Close', 'MonitorDirectory', 'CancelMonitor', 'NextEvent', 'Pending')))
+        tool(*os.environ.get('CC', 'cc').split(), '-shared', '-fPIC', '-o', os.path.join(folder, 'fam.so'), source)
+        self.listener = socket.create_server(('127.0.0.1', 0), backlog=50)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                s = self.listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self._login, args=(s,), daemon=True).start()
+
+    def _login(self, s):
+        with s:
+            s.sendall(b'* OK [CAPABILITY %s AUTH=PLAIN] Courier-IMAP ready.\r\n' % self.CAPABILITY.encode())
+            while True:
+                line = b''
+                while not line.endswith(b'\n'):   # what comes behind it is for imapd
+                    c = s.recv(1)
+                    if not c:
+                        return
+                    line += c
+                words = line.decode().split()
+                words += [''] * (4 - len(words))
+                user = password = None
+                if words[1].upper() == 'CAPABILITY':
+                    s.sendall(b'* CAPABILITY %s AUTH=PLAIN\r\n%s OK done\r\n' % (self.CAPABILITY.encode(), words[0].encode()))
+                elif words[1].upper() == 'LOGIN':
+                    user, password = (w.strip('"') for w in words[2:4])
+                elif words[1].upper() == 'AUTHENTICATE':
+                    code = words[3]
+                    if not code:
+                        s.sendall(b'+ \r\n')
+                        while not code.endswith('\n'):
+                            code += s.recv(1).decode()
+                    user, password = base64.b64decode(code).decode().split('\0')[1:]
+                else:
+                    s.sendall(words[0].encode() + b' NO not logged in\r\n')
+                if user and password == PASSWORD:
+                    break
+                if user:
+                    s.sendall(words[0].encode() + b' NO Login failed.\r\n')
+            home = os.path.join(self.folder, 'home', user)
+            for name in ('', 'Maildir', 'Maildir/cur', 'Maildir/new', 'Maildir/tmp'):
+                self._mkdir(os.path.join(home, name))
+            subprocess.run([self.imapd, 'Maildir'], stdin=s, stdout=s, stderr=subprocess.DEVNULL, cwd=home, env={
+                'LD_LIBRARY_PATH': self.libraries, 'LD_PRELOAD': os.path.join(self.folder, 'fam.so'), 'HOME': home, 'AUTHENTICATED': user, 'AUTHADDR': user,
+                'MAILDIRPATH': 'Maildir', 'IMAPLOGINTAG': words[0], 'IMAP_CAPABILITY': self.CAPABILITY, 'IMAP_KEYWORDS': '1',
+                'IMAP_USELOCKS': '1', 'IMAP_ULIMITD': '131072', 'IMAP_CHECK_ALL_FOLDERS': '0', 'PROTOCOL': 'IMAP',
+                'IMAP_EMPTYTRASH': '', 'IMAP_IDLE_TIMEOUT': '60', 'TCPREMOTEIP': '127.0.0.1', 'TCPREMOTEPORT': '1', 'PATH': SBIN}, **self._as_user())
 
 
 class Web:

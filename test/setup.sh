@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh [build|demo|test|bench|fuzz|install PACKAGE...] - install what is missing on Debian or
+# setup.sh [build|demo|test|bench|fuzz|servers [NAME...]|install PACKAGE...] - install what is missing on Debian or
 # Ubuntu; silent if nothing is
 #
 #   build   what the program is built from
@@ -7,6 +7,8 @@
 #   test    and what the tests need: qemu, for what was built for other machines, and exFAT and btrfs
 #   bench   and what `make bench` compares with: isync
 #   fuzz    and clang with libFuzzer
+#   servers what `make test-servers` talks to: cyrus, courier. They and Dovecot exclude each other, so
+#           their packages are not installed, but unpacked below build/servers
 #   install these packages, and nothing else
 #
 # Nothing is installed that is there in another form: what counts is that it works.
@@ -35,6 +37,30 @@ fuzzer() # can clang link one?
 {
 	echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
 		clang -fsanitize=fuzzer,address -x c - -o /dev/null
+}
+
+unpack() # NAME PACKAGE PATTERN...: the package and what it needs of these, unless it is there already
+{
+	folder=$(dirname "$0")/../build/servers/$1
+	[ ! -e "$folder/whole" ] || return 0
+	command -v apt-get >/dev/null || { echo "no $1 here: that takes apt-get" >&2; return 0; }
+	echo "unpacking $2" >&2
+	rm -rf "$folder"
+	mkdir -p "$folder"
+	cd "$folder"
+	# shellcheck disable=SC2086
+	wanted=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks \
+		--no-replaces --no-enhances $2 | grep -E "^($3)" | sort -u | while IFS=: read -r name _; do
+		dpkg-query -W -f '${db:Status-Status}\n' "$name" 2>/dev/null | grep -q '^installed' || echo "$name"
+	done)
+	# shellcheck disable=SC2086
+	apt-get download -qq $wanted >log 2>&1 || { cat log >&2; exit 1; }
+	for package in *.deb; do
+		dpkg -x "$package" .
+	done
+	rm -f ./*.deb
+	: >whole
+	cd - >/dev/null
 }
 
 missing=
@@ -66,12 +92,26 @@ demo|test|bench|fuzz)
 		[ ! -e /dev/fuse ] || need exfatprogs command -v mkfs.exfat
 	fi
 	;;
+servers)
+	"$0" test
+	shift
+	[ $# -gt 0 ] || set -- cyrus courier
+	for name; do
+		case $name in
+		cyrus) unpack cyrus 'cyrus-imapd libsasl2-modules' 'cyrus|lib' ;;
+		courier) unpack courier courier-imap 'courier-[^m]|lib' ;;
+		dovecot) ;;
+		*) echo "no server $name" >&2; exit 2 ;;
+		esac
+	done
+	exit 0
+	;;
 install)
 	shift
 	missing=" $*"
 	;;
 *)
-	echo "usage: $0 [build|demo|test|bench|fuzz|install PACKAGE...]" >&2
+	echo "usage: $0 [build|demo|test|bench|fuzz|servers [NAME...]|install PACKAGE...]" >&2
 	exit 2
 	;;
 esac
