@@ -63,7 +63,8 @@ enum {
 	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
 	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
-	KEYS_MAX = 1 << 14,           /* places for keys of made IDs; nobody can foresee which meet */
+	KEYS_MAX = 1 << 14,           /* places for keys of made IDs, in sets; nobody can foresee ... */
+	KEYS_IN_SET = 8,              /* ... which of them meet in one */
 	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
@@ -1184,16 +1185,20 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 static struct key *key_find(struct mbox *m, const uint8_t octets[20], struct err *e)
 {
 	uint64_t hash = sum_step(salted(m, octets), get_number(octets + 16, 4)) | 1;
-	struct key *key;
+	struct key *set, found = { hash, 1, { 1, 1 } };
+	size_t i = 0;
 
 	if (m->keys == NULL && (m->keys = calloc(KEYS_MAX, sizeof *m->keys)) == NULL) {
 		err_set(e, E_SYSTEM, "%s: out of memory", m->path);
 		return NULL;
 	}
-	key = &m->keys[(hash >> 32) % KEYS_MAX];
-	if (key->hash != hash)
-		*key = (struct key){ hash, 1, { 1, 1 } };
-	return key;
+	set = m->keys + (hash >> 32) % (KEYS_MAX / KEYS_IN_SET) * KEYS_IN_SET;
+	while (i < KEYS_IN_SET - 1 && set[i].hash != hash)
+		i++;
+	found = set[i].hash == hash ? set[i] : found;
+	memmove(set + 1, set, i * sizeof *set);
+	*set = found;
+	return set;
 }
 
 /* Mails have lost their UIDs, or their marks. */

@@ -3,6 +3,20 @@
  *
  * Prints what failed and one summary line; exits 0 if nothing did. Works in the current folder.
  */
+#include <unistd.h>
+#include <bearssl.h>
+
+/* What grows with the square does so in reads and hashes: these are counted. */
+static unsigned long work;
+
+static ssize_t counted_pread(int fd, void *to, size_t n, off_t at)
+{
+	work++;
+	return pread(fd, to, n, at);
+}
+
+#define pread counted_pread
+#define br_sha256_init(hash) (work++, br_sha256_init(hash))
 #include "../mbox.c"
 #include "unit.h"
 
@@ -1086,6 +1100,93 @@ static void test_torn(void)
 	holds(OURS("0009") "Message-ID: <z@x>\n\nz\n\n", "torn");
 }
 
+/* ---- cost ---- */
+
+enum kind { KIND_UNIQUE, KIND_NAMES, KIND_COPIES, KIND_MADE, KIND_MADE_TWO, KIND_MADE_MANY, KIND_LEFT, KINDS };
+
+static int bind_kind(struct mbox *m, enum kind kind, uint32_t n, uint32_t uid)
+{
+	struct err e = { 0 };
+	struct mbox_made made;
+	uint8_t key[20];
+	char text[80];
+
+	snprintf(text, sizeof text, kind == KIND_UNIQUE ? "<%u@x>" : "<s@x>", n);
+	if (kind < KIND_MADE || kind == KIND_LEFT)
+		return bound_size(m, uid, text, kind == KIND_LEFT ? 7 : 0);
+	snprintf(text, sizeof text, "Subject: %u\r\n\r\n", kind == KIND_MADE ? 0 : n % (kind == KIND_MADE_TWO ? 2 : 40));
+	mbox_made_init(&made);
+	mbox_made_feed(&made, text, strlen(text));
+	mbox_made_end(&made, key);
+	return mbox_bind_made(m, uid, key, 0, &e);
+}
+
+/* All that can be done with n mails of this kind. */
+static unsigned long work_for(enum kind kind, uint32_t n)
+{
+	unsigned how = kind == KIND_COPIES || kind == KIND_LEFT ? MBOX_DUPLICATES : 0;
+	struct mbox *m = fresh(how);
+	struct err e = { 0 };
+
+	work = 0;
+	for (uint32_t uid = 1; uid <= n; uid++) {
+		char text[80];
+
+		if (kind == KIND_UNIQUE)
+			snprintf(text, sizeof text, "Message-ID: <%u@x>\r\n\r\n", uid);
+		else if (kind < KIND_MADE || kind == KIND_LEFT)
+			snprintf(text, sizeof text, "Message-ID: <s@x>\r\n\r\n");
+		else
+			snprintf(text, sizeof text, "Subject: %u\r\n\r\n", kind == KIND_MADE ? 0 : uid % (kind == KIND_MADE_TWO ? 2 : 40));
+		keep(m, uid, text);
+	}
+	m = reopened(m, how);
+	for (uint32_t uid = 1; uid <= n; uid++)
+		mbox_set_flags(m, uid, MBOX_SEEN, &e);
+	mbox_drop_uids(m, no_uid_lives, NULL);
+	for (uint32_t uid = 1; uid <= n; uid++)
+		bind_kind(m, kind, uid, n + uid);
+	marked(m, kind == KIND_LEFT ? n : 0);
+	mbox_forget_uids(m);
+	for (uint32_t uid = 1; uid <= n / 2; uid++)
+		check(bind_kind(m, kind == KIND_LEFT ? KIND_COPIES : kind, uid, uid) == 1, "kind %d: bind %u", kind, uid);
+	marked(m, kind == KIND_UNIQUE || (kind >= KIND_MADE && kind < KIND_LEFT) ? n - n / 2 : 0);
+	for (uint32_t uid = 1; uid <= n / 2; uid++)
+		mbox_set_flags(m, uid, MBOX_FLAGGED, &e);
+	closed(m);
+	unlink(index_file);
+	m = opened(how);
+	for (uint32_t uid = 1; uid <= n; uid++)
+		bind_kind(m, kind, uid, uid);
+	closed(m);
+	return work;
+}
+
+/* Four times the mails may not cost much more than four times as much, whatever they are. */
+static void test_growth(void)
+{
+	struct mbox *m;
+	struct err e = { 0 };
+
+	for (int kind = 0; kind < KINDS; kind++) {
+		unsigned long some = work_for((enum kind)kind, 300), more = work_for((enum kind)kind, 1200);
+
+		check(more < some * 5, "kind %d: %lu, then %lu", kind, some, more);
+	}
+	/* IDs that agree in all but their last octets: who cannot foresee the salt cannot make them meet. */
+	m = fresh(0);
+	work = 0;
+	for (unsigned i = 0; i < 2000; i++) {
+		struct record r = { .octets = 9 };
+
+		put_number(r.id.octets + 14, 2, i);
+		check(record_append(m, &r, &e) == 0, "append: %s", e.text);
+	}
+	check(work < 100, "crafted IDs: %lu", work);
+	m->stuck = true;
+	closed(m);
+}
+
 int main(void)
 {
 	test_head();
@@ -1114,5 +1215,6 @@ int main(void)
 	test_large();
 	test_suspect();
 	test_torn();
+	test_growth();
 	return checked("t_mbox");
 }
