@@ -751,7 +751,7 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 	int fd;
 
 	memset(info, 0, sizeof *info);
-	info->exists = lstat(path, &st) == 0;
+	info->exists = lstat(path, &st) == 0 && S_ISREG(st.st_mode);
 	if (info->exists)
 		info->octets = st.st_size;
 	index_path(path, "", index);

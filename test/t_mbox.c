@@ -1011,6 +1011,138 @@ static void test_limits(void)
 	      mbox_close(m, NULL, &e) == 0 && access(path, F_OK) != 0, "a look at nothing");
 }
 
+/* Links, pipes and folders in the place of our files: neither followed nor waited for. */
+static void test_files(void)
+{
+	static const char *const places[] = { "box.mbox", "box.mbox.index" };
+	struct mbox *m;
+	struct mbox_info info;
+
+	for (size_t i = 0; i < N(places); i++)
+		for (int what = 0; what < 4; what++) {
+			struct err e = { 0 };
+			char *text;
+			size_t n;
+
+			closed(fresh(0));
+			write_file("victim", "From x\n\n", what == 0 ? 0 : 8);
+			unlink(places[i]);
+			check((what < 2 ? symlink("victim", places[i]) : what == 2 ? mkfifo(places[i], 0600) :
+			       mkdir(places[i], 0700)) == 0, "%s %d", places[i], what);
+			mbox_peek(path, "box", &info);
+			check(!info.fits, "%s %d: peek", places[i], what);
+			check(mbox_open(&m, path, "box", MBOX_LOOK, &e) == -1, "%s %d: look", places[i], what);
+			e = (struct err){ 0 };
+			check(mbox_open(&m, path, "box", 0, &e) == -1 && strstr(e.text, places[i]) != NULL, "%s %d: %s",
+			      places[i], what, e.text);
+			unlink(places[i]);
+			rmdir(places[i]);
+			rename("victim", path);
+			text = contents(&n);
+			check(n == (what == 0 ? 0 : 8), "%s %d: the victim", places[i], what);
+			free(text);
+		}
+	/* What lies where the new index is made is replaced. */
+	for (int what = 0; what < 3; what++) {
+		struct stat st;
+
+		unlink(path);
+		unlink(index_file);
+		write_file("victim", "abc", 3);
+		check((what == 0 ? symlink("victim", "box.mbox.index.new") : what == 1 ?
+		       link("victim", "box.mbox.index.new") : mkfifo("box.mbox.index.new", 0600)) == 0, "new %d", what);
+		closed(opened(0));
+		check(stat("victim", &st) == 0 && st.st_size == 3 && lstat(index_file, &st) == 0 && S_ISREG(st.st_mode) &&
+		      access("box.mbox.index.new", F_OK) != 0, "new %d: the victim", what);
+	}
+	unlink("victim");
+}
+
+/* Indexes whose checksums are right and that say what cannot be: rebuilt, and nothing is lost. */
+static void test_absurd(void)
+{
+	static const char text[] = OURS("0000") "Message-ID: <a@x>\n\n\n" OURS("0001") "Message-ID: <b@x>\n\n\n"
+				   OURS("0000") "Message-ID: <c@x>\n\n\n";
+	const off_t third = (sizeof text - 1) / 3, top = INT64_MAX;
+
+	for (int what = 0; what < 16; what++) {
+		struct record records[3] = { { .uid = 1 }, { .uid = 2, .state = MBOX_SEEN }, { .uid = 3 } };
+		struct mbox *m = fresh(0);
+		struct err e = { 0 };
+		struct state state;
+		uint8_t p[STATE_OCTETS];
+		FILE *f;
+
+		write_file(path, text, sizeof text - 1);
+		unlink(index_file);
+		closed(m);
+		unlink(index_file);
+		m = opened(0);
+		check(bound(m, 1, "<a@x>") + bound(m, 2, "<b@x>") + bound(m, 3, "<c@x>") == 3, "absurd: bind");
+		check(mbox_commit(m, NULL, &e) == 0, "absurd: %s", e.text);
+		for (uint32_t i = 0; i < 3; i++)
+			check(record_get(m, i, &records[i], &e) == 0, "absurd: %s", e.text);
+		state = m->now;
+		closed(m);
+		switch (what) {
+		case 0: records[1].offset = top - 200; break;
+		case 1: records[1].offset = 5; break;
+		case 2: records[1].octets = top - third; break;
+		case 3: records[2].octets = 0; records[2].head = 0; records[2].digits = 0; break;
+		case 4: records[0].kind = ENTRY_OTHER; break;
+		case 5: records[0] = (struct record){ .kind = ENTRY_OTHER, .uid = 9 }; break;
+		case 6: records[2].kind = 0xFF; break;
+		case 7: records[1].head = UINT32_MAX; records[1].digits = 0; break;
+		case 8: records[1].digits = DIGITS_MAX; break;
+		case 9: state.records = MBOX_MAILS_MAX; break;
+		case 10: state.records = UINT32_MAX; break;
+		case 11: state.octets = top; break;
+		case 12: state.octets = -1; break;
+		case 13: state.stored = 2; break;
+		case 14: state.records = 2; break;
+		default: records[1].octets += 9; records[2].offset += 9; records[2].octets -= 9; break;
+		}
+		f = fopen(index_file, "r+");
+		state.mix = 0;
+		if (f == NULL || fseek(f, RECORDS_AT, SEEK_SET) != 0)
+			exit(1);
+		for (int i = 0; i < 3; i++) {
+			uint8_t octets[RECORD_OCTETS];
+
+			state.mix ^= record_pack(&records[i], octets);
+			fwrite(octets, 1, sizeof octets, f);
+		}
+		state_pack(&state, p);
+		if (fseek(f, STATE_AT, SEEK_SET) != 0 || fwrite(p, 1, sizeof p, f) != sizeof p || fclose(f) != 0)
+			exit(1);
+		m = opened(0);
+		check(strstr(mbox_mended(m), "does not fit the mbox: rebuilt, 3 mails") != NULL, "absurd %d: %s", what,
+		      mbox_mended(m));
+		check(bound(m, 1, "<a@x>") + bound(m, 2, "<b@x>") + bound(m, 3, "<c@x>") == 3, "absurd %d: bind", what);
+		closed(reopened(m, 0));
+		holds(text, "absurd");
+	}
+}
+
+/* An index of an older version is made anew from the mbox. */
+static void test_old_index(void)
+{
+	struct mbox *m = fresh(0);
+	struct err e = { 0 };
+	FILE *f;
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\n") == 1, "a mail");
+	closed(m);
+	f = fopen(index_file, "r+");
+	if (f == NULL || fwrite("imap_backup idx1", 1, 16, f) != 16 || fclose(f) != 0)
+		exit(1);
+	check(mbox_open(&m, path, "other", 0, &e) == -1 && strstr(e.text, "\"box\"") != NULL, "old: %s", e.text);
+	m = opened(0);
+	check(strstr(mbox_mended(m), "older version: rebuilt, 1 mails") != NULL, "old: %s", mbox_mended(m));
+	check(bound(m, 1, "<a@x>") == 1, "old: known");
+	closed(reopened(m, 0));
+}
+
 /* Behind 5 GB, of which most is a hole. */
 static void test_large(void)
 {
@@ -1212,6 +1344,9 @@ int main(void)
 	test_index();
 	test_twice();
 	test_limits();
+	test_files();
+	test_absurd();
+	test_old_index();
 	test_large();
 	test_suspect();
 	test_torn();
