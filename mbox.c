@@ -56,6 +56,7 @@ enum {
 	NAME_AT = 24,             /* places in the index: */
 	STATE_AT = 1536,
 	STATE_OCTETS = 80,
+	UIDVALIDITY_AT = 20, /* in the state */
 	RECORDS_AT = 2048,
 	RECORD_OCTETS = 64,
 	RECORDS_HELD = 64,            /* records read or written at once */
@@ -389,7 +390,6 @@ enum entry_bits { /* what is kept of a record in memory, below the 22 bits of it
 		  ENTRY_DIRTY = 16,  /* differs from the record on disk */
 		  ENTRY_STATE = 32,  /* five bits: seen, answered, flagged, gone, forwarded */
 		  ENTRY_GONE = ENTRY_STATE * 8,
-		  ENTRY_DIFFERENT = ENTRY_STATE * 4, /* of another name: its size is that of another mail */
 		  ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN | ENTRY_LEFT,
 		  ENTRY_HASH_SHIFT = 10,
 		  ENTRY_HASH_BITS = 22,
@@ -438,7 +438,7 @@ struct mbox {
 	int fd, index;      /* -1: not open */
 	bool index_new;     /* 'index' still is path + ".index.new" */
 	bool index_void;    /* it does not fit the mbox: to be removed */
-	bool index_rekeyed; /* every UID changed: to be written anew as a whole */
+	bool index_rekeyed; /* every UID changed */
 	bool data_dirty, records_dirty;
 	bool marked;      /* we have brought "writing" to the disk; what was read may not be there */
 	bool stuck;       /* a write or sync failed: what is on disk is not known */
@@ -873,33 +873,6 @@ static int records_update(struct mbox *m, struct err *e)
 		entry->bits &= ~(uint32_t)ENTRY_DIRTY;
 	}
 	m->records_dirty = false;
-	return 0;
-}
-
-/* Copy all records into a new index file, with what has changed in them. */
-static int records_rewrite(struct mbox *m, struct err *e)
-{
-	uint8_t block[RECORDS_HELD * RECORD_OCTETS];
-	uint32_t n = m->written;
-	size_t got;
-	int old = m->index;
-
-	m->index = -1; /* index_create() must not close it */
-	if (index_create(m, e) != 0) {
-		m->index = old;
-		return -1;
-	}
-	for (uint32_t i = 0; i < n; i += RECORDS_HELD) {
-		size_t octets = (n - i < RECORDS_HELD ? n - i : RECORDS_HELD) * RECORD_OCTETS;
-		off_t at = RECORDS_AT + (off_t)i * RECORD_OCTETS;
-
-		if (read_all(m, old, block, octets, at, &got, e) != 0 ||
-		    write_all(m, m->index, block, got, at, e) != 0) {
-			close(old);
-			return -1;
-		}
-	}
-	close(old);
 	return 0;
 }
 
@@ -1450,19 +1423,21 @@ static int verify(struct mbox *m, struct record *r, struct err *e)
 	return got == 0 && found.octets == r->octets && found.head == r->head && found.sum == r->sum;
 }
 
-/* Read only its state. 1, 0 if there is none where the record says, -1. */
+/* Read only its state, unless it has none. 1, 0 if none stands where the record says, -1. */
 static int reread_state(struct mbox *m, struct record *r, struct err *e)
 {
-	uint8_t digits[4];
+	const size_t field = sizeof status_field - 1;
+	uint8_t head[DIGITS_MAX + 4];
 	size_t got;
 
 	if (r->digits == 0)
 		return 1;
-	if (read_all(m, m->fd, digits, 4, r->offset + r->digits, &got, e) != 0)
+	if (read_all(m, m->fd, head, r->digits + 4, r->offset, &got, e) != 0)
 		return -1;
-	if (got < 4 || parse_state(digits) < 0)
+	if (got < r->digits + 4 || memcmp(head, "From ", 5) != 0 || r->digits < field ||
+	    memcmp(head + r->digits - field, status_field, field) != 0 || parse_state(head + r->digits) < 0)
 		return 0;
-	r->state = (unsigned)parse_state(digits);
+	r->state = (unsigned)parse_state(head + r->digits);
 	return 1;
 }
 
@@ -1574,13 +1549,11 @@ static int mark_writing(struct mbox *m, struct err *e)
  */
 static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 {
+	const unsigned ours = MBOX_FLAGS | MBOX_GONE;
 	struct entry *entry = &m->entries[i];
-	const size_t field = sizeof status_field - 1;
-	uint8_t head[DIGITS_MAX + 4];
 	char digits[4];
 	struct record r;
-	size_t got;
-	int old;
+	int good;
 
 	if (state_of(entry) == state || entry->bits & ENTRY_OTHER)
 		return 0;
@@ -1592,19 +1565,17 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 			return -1;
 		if (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0)
 			return -1;
-		if (read_all(m, m->fd, head, r.digits + 4, r.offset, &got, e) != 0)
+		if ((good = reread_state(m, &r, e)) < 0)
 			return -1;
-		if (got < r.digits + 4 || memcmp(head, "From ", 5) != 0 || r.digits < field ||
-		    memcmp(head + r.digits - field, status_field, field) != 0 ||
-		    (old = parse_state(head + r.digits)) < 0) {
+		if (good == 0) {
 			m->index_void = true;
 			return err_set(e, E_FORMAT,
 				       "%s: no message at octet %lld, where the index says "
 				       "that one begins",
 				       m->path, (long long)r.offset);
 		}
-		put_digits(digits, 4, 16, ((unsigned)old & ~(unsigned)(MBOX_FLAGS | MBOX_GONE)) | state);
-		if (memcmp(digits, head + r.digits, 4) != 0) {
+		if ((r.state & ours) != state) {
+			put_digits(digits, 4, 16, (r.state & ~ours) | state);
 			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
 			m->data_dirty = true;
@@ -1955,12 +1926,8 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 		goto fail;
 	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
 		for (uint32_t i = 0; i < m->now.records; i++)
-			if (m->entries[i].bits & ENTRY_OTHER && m->entries[i].uid != 0) {
-				m->entries[i].uid = 0;
-				m->entries[i].bits |= ENTRY_DIRTY;
-				m->records_dirty = true;
-				m->now.others--;
-			}
+			if (rank_of(m, i) == RANK_NAME_BOUND)
+				set_uid(m, i, 0);
 	order_make(m);
 	rings_sort(m);
 	keys_forget(m);
@@ -2127,23 +2094,13 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 			       .kind = ENTRY_OTHER | (last->kind & RECORD_SCANNED),
 			       .id = last->id,
 			       .wire = last->wire };
-	bool different = !is_of_size(last, size);
-	uint32_t i = first_of(m, place);
 
-	if (m->how & MBOX_LOOK) {
-		m->different += different;
+	m->different += !is_of_size(last, size);
+	if (m->how & MBOX_LOOK)
 		return 0;
-	}
-	if (rank_of(m, i) != RANK_NAME) {
-		name.state = different ? MBOX_FLAGGED : 0;
-		m->different += different;
-		return record_append(m, &name, e);
-	}
-	if (different && (m->entries[i].bits & ENTRY_DIFFERENT) == 0)
-		m->different++;
-	m->entries[i].bits &= ~(uint32_t)ENTRY_DIFFERENT;
-	m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
-	return give_uid(m, place, uid, e);
+	if (rank_of(m, first_of(m, place)) == RANK_NAME)
+		return give_uid(m, place, uid, e);
+	return record_append(m, &name, e);
 }
 
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)
@@ -2583,8 +2540,14 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	m->now.octets = m->flushed;
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
-	if (m->index_rekeyed && !m->index_new && records_rewrite(m, e) != 0)
-		return -1;
+	/* The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these. */
+	if (m->index_rekeyed && !m->index_new) {
+		put_number(m->disk + UIDVALIDITY_AT, 4, 0);
+		put_number(m->disk + STATE_OCTETS - 8, 8, sum_of(m->disk, STATE_OCTETS - 8));
+		if (write_all(m, m->index, m->disk, sizeof m->disk, STATE_AT, e) != 0 ||
+		    sync_file(m, m->index, e) != 0)
+			return -1;
+	}
 	m->index_rekeyed = false;
 	records = data || m->records_dirty || m->now.records > m->written || m->index_new || marking ||
 		  m->now.writing != m->disk[0];
