@@ -409,8 +409,7 @@ struct record { /* as in the index */
 	uint64_t sum;    /* of the octets behind 'head' */
 	uint32_t head;   /* octets of the From line and the status line, if there is one */
 	uint32_t digits; /* where its digits are, from offset; 0: it has none */
-	uint32_t
-		wire; /* octets of the mail at the server, also of that whose other name this is; 0: unknown */
+	uint32_t wire;   /* octets of it at the server, also of another name's mail; 0: unknown */
 };
 
 struct state {        /* what the index's header says */
@@ -467,11 +466,11 @@ struct mbox {
 	struct key *keys; /* KEYS_MAX of them, or NULL */
 
 	/* the mail being stored */
-	off_t start;   /* -1: none */
-	off_t flushed; /* the mbox file's length; 'buffer' follows it */
-	off_t whole;   /* of this, up to the last end of a mail */
-	size_t buffered,
-		summed; /* octets in 'buffer'; of these already in 'sum', or before the mail itself */
+	off_t start;     /* -1: none */
+	off_t flushed;   /* the mbox file's length; 'buffer' follows it */
+	off_t whole;     /* of this, up to the last end of a mail */
+	size_t buffered; /* octets in 'buffer'; ... */
+	size_t summed;   /* ... of these already in 'sum', or before the mail itself */
 	struct sum sum;
 	uint64_t wire; /* octets of the mail so far, as they came */
 	struct mbox_header header;
@@ -1181,7 +1180,7 @@ static void keys_forget(struct mbox *m)
 	m->keys = NULL;
 }
 
-/* The first number that no stored mail with this key has, and its ID; 0 is an error. */
+/* The first number that no stored mail with this key has, those that are torn aside, and its ID; 0 is an error. */
 static uint32_t made_next(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, struct err *e)
 {
 	struct key *key = key_find(m, octets, e);
@@ -1194,7 +1193,8 @@ static uint32_t made_next(struct mbox *m, const uint8_t octets[20], struct mbox_
 		made_id(id, octets, key->next);
 		if (ring_find(m, id, &place, &last, e) != 0)
 			return 0;
-		if (*place == 0)
+		if (*place == 0 ||
+		    (rank_of(m, *place - 1) == RANK_TORN && rank_of(m, first_of(m, place)) == RANK_TORN))
 			return key->next;
 	}
 }

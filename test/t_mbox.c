@@ -1230,6 +1230,18 @@ static void test_torn(void)
 	check(bound(m, 1, "<z@x>") == 0, "torn: known under no ID");
 	closed(reopened(m, 0));
 	holds(OURS("0009") "Message-ID: <z@x>\n\nz\n\n", "torn");
+	/* Without an ID of its own it gets the same again. */
+	m = fresh(0);
+	check(keep(m, 1, "Subject: b\r\n\r\nbody\r\n") == 1, "a mail");
+	closed(m);
+	check(truncate(path, (off_t)(strlen(OURS("0000")) + 90)) == 0, "truncate");
+	unlink(index_file);
+	m = opened(0);
+	check(keep(m, 1, "Subject: b\r\n\r\nbody\r\n") == 1, "once more");
+	closed(reopened(m, 0));
+	holds(OURS("0008") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\nbo\n\n"
+	      OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\nSubject: b\n\nbody\n\n",
+	      "torn without an ID");
 }
 
 /* ---- cost ---- */
