@@ -3454,7 +3454,9 @@ static int imap_fetch_response(struct imap *im, uint32_t uid)
 			fetch.has_size = true;
 		} else if (strcmp(word, "INTERNALDATE") == 0) {
 			result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
-			fetch.has_date = result == 0 && parse_date(text, &fetch.date_sec);
+			/* RFC 5322's form is nobody's INTERNALDATE: the Date header tells more then. */
+			fetch.has_date = result == 0 && strlen(text) >= 25 && (text[1] == '-' || text[2] == '-') &&
+					 parse_date(text, &fetch.date_sec);
 		} else if (doubtful && strcmp(word, "MODSEQ") != 0) {
 			return imap_proto(im, word, "the end of FETCH behind a literal");
 		} else {
@@ -4115,6 +4117,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	uint8_t *plain;
 
 	/* "* OK", "* PREAUTH" or "* BYE"; HTTP servers and the like say something else. */
+	while (imap_blanks(im) == '\n')
+		imap_next(im);
 	if (imap_peek(im) >= 0 && imap_peek(im) != '*')
 		return imap_proto(im, "no IMAP greeting", "\"* OK\"");
 	if (imap_response(im) != 0)
@@ -4158,7 +4162,7 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 }
 
 /* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
-static int imap_open(struct imap *im, const struct account *account, const char *password,
+static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time, const char *password,
 		     const struct trust *trust, unsigned timeout_sec)
 {
 	unsigned tag;
@@ -4166,6 +4170,7 @@ static int imap_open(struct imap *im, const struct account *account, const char 
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
 	im->flight = IMAP_FLIGHT_MAX - 8;
+	im->one_at_a_time = one_at_a_time;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0 || imap_greet(im, trust) != 0)
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password, account->oauth != NULL) != 0)
@@ -5829,11 +5834,20 @@ static int sync_add(struct sync *y, struct set *set, uint32_t uid)
 
 /* -- what comes -- */
 
+/* Return true if the oldest of the mailbox's commands on the wire that has no answer asks for a listing. */
+static bool sync_lists(const struct sync *y)
+{
+	const struct imap *im = y->session->im;
+	const struct command *c = &im->ring[(im->done + 1) % IMAP_FLIGHT_MAX];
+
+	return im->done < im->tag && c->owner == y && (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
+}
+
 static int on_uids(void *context, uint32_t low, uint32_t high)
 {
 	struct sync *y = context;
 
-	if (y == NULL || (y->awaited == 0 && y->stage != SYNC_RECHECK))
+	if (y == NULL || !sync_lists(y))
 		return 0;
 	if (high - low >= MBOX_MAILS_MAX || !set_add(&y->listing, low, high))
 		return sync_out_of_room(y);
@@ -6013,7 +6027,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	if (fetch->uid == 0)
 		return 0;
 	y->in.apart = *fetch;
-	lists = y->attempt.way == LISTING_FETCH && (y->awaited > 0 || y->stage == SYNC_RECHECK);
+	lists = y->attempt.way == LISTING_FETCH && sync_lists(y);
 	if (lists && sync_add(y, &y->listing, fetch->uid) != 0)
 		return -1;
 	if ((lists || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
@@ -6088,7 +6102,7 @@ static int sync_send_batch(struct sync *y, enum sync_kind kind, bool single, con
 	static const char *const items[] = {
 		[KIND_IDS] = "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
 		[KIND_MADE_IDS] =
-			"(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])",
+			"(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (From To Cc Date Subject)])",
 		[KIND_MAILS] = "(UID FLAGS INTERNALDATE BODY.PEEK[])",
 	};
 	char uids[SET_TEXT_OCTETS + 1];
@@ -6458,6 +6472,8 @@ static int sync_flagged(struct sync *y, const struct imap_result *result)
 		y->flags.high = below > 0 ? below - 1 : 0;
 		return 0;
 	}
+	if (y->session->im->exists == 0)
+		return 0; /* some take no UIDs of an empty mailbox */
 	if (y->since == 0 || imap_wait_asked(result) > 0)
 		return imap_refused(&y->err, result, "asking for flags");
 	y->since = 0; /* what it offers, it does not have */
@@ -6631,7 +6647,7 @@ static int sync_open(struct sync *y)
 	y->foresee = sync_foresees(y);
 	y->list_to = UINT32_MAX;
 	y->flags = (struct range){ 1, 0 };
-	if (y->old.uidvalidity != 0 && (!y->box->status.known || y->box->status.messages > 0))
+	if (y->old.uidvalidity != 0)
 		y->flags.high = mbox_last_uid(y->m);
 	y->stage = SYNC_LIST;
 	return 0;
@@ -6711,6 +6727,8 @@ static void session_send(struct session *s)
 		kind = sync_due(y);
 		if (y->pending == 0 && (y->err.code != E_NONE || y->stage == SYNC_OVER))
 			return;
+		if (kind != KIND_NONE && y->attempt.literal && im->wire != y && im->taken != im->tag)
+			return; /* EXAMINE will wait for a continuation: nothing else may come then */
 		if (kind != KIND_NONE) {
 			if (sync_ask(y, kind) != 0)
 				return;
@@ -7253,13 +7271,13 @@ static int worker_connect(struct worker *w, struct err *e)
 		    oauth_token(w->run->config, account->oauth, trust, w->im.refused, &token, e) != 0)
 			return -1;
 		w->slot->connections++;
-		w->connected = imap_open(&w->im, account, token != NULL ? token : password, trust,
+		w->connected = imap_open(&w->im, account, w->board->one_at_a_time,
+					 token != NULL ? token : password, trust,
 					 w->run->config->timeout_sec) == 0;
 		if (token != NULL) {
 			wipe(token, strlen(token));
 			free(token);
 		}
-		w->im.one_at_a_time = w->im.one_at_a_time || w->board->one_at_a_time;
 		*e = w->im.s.err;
 		if (w->connected || !w->im.refused || w->token_refused)
 			break;

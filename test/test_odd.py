@@ -224,12 +224,12 @@ def test_logins_refused(t):
             self.line('%s %s' % (tag, answer))
         return dict(cmd_AUTHENTICATE=authenticate, **more)
 
-    def wrong(login=None, **more):
+    def wrong(answer=None, **more):
         def cmd_login(self, tag, args):
             self.logins = getattr(self, 'logins', 0) + 1
-            if login is None or self.logins > 1:
+            if answer is None or self.logins > 1:
                 self.server.fault('LOGIN, number %d' % self.logins)
-            self.line('%s %s' % (tag, login))
+            self.line('%s %s' % (tag, answer))
         return Case(runs=(1,), fails=1, tries=1, skips=('INBOX',), cmd_LOGIN=cmd_login, **more)
 
     def no_capability(self, tag, args):
@@ -382,7 +382,6 @@ def test_fetch_closes_early(t):
         'once': Case(runs=(1,), tries=1, **closes_early(5)), 'first': Case(runs=(1,), tries=1, **closes_early(1)),
         'last': Case(runs=(1,), tries=1, **closes_early(12)),
         'item': Case(tries=1, **ends_in(b' MODSEQ (5))')), 'twice': Case(tries=1, **ends_in(b')')),
-        'literal': Case(tries=1, **ends_in(b' X {8}\r\nA5 OK)\r\n)')), 'quoted': Case(tries=1, **ends_in(b' X "a) (b")')),
         'item-bare': Case(tries=1, capabilities=BARE, **ends_in(b' MODSEQ (5))')),
     })
 
@@ -579,18 +578,19 @@ def test_a_search_that_breaks_the_server(t):
     }, retries=3)
 
 
-def capital_fields(data, names):
-    fields = imapd.header_fields(data, names)
-    return re.sub(rb'(?m)^([A-Za-z-]+)(?=:)', lambda m: m.group(1).upper(), fields)
+def fields_as_asked(data, names):
+    asked = {name.lower(): name.encode() for name in names.split()}
+    return re.sub(rb'(?m)^([A-Za-z-]+)(?=:)', lambda m: asked.get(m.group(1).decode().lower(), m.group(1)),
+                  imapd.header_fields(data, names))
 
 
-def test_field_names_in_capitals(t):
+def test_field_names_as_they_were_asked_for(t):
     """As GNU's imap4d answers HEADER.FIELDS. Mails without a Message-ID are those that they were."""
     def fetch_body(self, m, item):
         fields = re.match(r'BODY\.PEEK\[HEADER\.FIELDS \((.*)\)\]$', item)
         if not fields:
             return Counting.fetch_body(self, m, item)
-        return self.body(b'BODY[HEADER.FIELDS (%s)]' % fields.group(1).encode(), capital_fields(m.data, fields.group(1)))
+        return self.body(b'BODY[HEADER.FIELDS (%s)]' % fields.group(1).encode(), fields_as_asked(m.data, fields.group(1)))
     box = Mailbox([sample.mail(random.Random(i), 'capitals %d' % i, message_id=i % 2) for i in range(12)])
     for number, capabilities in enumerate((FULL, BARE)):
         server, email = serve(t, {'INBOX': box}, capabilities=capabilities, fetch_body=fetch_body), '%d@x' % number
