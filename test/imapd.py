@@ -518,7 +518,7 @@ class Session:
             elif upper == 'MODSEQ':
                 out.append(b'MODSEQ (%d)' % m.modseq)
             elif upper.startswith('BODY.PEEK['):
-                out.append(self.fetch_body(m, upper))
+                out.append(self.fetch_body(m, item if 'HEADER' in upper else upper))   # names as asked
             elif upper != 'UID':
                 self.server.fault('UID FETCH of ' + item)
         return out
