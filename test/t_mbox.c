@@ -3,6 +3,7 @@
  *
  * Prints what failed and one summary line; exits 0 if nothing did. Works in the current folder.
  */
+#include <errno.h>
 #include <unistd.h>
 #include <bearssl.h>
 
@@ -15,7 +16,20 @@ static ssize_t counted_pread(int fd, void *to, size_t n, off_t at)
 	return pread(fd, to, n, at);
 }
 
+static int writes_left = -1; /* then they fail; -1: they do not */
+
+static ssize_t limited_pwrite(int fd, const void *from, size_t n, off_t at)
+{
+	if (writes_left == 0) {
+		errno = EIO;
+		return -1;
+	}
+	writes_left -= writes_left > 0;
+	return pwrite(fd, from, n, at);
+}
+
 #define pread counted_pread
+#define pwrite limited_pwrite
 #define br_sha256_init(hash) (work++, br_sha256_init(hash))
 #include "../mbox.c"
 #include "unit.h"
@@ -63,6 +77,13 @@ static struct mbox *reopened(struct mbox *m, unsigned how)
 	check(before.octets == after.octets && before.stored == after.stored && before.gone == after.gone &&
 	      (before.others == after.others || how & MBOX_DUPLICATES), "reopened: %u %u %u, then %u %u %u",
 	      before.stored, before.gone, before.others, after.stored, after.gone, after.others);
+	for (uint32_t i = 0; i < m->now.records && m->flushed < 1 << 28; i++) {
+		struct err e = { 0 };
+		struct record r;
+
+		check(record_get(m, i, &r, &e) == 0 && (r.kind & ENTRY_OTHER || verify(m, &r, &e) == 1),
+		      "reopened: record %u %s", i, e.text);
+	}
 	return m;
 }
 
@@ -756,6 +777,10 @@ static void test_replaced(void)
 		check(bound_size(m, 4, "<a@x>", size2) == (how == 0), "another one besides");
 		mbox_tally(m, &info);
 		check(info.different == (how == 0), "it is told");
+		check(bound_size(m, 5, "<a@x>", size2) == (how == 0) && bound_size(m, 6, "<a@x>", size1) == (how == 0),
+		      "two more");
+		mbox_tally(m, &info);
+		check(info.different == (how == 0 ? 2 : 0), "one is different");
 		m = reopened(m, how);
 		mbox_tally(m, &info);
 		check(info.different == 0, "but once");
@@ -800,6 +825,87 @@ static void test_replaced_later(void)
 	holds(OURS("0008") "Message-ID: <a@x>\n\none\n\n" OURS("0000") "Message-ID: <a@x>\n\ntwo\n\n", "later");
 }
 
+/* A mail whose UID left, but another name of it is listed, has not been replaced. */
+static void test_named(void)
+{
+	struct mbox *m = fresh(0);
+	struct mbox_info info;
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\nno line end") == 1 && bound_size(m, 2, "<a@x>", 32) == 1, "two UIDs");
+	listed(m, "23");
+	check(bound_size(m, 3, "<a@x>", 99) == 1 && *record_by_uid(m, 2) == 0, "a third");
+	mbox_tally(m, &info);
+	check(info.different == 1, "it is different");
+	closed(m);
+	unlink(index_file);
+	m = opened(0); /* we added a line end: its size is not known for sure */
+	check(bound_size(m, 2, "<a@x>", 32) == 1 && bound_size(m, 3, "<a@x>", 32) == 1 && bound_size(m, 4, "<a@x>", 34) == 1,
+	      "three UIDs");
+	mbox_tally(m, &info);
+	check(info.different == 0, "none is different");
+	closed(reopened(m, 0));
+}
+
+/* Mails that differ have states of their own, though they have one ID. */
+static void test_unlike(void)
+{
+	struct mbox *m = fresh(MBOX_DUPLICATES);
+	struct err e = { 0 };
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\none\r\n") == 1 && keep(m, 2, "Message-ID: <a@x>\r\n\r\ntwo\r\n") == 1,
+	      "two mails");
+	mbox_forget_uids(m);
+	check(bound(m, 1, "<a@x>") == 1 && mbox_set_flags(m, 1, MBOX_FLAGGED, &e) == 0, "one is bound");
+	marked(m, 0);
+	closed(reopened(m, 0));
+	holds(OURS("0004") "Message-ID: <a@x>\n\none\n\n" OURS("0000") "Message-ID: <a@x>\n\ntwo\n\n", "unlike");
+}
+
+/* A run that dies when it has marked a mail as gone: its UID has left all the same. */
+static void test_killed(void)
+{
+	struct mbox *m = fresh(0);
+
+	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\none\r\n") == 1, "a mail");
+	m = reopened(m, 0);
+	check(keep(m, 2, "Message-ID: <b@x>\r\n\r\n") == 1, "another, and so the mark \"writing\"");
+	listed(m, "2");
+	marked(m, 1);
+	m->stuck = true;
+	closed(m);
+	m = opened(0);
+	check(mbox_next_uid(m, 1) == 0 && m->now.gone == 1 && bound_size(m, 3, "<a@x>", 99) == 0, "killed");
+	closed(m);
+}
+
+/* Wherever the writing of new UIDs ends: never are they taken for those of the old UIDVALIDITY. */
+static void test_rekeyed(void)
+{
+	for (int writes = 0; writes < 9; writes++) {
+		const struct mbox_claim old = { .uidvalidity = 5 }, new = { .uidvalidity = 6 };
+		struct mbox *m = fresh(0);
+		struct err e = { 0 };
+
+		check(keep(m, 1, "Message-ID: <a@x>\r\n\r\n") == 1 && keep(m, 2, "Message-ID: <b@x>\r\n\r\n") == 1, "two");
+		check(mbox_close(m, &old, &e) == 0, "close: %s", e.text);
+		m = opened(0);
+		check(keep(m, 3, "Message-ID: <c@x>\r\n\r\n") == 1, "another, and so the mark \"writing\"");
+		mbox_forget_uids(m);
+		mbox_assume(m, &new);
+		check(bound(m, 1, "<b@x>") == 1 && bound(m, 2, "<a@x>") == 1, "rekeyed");
+		writes_left = writes;
+		mbox_close(m, NULL, &e);
+		writes_left = -1;
+		m = opened(0);
+		if (mbox_claimed(m)->uidvalidity == old.uidvalidity)
+			check(record_by_uid(m, 1) != NULL && *record_by_uid(m, 1) == 0, "%d writes: old UIDs", writes);
+		else if (mbox_claimed(m)->uidvalidity == new.uidvalidity)
+			check(*record_by_uid(m, 1) == 1, "%d writes: new UIDs", writes);
+		check(writes < 8 || mbox_claimed(m)->uidvalidity == new.uidvalidity, "%d writes suffice", writes);
+		closed(m);
+	}
+}
+
 /* Another program added lines to all mails: nothing is fetched again, nothing is marked. */
 static void test_rewritten(void)
 {
@@ -830,7 +936,11 @@ static void test_original(void)
 	m = opened(0);
 	check(strstr(mbox_mended(m), "rebuilt, 2 mails") != NULL, "mended: %s", mbox_mended(m));
 	check(bound(m, 1, "<a@x>") == 1 && bound(m, 2, "<b@x>") == 1 && m->now.gone == 0, "known");
+	/* It had stripped its mails: their size tells nothing. */
+	check(bound_size(m, 3, "<a@x>", 999) == 1 && m->different == 0, "no size");
 	m = reopened(m, 0);
+	listed(m, "9");
+	check(bound_size(m, 9, "<b@x>", 999) == 1, "no size");
 	closed(m);
 }
 
@@ -1317,13 +1427,17 @@ static void test_growth(void)
 
 		check(more < some * 5, "kind %d: %lu, then %lu", kind, some, more);
 	}
-	/* IDs that agree in all but their last octets: who cannot foresee the salt cannot make them meet. */
+	/* IDs that would meet in one place of the table, were its salt known to be 0. */
 	m = fresh(0);
 	work = 0;
-	for (unsigned i = 0; i < 2000; i++) {
+	for (uint64_t i = 0, inverse = 1; i < 2000; i++) {
 		struct record r = { .octets = 9 };
 
-		put_number(r.id.octets + 14, 2, i);
+		for (int k = 0; k < 6; k++)
+			inverse *= 2 - UINT64_C(0x9E3779B97F4A7C15) * inverse;
+		put_number(r.id.octets, 8, i);
+		put_number(r.id.octets + 8, 8, (UINT64_C(7) << 60) * inverse ^ sum_step(0, i));
+		check(sum_step(sum_step(0, i), get_word(r.id.octets + 8)) >> 40 == 0x700000, "crafted");
 		check(record_append(m, &r, &e) == 0, "append: %s", e.text);
 	}
 	check(work < 100, "crafted IDs: %lu", work);
@@ -1350,6 +1464,10 @@ int main(void)
 	test_bind_made();
 	test_replaced();
 	test_replaced_later();
+	test_named();
+	test_unlike();
+	test_killed();
+	test_rekeyed();
 	test_rewritten();
 	test_original();
 	test_marks();
