@@ -399,6 +399,7 @@ enum entry_bits { /* what is kept of a record in memory, below the 22 bits of it
 struct entry {        /* one for each record, in their order */
 	uint32_t uid; /* 0: none known */
 	uint32_t bits;
+	uint32_t next; /* of the records with its ID, see struct mbox */
 };
 
 struct record { /* as in the index */
@@ -447,14 +448,13 @@ struct mbox {
 	char mended[200];
 
 	/*
-	 * Records: in memory 8 octets each, 4 for their order by UID, 4 for their rings, 6 for the table.
+	 * Records: in memory 12 octets each, 4 for their order by UID, 6 for the table.
 	 * All records with one ID form a ring, whose last one is in the table. Its order is that of enum
 	 * rank when it was sorted; who gets a UID goes from its front to its end. So the first tells
 	 * whether a mail has no UID, and the last whether any record has one.
 	 */
 	struct entry *entries;
 	uint32_t entries_room;
-	uint32_t *next;  /* of each record's ring */
 	uint32_t *order; /* records with a UID, ascending by it */
 	uint32_t known;  /* how many these are */
 	uint32_t place;  /* where the last one was looked for */
@@ -523,24 +523,20 @@ static enum rank rank_of(const struct mbox *m, uint32_t i)
 	return entry->bits & ENTRY_GONE ? RANK_GONE : RANK_LIVE;
 }
 
-static bool is_gone(const struct mbox *m, uint32_t i)
-{
-	return (m->entries[i].bits & ENTRY_GONE) != 0;
-}
-
-/* What nobody can foresee. */
+/* What nobody can foresee; where there is no such file, hardly anybody. */
 static uint64_t random_word(void)
 {
-	uint8_t octets[8] = { 0 };
+	uint8_t octets[8];
 	struct timespec now;
 	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd >= 0 ? read(fd, octets, sizeof octets) : 0;
 
+	if (fd < 0 || read(fd, octets, sizeof octets) < (ssize_t)sizeof octets) {
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		put_number(octets, 8, (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid());
+	}
 	if (fd >= 0)
 		close(fd);
-	clock_gettime(CLOCK_MONOTONIC, &now); /* better than nothing, where there is no such file */
-	return get_word(octets) ^
-	       (got == sizeof octets ? 0 : (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid());
+	return get_word(octets);
 }
 
 static time_t now_sec(void)
@@ -980,15 +976,7 @@ static void order_make(struct mbox *m)
 
 static uint32_t first_of(const struct mbox *m, const uint32_t *place)
 {
-	return m->next[*place - 1];
-}
-
-/* A free place of the table for a ring with this hash, or the next place from 'at' on with one like it. */
-static uint32_t table_find(const struct mbox *m, uint32_t hash, uint32_t at)
-{
-	while (m->table[at] != 0 && m->entries[m->table[at] - 1].bits >> ENTRY_HASH_SHIFT != hash)
-		at = at + 1 < m->table_room ? at + 1 : 0;
-	return at;
+	return m->entries[*place - 1].next;
 }
 
 static uint32_t table_home(const struct mbox *m, uint32_t hash)
@@ -1005,26 +993,26 @@ static int ring_find(struct mbox *m, const struct mbox_id *id, uint32_t **place,
 {
 	uint32_t hash = entry_hash(m, id), at = table_home(m, hash);
 
-	for (;; at = at + 1 < m->table_room ? at + 1 : 0) {
-		at = table_find(m, hash, at);
-		*place = &m->table[at];
-		if (m->table[at] == 0)
-			return 0;
+	for (; m->table[at] != 0; at = at + 1 < m->table_room ? at + 1 : 0) {
+		if (m->entries[m->table[at] - 1].bits >> ENTRY_HASH_SHIFT != hash)
+			continue;
 		if (record_get(m, m->table[at] - 1, last, e) != 0)
 			return -1;
 		if (memcmp(&last->id, id, sizeof *id) == 0)
-			return 0;
+			break;
 	}
+	*place = &m->table[at];
+	return 0;
 }
 
 /* Put the ring whose last record + 1 is 'other' behind the one whose last record + 1 is *last, if any. */
 static void ring_join(struct mbox *m, uint32_t *last, uint32_t other)
 {
 	if (*last != 0) {
-		uint32_t first = m->next[*last - 1];
+		uint32_t first = m->entries[*last - 1].next;
 
-		m->next[*last - 1] = m->next[other - 1];
-		m->next[other - 1] = first;
+		m->entries[*last - 1].next = m->entries[other - 1].next;
+		m->entries[other - 1].next = first;
 	}
 	*last = other;
 }
@@ -1032,14 +1020,14 @@ static void ring_join(struct mbox *m, uint32_t *last, uint32_t other)
 /* Make the record behind 'before' the first of its ring. */
 static void ring_prefer(struct mbox *m, uint32_t *place, uint32_t before)
 {
-	uint32_t i = m->next[before];
+	uint32_t i = m->entries[before].next;
 
 	if (i == *place - 1) {
 		*place = before + 1;
 	} else if (before != *place - 1) {
-		m->next[before] = m->next[i];
-		m->next[i] = first_of(m, place);
-		m->next[*place - 1] = i;
+		m->entries[before].next = m->entries[i].next;
+		m->entries[i].next = first_of(m, place);
+		m->entries[*place - 1].next = i;
 	}
 }
 
@@ -1049,12 +1037,12 @@ static void rings_sort(struct mbox *m)
 	for (uint32_t *place = m->table; place < m->table + m->table_room; place++) {
 		uint32_t ranks[RANKS] = { 0 }, end = *place - 1, i;
 
-		if (*place == 0 || m->next[end] == end)
+		if (*place == 0 || m->entries[end].next == end)
 			continue;
-		for (uint32_t follows = m->next[end]; *place != 0;) {
+		for (uint32_t follows = m->entries[end].next; *place != 0;) {
 			i = follows;
-			follows = m->next[i];
-			m->next[i] = i;
+			follows = m->entries[i].next;
+			m->entries[i].next = i;
 			ring_join(m, &ranks[rank_of(m, i)], i + 1);
 			*place = i == end ? 0 : *place;
 		}
@@ -1072,15 +1060,13 @@ static int records_room(struct mbox *m, uint32_t n, struct err *e)
 			       m->path, MBOX_MAILS_MAX);
 	if (n > m->entries_room) {
 		uint32_t room = n + n / 16 + 256;
-		void *entries, *order, *next;
+		void *entries, *order;
 
 		if ((entries = realloc(m->entries, room * sizeof *m->entries)) != NULL)
 			m->entries = entries;
 		if ((order = realloc(m->order, room * sizeof *m->order)) != NULL)
 			m->order = order;
-		if ((next = realloc(m->next, room * sizeof *m->next)) != NULL)
-			m->next = next;
-		if (entries == NULL || order == NULL || next == NULL)
+		if (entries == NULL || order == NULL)
 			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 				       (unsigned long)room);
 		m->entries_room = room;
@@ -1124,7 +1110,7 @@ static int record_add(struct mbox *m, const struct record *r, struct err *e)
 	m->entries[i].uid = r->uid;
 	m->entries[i].bits = entry_hash(m, &r->id) << ENTRY_HASH_SHIFT | entry_state(r->state) |
 			     (r->kind & ENTRY_KIND);
-	m->next[i] = i;
+	m->entries[i].next = i;
 	ring_join(m, place, i + 1);
 	if ((r->kind & ENTRY_OTHER) == 0) {
 		m->now.stored++;
@@ -1611,27 +1597,26 @@ static int tear(struct mbox *m, uint32_t i, struct err *e)
 static int copies_judge(struct mbox *m, struct err *e)
 {
 	for (uint32_t at = 0; at < m->table_room; at++) {
-		uint32_t i, end = m->table[at] - 1, best = UINT32_MAX;
+		uint32_t i, end = m->table[at] - 1, best = 0, last = 0; /* records + 1 */
 		struct record r, copy;
 
-		if (m->table[at] == 0 || m->next[end] == end)
+		if (m->table[at] == 0 || m->entries[end].next == end)
 			continue;
 		i = end;
 		do {
-			i = m->next[i];
+			i = m->entries[i].next;
 			if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
 				continue;
-			if (best == UINT32_MAX || is_gone(m, best) > is_gone(m, i) ||
-			    (is_gone(m, best) == is_gone(m, i) && i > best))
-				best = i;
+			last = i + 1 > last ? i + 1 : last;
+			if ((m->entries[i].bits & ENTRY_GONE) == 0 && i + 1 > best)
+				best = i + 1;
 		} while (i != end);
-		if (best == UINT32_MAX)
-			continue;
-		if (record_get(m, best, &r, e) != 0)
+		best = best != 0 ? best : last;
+		if (best != 0 && record_get(m, best - 1, &r, e) != 0)
 			return -1;
 		do {
-			i = m->next[i];
-			if (i == best || rank_of(m, i) != RANK_GONE)
+			i = m->entries[i].next;
+			if (i + 1 == best || rank_of(m, i) != RANK_GONE)
 				continue;
 			if (record_get(m, i, &copy, e) != 0 || (!is_alike(&r, &copy) && tear(m, i, e) != 0))
 				return -1;
@@ -2069,7 +2054,7 @@ static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t si
 		struct record r;
 		uint32_t bits;
 
-		i = m->next[before];
+		i = m->entries[before].next;
 		bits = m->entries[i].bits;
 		if (rank_of(m, i) > RANK_GONE)
 			break;
@@ -2147,9 +2132,9 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 		uint32_t *place;
 		struct record r, last;
 
-		if (rank > RANK_GONE || (rank == RANK_GONE && m->next[n] == n))
+		if (rank > RANK_GONE || (rank == RANK_GONE && m->entries[n].next == n))
 			continue;
-		if (m->next[n] != n) {
+		if (m->entries[n].next != n) {
 			if (record_get(m, n, &r, e) != 0 || ring_find(m, &r.id, &place, &last, e) != 0)
 				return -1;
 			take_name(m, place);
@@ -2409,7 +2394,7 @@ static int compare(struct mbox *m, const struct record *r, struct err *e)
 	for (int n = 0; n < COMPARED_MAX && (n == 0 || before != *place - 1); n++, before = i) {
 		enum rank rank;
 
-		i = m->next[before];
+		i = m->entries[before].next;
 		rank = rank_of(m, i);
 		if (rank > RANK_GONE && (rank != RANK_BOUND || m->how & MBOX_DUPLICATES))
 			continue;
@@ -2604,7 +2589,6 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		close(m->fd);
 	free(m->entries);
 	free(m->order);
-	free(m->next);
 	free(m->keys);
 	free(m->table);
 	free(m);

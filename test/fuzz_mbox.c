@@ -61,7 +61,7 @@ static void check_counts(struct mbox *m)
 		must(record_get(m, i, &r, &e) == 0);
 		must(ring_find(m, &r.id, &place, &tail, &e) == 0 && *place != 0);
 		for (k = *place - 1; k != i;)
-			must((k = m->next[k]) != *place - 1 || k == i);
+			must((k = m->entries[k].next) != *place - 1 || k == i);
 	}
 	must(m->known == known && m->now.stored == stored && m->now.others == others);
 	must(m->now.gone == gone);
