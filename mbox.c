@@ -2061,8 +2061,7 @@ static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t si
 		if (bits & (ENTRY_LEFT | ENTRY_SUSPECT)) {
 			if (record_get(m, i, &r, e) != 0)
 				return -1;
-			/* Torn is what is too short; if it is too long, another program has added lines. */
-			if (!is_of_size(&r, size) && (bits & ENTRY_LEFT || size > r.wire))
+			if (!is_of_size(&r, size))
 				continue;
 		}
 		ring_prefer(m, place, before);
@@ -2420,7 +2419,9 @@ static int compare(struct mbox *m, const struct record *r, struct err *e)
 	i = first_of(m, place);
 	if (rank_of(m, i) > RANK_GONE)
 		return 1;
-	if ((m->entries[i].bits & ENTRY_LEFT) == 0 && m->wire <= first.wire) { /* as in bind_first() */
+	/* Torn is what is too short; if it is longer, another program has added lines. */
+	if ((m->entries[i].bits & ENTRY_LEFT) == 0 &&
+	    r->octets - r->head <= first.octets - first.head) { /* as in bind_first() */
 		mbox_abort(m);
 		return give_uid(m, place, r->uid, e);
 	}

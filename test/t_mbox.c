@@ -918,7 +918,8 @@ static void test_rewritten(void)
 	closed(m);
 	write_file(path, box, sizeof box - 1);
 	m = opened(0);
-	check(bound_size(m, 1, "<a@x>", 26) == 1 && bound_size(m, 2, "<b@x>", 26) == 1, "rewritten: known");
+	check(bound_size(m, 1, "<a@x>", 26) == 1 && bound_size(m, 2, "<b@x>", 26) == 0, "rewritten: the last is fetched");
+	check(keep(m, 2, "Message-ID: <b@x>\r\n\r\ntwo\r\n") == 0 && mbox_next_uid(m, 2) == 2, "rewritten: not kept");
 	marked(m, 0);
 	closed(reopened(m, 0));
 	holds(box, "rewritten");
@@ -1321,7 +1322,7 @@ static void test_suspect(void)
 			     "<bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>";
 		check(record_get(m, 1, &r, &e) == 0 && r.wire == rows[i].octets, "suspect %zu: %u octets", i, r.wire);
 		check(bound_size(m, 2, id, rows[i].octets + 1) == 0, "suspect %zu is torn", i);
-		check(bound_size(m, 2, id, rows[i].octets - i % 3) == 1 && (m->entries[1].bits & ENTRY_SUSPECT) == 0,
+		check(bound_size(m, 2, id, rows[i].octets - i % 2 * 2) == 1 && (m->entries[1].bits & ENTRY_SUSPECT) == 0,
 		      "suspect %zu is not torn", i);
 		closed(reopened(m, 0));
 	}
@@ -1340,6 +1341,16 @@ static void test_torn(void)
 	check(bound(m, 1, "<z@x>") == 0, "torn: known under no ID");
 	closed(reopened(m, 0));
 	holds(OURS("0009") "Message-ID: <z@x>\n\nz\n\n", "torn");
+	/* Bare LFs are stored like CRLF: what seems too long can be torn all the same. */
+	m = fresh(0);
+	check(keep(m, 1, "Message-ID: <z@x>\n\n\n\n\n\n1\n") == 1, "a mail");
+	closed(m);
+	check(truncate(path, (off_t)strlen(OURS("0000") "Message-ID: <z@x>\n\n\n\n")) == 0, "truncate");
+	unlink(index_file);
+	m = opened(0);
+	check(bound_size(m, 1, "<z@x>", 25) == 0 && keep(m, 1, "Message-ID: <z@x>\n\n\n\n\n\n1\n") == 1, "once more");
+	closed(reopened(m, 0));
+	holds(OURS("0008") "Message-ID: <z@x>\n\n\n\n" OURS("0000") "Message-ID: <z@x>\n\n\n\n\n\n1\n\n", "torn, bare LFs");
 	/* Without an ID of its own it gets the same again. */
 	m = fresh(0);
 	check(keep(m, 1, "Subject: b\r\n\r\nbody\r\n") == 1, "a mail");
