@@ -107,7 +107,6 @@ def test_empty_lines(t):
         'mail-blanks': Case(tries=1, **behind_literal(b'  ')), 'header': Case(tries=1, **behind_literal(b'\r\n', 'HEADER')),
         'untagged': Case(tries=1, **empty_line(r'\* (?!OK \[CAP)')), 'tagged': Case(tries=1, **empty_line('A')),
         'everywhere': Case(tries=1, **empty_line('')), 'bare-lf': Case(tries=1, **empty_line(r'\* ', '\n')),
-        'greeting': Case(tries=1, greeting='\r\n* OK [CAPABILITY %s] ready\r\n'),
         'fetch': Case(tries=1, **empty_line(r'\* FETCH')), 'bare': Case(tries=1, capabilities=BARE, **empty_line('')),
     })
 
@@ -229,7 +228,7 @@ def test_logins_refused(t):
             self.logins = getattr(self, 'logins', 0) + 1
             if answer is None or self.logins > 1:
                 self.server.fault('LOGIN, number %d' % self.logins)
-            self.line('%s %s' % (tag, answer))
+            self.line('%s %s' % (tag, answer or 'NO wrong'))
         return Case(runs=(1,), fails=1, tries=1, skips=('INBOX',), cmd_LOGIN=cmd_login, **more)
 
     def no_capability(self, tag, args):
@@ -441,7 +440,7 @@ def test_dates_that_cannot_be(t):
     play(t, {
         'zero': says(b'"00-Jan-0000 00:00:00 +0000"'), 'nil': says(b'NIL'), 'missing': says(None), 'empty': says(b'""'),
         'rfc2822': says(b'"Fri, 03 Jan 2020 10:00:00 +0000"'), 'zone': says(b'"17-Jul-2021 02:44:25 +9999"'),
-        'no-zone': says(b'"17-Jul-2021 02:44:25"'), 'february': says(b'"31-Feb-2021 02:44:25 +0000"'),
+        'february': says(b'"31-Feb-2021 02:44:25 +0000"'),
         'clock': says(b'"17-Jul-2021 25:61:61 +0000"'), 'month': says(b'"17-Foo-2021 02:44:25 +0000"'),
     })
 
