@@ -4086,6 +4086,7 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	}
 	if (result != NULL && result->condition != IMAP_OK) {
 		imap_refused(e, result, "login");
+		imap_scrub(im, e->text);
 		if (e->code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
 			e->code = E_ACCOUNT; /* also where the text says "try again later" */
 		im->refused = token && e->code == E_ACCOUNT;
@@ -4100,7 +4101,8 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 				 "; perhaps it wants an app password, or another \"username\"");
 		}
 	}
-	imap_scrub(im, e->text);
+	if (result == NULL)
+		imap_scrub(im, e->text);
 	memset(im->secret, 0, sizeof im->secret);
 	wipe(plain, size);
 	wipe(coded, size / 3 * 4 + 8);
