@@ -279,10 +279,8 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 /*
  * The server has a mail 'uid' with this identity: is it stored? If so the UID is noted (as another
  * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
- *
- *   size   its RFC822.SIZE, 0 if unknown. If it tells that a mail whose UID was dropped, or that may be
- *          torn, is another one, the mail must be fetched, and mbox_end() compares.
- *
+ * size: its RFC822.SIZE, or 0. If that of a mail whose UID was dropped, or that may be torn, differs, the
+ * mail must be fetched, and mbox_end() compares.
  * Returns 1 if it is stored, 0 if it must be fetched, -1 with E_FORMAT or E_SYSTEM.
  */
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);
@@ -312,9 +310,8 @@ int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e);
 /* -- storing -- */
 
 /*
- * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(). At
- * the first one the index is marked "writing" and synced. E_FORMAT if another program has changed
- * the mbox since.
+ * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(). At the first one the
+ * index is marked "writing" and synced. E_FORMAT if another program has changed the mbox since.
  */
 int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e);
 

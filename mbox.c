@@ -410,7 +410,7 @@ struct record { /* as in the index */
 	uint64_t sum;    /* of the octets behind 'head' */
 	uint32_t head;   /* octets of the From line and the status line, if there is one */
 	uint32_t digits; /* where its digits are, from offset; 0: it has none */
-	uint32_t wire;   /* octets of it at the server, also of another name's mail; 0: unknown */
+	uint32_t wire;   /* octets of it at the server, also of another name's mail; UINT32_MAX: unknown */
 };
 
 struct state {        /* what the index's header says */
@@ -1353,7 +1353,8 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 	r->sum = sum_end(&sum);
 	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
 	/* Without the empty line; the original has stripped its mails. */
-	r->wire = !nobody && wire > 2 && wire - 2 <= UINT32_MAX ? (uint32_t)wire - 2 : 0;
+	wire -= wire < 2 ? wire : 2;
+	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
 	if (mbox_header_end(&id_header, &r->id)) {
 		/* The original gave a made ID to mails whose own it overlooked. */
 		if (nobody && id_header.kind[0] == MBOX_ID_MADE && id_header.fields > 1 &&
@@ -2038,7 +2039,7 @@ static int give_uid(struct mbox *m, uint32_t *place, uint32_t uid, struct err *e
 /* Return true if the mail of a record can have so many octets on the wire; 0: unknown. */
 static bool is_of_size(const struct record *r, uint64_t size)
 {
-	return size == 0 || r->wire == 0 || size == r->wire ||
+	return size == 0 || r->wire == UINT32_MAX || size == r->wire ||
 	       (r->kind & RECORD_SCANNED && size + 2 == r->wire);
 }
 
@@ -2456,7 +2457,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	m->summed = m->buffered;
 	r.octets = m->flushed + (off_t)m->buffered - m->start;
 	r.sum = sum_end(&m->sum);
-	r.wire = m->wire <= UINT32_MAX ? (uint32_t)m->wire : 0;
+	r.wire = m->wire < UINT32_MAX ? (uint32_t)m->wire : UINT32_MAX;
 	if (m->compare && (new = compare(m, &r, e)) <= 0) {
 		if (new < 0)
 			goto fail;
@@ -2485,7 +2486,7 @@ void mbox_abort(struct mbox *m)
 	if (m->start < 0)
 		return;
 	if (m->start >= m->flushed) {
-		m->buffered = m->stuck ? 0 : (size_t)(m->start - m->flushed);
+		m->buffered = (size_t)(m->start - m->flushed);
 	} else {
 		m->flushed = m->start;
 		m->buffered = 0;
@@ -2566,11 +2567,16 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
 	char path[PATH_OCTETS + 16];
+	struct stat st;
 	int r = 0;
 
 	if (m == NULL)
 		return 0;
 	mbox_abort(m);
+	/* A write failed, and the last mail's end is still here: it is cut off, unless somebody else was at it. */
+	if (m->stuck && m->buffered > 0 && m->flushed > m->whole && fstat(m->fd, &st) == 0 &&
+	    st.st_size == m->flushed && ftruncate(m->fd, m->whole) != 0)
+		r = err_errno(e, E_SYSTEM, "%s: cannot cut off an unfinished mail", m->path);
 	if (!m->stuck && !m->index_void && (m->how & MBOX_LOOK) == 0) {
 		m->now.writing = false;
 		r = mbox_commit(m, claim, e);

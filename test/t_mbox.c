@@ -878,6 +878,36 @@ static void test_killed(void)
 	closed(m);
 }
 
+/* A write fails while the end of a large mail is not written yet: nothing of it stays. */
+static void test_no_room(void)
+{
+	static const char id[] = "Message-ID: <b@x>\r\n\r\n";
+	char *text = malloc(2 * BUFFER_OCTETS);
+
+	if (text == NULL)
+		exit(1);
+	memset(text, 'x', 2 * BUFFER_OCTETS);
+	memcpy(text, id, strlen(id));
+	for (int begun = 0; begun < 2; begun++) {
+		struct mbox *m = fresh(0);
+		struct err e = { 0 };
+
+		check(keep(m, 1, "Message-ID: <a@x>\r\n\r\n") == 1, "a mail");
+		m = reopened(m, 0);
+		check(store(m, 2, text, 2 * BUFFER_OCTETS - 9, 4096) == 1, "a large one");
+		check(!begun || (mbox_begin(m, 0, &e) == 0 && mbox_write(m, id, 9, &e) == 0), "begin: %s", e.text);
+		writes_left = 0;
+		check(mbox_set_flags(m, 1, MBOX_SEEN, &e) == -1, "no room");
+		writes_left = -1;
+		closed(m);
+		holds(OURS("0000") "Message-ID: <a@x>\n\n\n", "no room");
+		m = opened(0);
+		check(m->now.stored == 1, "no room: %s", mbox_mended(m));
+		closed(m);
+	}
+	free(text);
+}
+
 /* Wherever the writing of new UIDs ends: never are they taken for those of the old UIDVALIDITY. */
 static void test_rekeyed(void)
 {
@@ -1351,7 +1381,15 @@ static void test_torn(void)
 	check(bound_size(m, 1, "<z@x>", 25) == 0 && keep(m, 1, "Message-ID: <z@x>\n\n\n\n\n\n1\n") == 1, "once more");
 	closed(reopened(m, 0));
 	holds(OURS("0008") "Message-ID: <z@x>\n\n\n\n" OURS("0000") "Message-ID: <z@x>\n\n\n\n\n\n1\n\n", "torn, bare LFs");
-	/* Without an ID of its own it gets the same again. */
+	/* Without an ID of its own it gets the same again; nothing of it is there but what we made. */
+	m = fresh(0);
+	check(keep(m, 1, "Subject: b\r\n\r\nbody\r\n") == 1, "a mail");
+	closed(m);
+	check(truncate(path, (off_t)strlen(OURS("0000") "Message-ID: <bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>\n")) == 0, "truncate");
+	unlink(index_file);
+	m = opened(0);
+	check(bound_size(m, 1, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>", 20) == 0, "nothing is there");
+	closed(m);
 	m = fresh(0);
 	check(keep(m, 1, "Subject: b\r\n\r\nbody\r\n") == 1, "a mail");
 	closed(m);
@@ -1478,6 +1516,7 @@ int main(void)
 	test_named();
 	test_unlike();
 	test_killed();
+	test_no_room();
 	test_rekeyed();
 	test_rewritten();
 	test_original();
