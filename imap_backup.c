@@ -100,6 +100,8 @@ enum {
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
 	BATCH_RANGES = 128,                    /* of UIDs in one command */
+	RECORD_MAX = 4096,                     /* octets of what a process reports at once: PIPE_BUF */
+	REPORT_MAX = 4 << 20,                  /* of what --json tells of an account */
 	SESSION_BOXES_MAX = 24,                /* mailboxes on the wire at a time */
 	AHEAD_MAILS = 20000,                   /* of archives that are opened while another is open ... */
 	AHEAD_MAIL_OCTETS = 1000,              /* ... guessed by this size of a mail where there is no index */
@@ -121,8 +123,16 @@ enum {
 
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DETAIL, LOG_TRACE };
 
+/* JSON values with commas between them, for --json. What is more than REPORT_MAX is left out. */
+struct pile {
+	char *text; /* owned */
+	size_t n, room;
+};
+
 static struct {
 	enum log_level level; /* the most talkative that is shown */
+	struct pile *errors;  /* the parent's with --json, else NULL */
+	bool records;         /* with --json in other processes: they go to standard output, a line each */
 	bool terminal, color; /* stderr is one; it may be coloured */
 	char context[200];    /* "account: mailbox: ", in front of each line */
 } log_to = { .level = LOG_INFO };
@@ -197,6 +207,34 @@ static char *log_octets(char out[16], uint64_t octets)
 /* One message is one line and one write(), so that workers do not mix theirs. */
 static void log_write(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+static void pile_add(struct pile *pile, const char *json, size_t n)
+{
+	char *more = pile->text;
+
+	if (pile->n + n + 2 > pile->room) {
+		if (pile->n + n + 2 > REPORT_MAX || (more = realloc(more, 2 * (pile->n + n + 2))) == NULL)
+			return;
+		pile->text = more;
+		pile->room = 2 * (pile->n + n + 2);
+	}
+	if (pile->n > 0)
+		more[pile->n++] = ',';
+	memcpy(more + pile->n, json, n);
+	pile->n += n;
+}
+
+/* Hand a record of this kind to the parent: at most PIPE_BUF octets, so that they do not mix. */
+static void report_record(char kind, const char *json)
+{
+	char line[RECORD_MAX];
+	ssize_t ignored = 0;
+	int n = snprintf(line, sizeof line, "%c%s\n", kind, json);
+
+	if (log_to.records && n > 0 && (size_t)n < sizeof line)
+		ignored = write(STDOUT_FILENO, line, (size_t)n);
+	(void)ignored;
+}
+
 static void log_write(enum log_level level, const char *format, ...)
 {
 	static const char *const words[] = { "error: ", "warning: ", "", "", "" };
@@ -218,6 +256,15 @@ static void log_write(enum log_level level, const char *format, ...)
 		     visible);
 	ignored = write(STDERR_FILENO, line, (size_t)n);
 	(void)ignored; /* if stderr is gone there is nobody to tell */
+	if (level == LOG_ERROR && (log_to.errors != NULL || log_to.records)) {
+		char json[RECORD_MAX - 8];
+
+		snprintf(line, sizeof line, "%s%s", log_to.context, visible);
+		json_escape(json, sizeof json, line);
+		if (log_to.errors != NULL)
+			pile_add(log_to.errors, json, strlen(json));
+		report_record('E', json);
+	}
 }
 
 #define log_error(...) log_write(LOG_ERROR, __VA_ARGS__)
@@ -6872,6 +6919,9 @@ struct run {
 	unsigned n_boards;
 	volatile unsigned *starving; /* accounts that wait for their first place */
 	int places[2];
+	struct report { /* with --json: of each board */
+		struct pile errors, boxes;
+	} *reports;
 	bool stopping;
 	int64_t began_ms, drawn_ms, rate_ms;
 	uint64_t rate_octets, rate; /* octets a second, smoothed */
@@ -6996,6 +7046,34 @@ static void worker_show(struct worker *w)
 		w->slot->hand[w->slot->in_hand++] = name_hash(y->box->name);
 }
 
+/* Begin a record of a mailbox: its name and file, without the closing brace. */
+static void report_box(const struct mailbox *box, char json[RECORD_MAX - 8])
+{
+	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8], name[2800], quoted[600];
+
+	name_text(text, box->name, box->delimiter);
+	mailbox_file(box, file);
+	json_escape(name, sizeof name, text);
+	json_escape(quoted, sizeof quoted, file);
+	snprintf(json, RECORD_MAX - 8, "{\"name\":%s,\"file\":%s", name, quoted);
+}
+
+static void worker_report(const struct sync *y)
+{
+	const struct counts *c = &y->counts;
+	char json[RECORD_MAX - 8];
+	size_t n;
+
+	report_box(y->box, json);
+	n = strlen(json);
+	snprintf(json + n, sizeof json - n,
+		 ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu}",
+		 (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
+		 (unsigned long long)c->others, (unsigned long long)c->octets,
+		 (unsigned long long)c->failures);
+	report_record('B', json);
+}
+
 /* A mailbox is over, for good or not: say so. */
 static void worker_over(void *context, struct sync *y)
 {
@@ -7019,6 +7097,8 @@ static void worker_over(void *context, struct sync *y)
 		log_detail("nothing new");
 	}
 	counts_add(&w->slot->counts, c);
+	if (log_to.records && (c->stored + c->gone + c->back + c->failures > 0 || y->err.code != E_NONE))
+		worker_report(y);
 	w->states[y->box - w->list.boxes] = BOX_OVER;
 	worker_show(w);
 }
@@ -7294,7 +7374,8 @@ static void account_print_list(const struct worker *w)
 {
 	const struct mailboxes *l = &w->list;
 
-	printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", w->account->email, "mailbox", "messages", "size",
+	if (!log_to.records)
+		printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", w->account->email, "mailbox", "messages", "size",
 	       "archived", "gone", "last", "file");
 	for (uint32_t i = 0; i < l->n; i++) {
 		const struct mailbox *box = &l->boxes[i];
@@ -7306,14 +7387,29 @@ static void account_print_list(const struct worker *w)
 
 		name_text(text, box->name, box->delimiter);
 		log_visible(visible, sizeof visible, text, strlen(text));
-		printf("  %-22s ", visible);
+		if (!log_to.records)
+			printf("  %-22s ", visible);
 		if (!box->wanted) {
-			printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
+			if (!log_to.records)
+				printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
 			continue;
 		}
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
+		if (log_to.records) {
+			char json[RECORD_MAX - 8];
+			size_t at;
+
+			report_box(box, json);
+			at = strlen(json);
+			snprintf(json + at, sizeof json - at,
+				 ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu}",
+				 (unsigned long)box->status.messages, (unsigned long long)box->status.octets,
+				 (unsigned long)info.stored, (unsigned long)info.gone);
+			report_record('B', json);
+			continue;
+		}
 		if (box->status.octets > 0)
 			log_octets(size, box->status.octets);
 		sec = (time_t)info.claim.when_sec;
@@ -7336,6 +7432,8 @@ static void account_print_check(const struct worker *w)
 	char line[600];
 	uint64_t mails = 0, mailboxes = 0;
 
+	if (log_to.records)
+		return;
 	tls_describe(&w->im.s, line, sizeof line);
 	printf("%s: login works; %s\n   ", w->account->email, line);
 	for (size_t i = 0; i < sizeof matters / sizeof *matters; i++)
@@ -7626,7 +7724,25 @@ struct child { /* an account's process */
 	int alive;      /* a pipe that closes when the process and its helpers are gone; their stdout */
 	unsigned tries; /* to start it */
 	bool over;
+	size_t octets; /* of the record that comes, with --json */
+	char record[RECORD_MAX];
 };
+
+/* Take in the records that a child has written; the last one may be cut. */
+static void child_report(struct child *child, struct report *report, const char *text, size_t n)
+{
+	for (; n > 0; text++, n--) {
+		if (*text != '\n') {
+			child->record[child->octets] = *text;
+			child->octets += child->octets < sizeof child->record - 1;
+			continue;
+		}
+		if (child->octets > 1)
+			pile_add(child->record[0] == 'E' ? &report->errors : &report->boxes, child->record + 1,
+				 child->octets - 1);
+		child->octets = 0;
+	}
+}
 
 /* Fork an account's process; its first slot holds a place. */
 static bool child_start(struct run *run, struct child *child, struct board *b)
@@ -7648,6 +7764,8 @@ static bool child_start(struct run *run, struct child *child, struct board *b)
 		parent_pid = self;
 		close(pair[0]);
 		dup2(pair[1], STDOUT_FILENO);
+		log_to.records = log_to.errors != NULL;
+		log_to.errors = NULL;
 		account_run(run, b);
 	}
 	close(pair[1]);
@@ -7819,7 +7937,9 @@ static void run_all(struct run *run)
 			char text[4096];
 			ssize_t got = fds[i].revents != 0 ? read(fds[i].fd, text, sizeof text) : -1;
 
-			if (got > 0)
+			if (got > 0 && run->options->json)
+				child_report(polled[i], &run->reports[polled[i] - children], text, (size_t)got);
+			else if (got > 0)
 				fwrite(text, 1, (size_t)got, stdout);
 			else if (got == 0)
 				child_gone(run, polled[i], &run->boards[polled[i] - children]);
@@ -7989,9 +8109,11 @@ static int options_parse(struct options *o, int argc, char **argv)
 			break;
 		case 'h':
 			fputs(usage, stdout);
+			log_to.errors = NULL;
 			return fflush(stdout) != 0;
 		case 'V':
 			printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
+			log_to.errors = NULL;
 			return fflush(stdout) != 0;
 		case ':':
 		case '?':
@@ -8048,6 +8170,7 @@ static int run_prepare(struct run *run)
 	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + sizeof *run->starving);
 	run->starving = (volatile unsigned *)(void *)(run->boards + c->n_accounts);
 	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
+	run->reports = allocate(c->n_accounts * sizeof *run->reports);
 	for (unsigned i = 0; i < c->n_accounts; i++) {
 		struct account *account = &c->accounts[i];
 		struct board *b = &run->boards[run->n_boards];
@@ -8194,11 +8317,48 @@ static int run_authorize(const struct run *run)
 	return 1;
 }
 
-int main(int argc, char **argv)
+/* Print what a run has done as one JSON object (README: JSON). */
+static void run_print_json(const struct run *run, const struct options *o, const struct pile *errors, int status,
+			   time_t began)
 {
-	static struct run run;
+	static const char *const modes[] = { "backup", "list",	 "check",    "verify",
+					     "restore", "export", "authorize" };
+	int64_t now = now_ms();
+	char when[32] = "";
+	struct tm tm;
+
+	if (gmtime_r(&began, &tm) != NULL)
+		strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
+	printf("{\"program\":\"imap_backup\",\"version\":\"" VERSION "\",\"mode\":\"%s\",\"dry_run\":%s,"
+	       "\"status\":%d,\"errors\":[%.*s],\"began\":\"%s\",\"seconds\":%.3f,\"accounts\":[",
+	       modes[o->mode], o->dry ? "true" : "false", status, (int)errors->n,
+	       errors->text != NULL ? errors->text : "", when, (double)(now - run->began_ms) / 1000);
+	for (unsigned i = 0; i < run->n_boards; i++) {
+		const struct board *b = &run->boards[i];
+		const struct slot sum = board_sum(b);
+		const struct counts *c = &sum.counts;
+		const struct report *report = &run->reports[i];
+		char email[1300];
+
+		json_escape(email, sizeof email, b->account->email);
+		printf("%s{\"email\":%s,\"seconds\":%.3f,\"mailboxes\":%llu,\"unchanged\":%llu,\"new\":%llu,"
+		       "\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu,"
+		       "\"errors\":[%.*s],\"boxes\":[%.*s]}",
+		       i > 0 ? "," : "", email,
+		       b->began_ms > 0 ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000 : 0.0,
+		       (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
+		       (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
+		       (unsigned long long)c->others, (unsigned long long)sum.in,
+		       (unsigned long long)c->failures, (int)report->errors.n,
+		       report->errors.text != NULL ? report->errors.text : "", (int)report->boxes.n,
+		       report->boxes.text != NULL ? report->boxes.text : "");
+	}
+	printf("]}\n");
+}
+
+static int run_main(struct run *run, struct options *options, int argc, char **argv)
+{
 	static struct config config;
-	static struct options options;
 	struct sigaction stop = { .sa_handler = on_stop_signal }, former;
 	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
 	char *password;
@@ -8212,18 +8372,18 @@ int main(int argc, char **argv)
 	log_to.terminal = isatty(STDERR_FILENO) != 0;
 	log_to.color = log_to.terminal && getenv("NO_COLOR") == NULL;
 	password = quick_password();
-	status = options_parse(&options, argc, argv);
+	status = options_parse(options, argc, argv);
 	if (status >= 0)
 		return status;
-	if (options.config_path != NULL ? config_load(&config, options.config_path) != 0
-					: quick_load(&config, &options, password) != 0)
+	if (options->config_path != NULL ? config_load(&config, options->config_path) != 0
+					 : quick_load(&config, options, password) != 0)
 		return 2;
-	if (options.mode > RUN_CHECK && options.mode != RUN_AUTHORIZE) {
+	if (options->mode > RUN_CHECK && options->mode != RUN_AUTHORIZE) {
 		log_error("this is not possible yet");
 		return 2;
 	}
-	run.config = &config;
-	run.options = &options;
+	run->config = &config;
+	run->options = options;
 	run_set_clock();
 	sigemptyset(&stop.sa_mask);
 	for (int i = 0; i < 3; i++) /* nohup wants its signal ignored */
@@ -8232,20 +8392,39 @@ int main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
 	curl_global_init(CURL_GLOBAL_DEFAULT);
-	if (options.mode == RUN_AUTHORIZE)
-		return run_authorize(&run);
-	if ((status = run_prepare(&run)) != 0)
+	if (options->mode == RUN_AUTHORIZE)
+		return run_authorize(run);
+	if ((status = run_prepare(run)) != 0)
 		return status;
 	status = 1;
-	run_tell(&run, config.start_url);
+	run_tell(run, config.start_url);
 	if (!config.require_mount || destination_mounted(&config)) {
-		run_all(&run);
-		status = run_summary(&run);
-		if (config.quick && status == 0 && options.mode == RUN_BACKUP && !options.dry)
-			quick_hint(&options);
+		run_all(run);
+		status = run_summary(run);
+		if (config.quick && status == 0 && options->mode == RUN_BACKUP && !options->dry)
+			quick_hint(options);
 		if (fflush(stdout) != 0 && status == 0)
 			status = 1;
 	}
-	run_tell(&run, status == 0 ? config.success_url : status == 1 ? config.failure_url : NULL);
+	run_tell(run, status == 0 ? config.success_url : status == 1 ? config.failure_url : NULL);
 	return status;
+}
+
+int main(int argc, char **argv)
+{
+	static struct run run;
+	static struct options options;
+	struct pile errors = { 0 };
+	time_t began = time(NULL);
+	int status;
+
+	run.began_ms = now_ms();
+	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) /* also what is wrong with the options */
+		if (strcmp(argv[i], "--json") == 0)
+			log_to.errors = &errors;
+	status = run_main(&run, &options, argc, argv);
+	if (log_to.errors == NULL)
+		return status;
+	run_print_json(&run, &options, &errors, status, began);
+	return fflush(stdout) != 0 && status == 0 ? 1 : status;
 }
