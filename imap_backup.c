@@ -5853,6 +5853,7 @@ struct session {
 	struct mailboxes *list; /* for the archives' places */
 	struct imap *im;
 	bool dry;           /* say what would be done */
+	uint64_t mails, octets; /* that came, to guess the size of a batch */
 	struct sync *first; /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
 	struct sync *(*begin)(void *context, bool ahead);
@@ -5960,6 +5961,7 @@ static int sync_store(struct sync *y)
 	if (stored < 0)
 		return -1;
 	y->counts.stored += (unsigned)stored;
+	y->session->mails++;
 	if (stored == 0 && mail->has_flags && mbox_set_flags(y->m, mail->uid, mail->flags, &y->err) != 0)
 		return -1;
 	sync_passed(y, mail->uid, true);
@@ -5999,6 +6001,7 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 	(void)fetch;
 	if (y->in.gets == GETS_MAIL) {
 		y->counts.octets += n;
+		y->session->octets += n;
 		y->session->progress(y->session->context, 0, n);
 		return mbox_write(y->m, octets, n, &y->err);
 	}
@@ -6174,14 +6177,15 @@ static int sync_send_batch(struct sync *y, enum sync_kind kind, bool single, con
  */
 static bool sync_holds_back(const struct sync *y)
 {
-	const struct counts *c = &y->counts;
-	const struct imap *im = y->session->im;
-	uint64_t batch = c->stored > 0 ? c->octets / c->stored * y->session->config->email_batch
-				       : COMPRESS_OCTETS;
+	const struct session *s = y->session;
+	const struct imap *im = s->im;
+	uint64_t batch = s->mails > 0 ? s->octets / s->mails * s->config->email_batch : COMPRESS_OCTETS;
+	unsigned batches = 0;
 
-	return y->pending >= 2 && y->pending * batch >= COMPRESS_OCTETS &&
-	       im->s.connect_ms >= COMPRESS_CONNECT_MS && im->s.in < 4 * COMPRESS_OCTETS &&
-	       imap_may_compress(im);
+	for (unsigned tag = im->taken + 1; tag <= im->tag; tag++)
+		batches += im->ring[tag % IMAP_FLIGHT_MAX].kind == KIND_MAILS;
+	return batches >= 2 && batches * batch >= COMPRESS_OCTETS && im->s.connect_ms >= COMPRESS_CONNECT_MS &&
+	       im->s.in < 4 * COMPRESS_OCTETS && imap_may_compress(im);
 }
 
 /* Where STATUS is to be believed, the first UID that it lets expect: new, or of an archive without UIDs. */
@@ -6315,7 +6319,7 @@ static enum sync_kind sync_due(struct sync *y)
 				return s->im->wire != y ? KIND_EXAMINE : KIND_NONE;
 			if (y->list_to != 0 || y->flags.high != 0)
 				return y->list_to != 0 ? KIND_LISTING : KIND_FLAGS;
-			if (y->foresee != 0 && y->awaited > 0 && !sync_holds_back(y))
+			if (y->foresee != 0 && y->awaited > 0 && !(sync_fetches_all(y) && sync_holds_back(y)))
 				return sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
 			if (y->awaited > 0 || !sync_is_open(y))
 				return KIND_NONE;
