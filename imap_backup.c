@@ -345,6 +345,28 @@ static char *copy_text(const char *text)
 	return strcpy(copy, text);
 }
 
+/*
+ * Return the place of a word in a list ("one two" or "one, two"), from 0, in any case of letters; -1 if it is
+ * none of them.
+ */
+static int word_place(const char *list, const char *word)
+{
+	size_t n;
+
+	for (int i = 0; (n = strcspn(list, ", ")) > 0; i++, list += n, list += strspn(list, ", "))
+		if (strlen(word) == n && strncasecmp(list, word, n) == 0)
+			return i;
+	return -1;
+}
+
+/* The same as a bit: 1 for the first word, 2 for the second; 0 for none. */
+static unsigned word_bit(const char *list, const char *word)
+{
+	int place = word_place(list, word);
+
+	return place >= 0 ? 1u << place : 0;
+}
+
 /* A signal asks to end the run. The first asks, the second takes. */
 static volatile sig_atomic_t stop_asked;
 
@@ -538,24 +560,12 @@ static void config_pins(struct config *c, const struct json *value, struct accou
 			pin != NULL ? json_type_name(pin->type) : "an empty array", CONFIG_PINS_MAX);
 }
 
-/* Return the number of a text in a list of words ("one, two"), from 0; -1 if it is none of them. */
-static int config_word(const char *words, const char *text)
-{
-	for (int i = 0;; i++) {
-		size_t n = strcspn(words, ",");
+/* What a mailbox may be there for (RFC 6154), whatever it is called. */
+static const char special_uses[] = "\\All, \\Archive, \\Drafts, \\Junk, \\Sent, \\Trash";
 
-		if (strlen(text) == n && strncasecmp(words, text, n) == 0)
-			return i;
-		if (words[n] == '\0')
-			return -1;
-		words += n + 2;
-	}
-}
-
-/* Check an array of mailboxes' names. An entry may be an attribute of RFC 6154 instead. */
+/* Check an array of mailboxes' names. An entry may be one of special_uses instead. */
 static void config_names(struct config *c, const struct json *list, const struct config_key *key)
 {
-	static const char attributes[] = "\\All, \\Archive, \\Drafts, \\Junk, \\Sent, \\Trash";
 	const struct json *entry = list->child;
 	char place[40];
 
@@ -566,9 +576,9 @@ static void config_names(struct config *c, const struct json *list, const struct
 		if (entry->type != JSON_STRING)
 			config_bad(c, entry, place, "found %s, expected a string",
 				   json_type_name(entry->type));
-		else if (entry->text[0] == '\\' && config_word(attributes, entry->text) < 0)
+		else if (entry->text[0] == '\\' && word_place(special_uses, entry->text) < 0)
 			config_bad(c, entry, place, "found \"%s\", expected a name or one of %s",
-				   entry->text, attributes);
+				   entry->text, special_uses);
 	}
 }
 
@@ -646,8 +656,8 @@ static void config_store(struct config *c, const struct json *object, const stru
 				   key->kind == KEY_HTTPS ? "https://" : "http:// or https://");
 		break;
 	case KEY_WORD:
-		*(unsigned *)to = (unsigned)config_word(key->words, text);
-		if (config_word(key->words, text) < 0)
+		*(unsigned *)to = (unsigned)word_place(key->words, text);
+		if (word_place(key->words, text) < 0)
 			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", text,
 				   key->words);
 		break;
@@ -2822,16 +2832,6 @@ enum imap_capability {
 		      CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE /* RFC 9051 appendix E */
 };
 
-/* What a mailbox is there for (RFC 6154), whatever it is called; in the order of imap_list_response(). */
-enum special {
-	SPECIAL_ALL = 1,
-	SPECIAL_ARCHIVE = 2,
-	SPECIAL_DRAFTS = 4,
-	SPECIAL_JUNK = 8,
-	SPECIAL_SENT = 16,
-	SPECIAL_TRASH = 32
-};
-
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
 
 struct imap_result { /* of a command */
@@ -2877,12 +2877,12 @@ struct imap {
 	struct stream s;
 	unsigned capabilities; /* enum imap_capability */
 	bool greeted, capabilities_known, preauth;
-	bool one_at_a_time;     /* no second command before the first one's answer */
-	unsigned flight; /* commands at a time */
-	unsigned tag;           /* the last one given out */
-	unsigned done, taken;   /* all up to these have been answered; and looked at */
-	unsigned turned;        /* the one that imap_turn() looked at last */
-	unsigned compress_tag;  /* of COMPRESS without an answer: nothing may follow it; or 0 */
+	bool one_at_a_time;    /* no second command before the first one's answer */
+	unsigned flight;       /* commands at a time */
+	unsigned tag;          /* the last one given out */
+	unsigned done, taken;  /* all up to these have been answered; and looked at */
+	unsigned turned;       /* the one that imap_turn() looked at last */
+	unsigned compress_tag; /* of COMPRESS without an answer: nothing may follow it; or 0 */
 	struct command ring[IMAP_FLIGHT_MAX];
 	unsigned in_flight; /* octets of commands without an answer */
 	bool pipelines;     /* a command that was sent ahead of an answer got its own */
@@ -2896,7 +2896,7 @@ struct imap {
 	bool refused, expired; /* the access token was; and ended the session because it is over */
 	bool over;             /* the response in hand: its line end was consumed too early */
 	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
-	uint32_t limited_uid;  /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
+	uint32_t limited_uid; /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
 
 	void *wire;      /* the owner of the last EXAMINE that was sent */
 	bool selected;   /* a mailbox is; then, as EXAMINE and what came since said: */
@@ -2907,7 +2907,7 @@ struct imap {
 	/* For the callbacks; each returns -1 to give up the connection. With EXAMINE, its owner. */
 	void *context;
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable,
-		       unsigned attributes /* enum special */);
+		       unsigned attributes /* bits of special_uses */);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
 	int (*on_uids)(void *context, uint32_t low, uint32_t high);
 	/* A literal begins (returns 1 if it is wanted), comes, and the response that it stands in ends.
@@ -3217,31 +3217,19 @@ static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
 
 /* -- reading responses -- */
 
-/* Return 1 << i if this word is words[i], 0 if it is none of them; the list ends with NULL. */
-static unsigned imap_bit(const char *const *words, const char *word)
-{
-	for (unsigned i = 0; words[i] != NULL; i++)
-		if (strcmp(words[i], word) == 0)
-			return 1u << i;
-	return 0;
-}
-
 static int imap_capabilities(struct imap *im)
 {
-	static const char *const words[] = { "STARTTLS",     "LOGINDISABLED",    "AUTH=PLAIN",
-					     "SASL-IR",      "LIST-STATUS",      "ESEARCH",
-					     "CONDSTORE",    "LITERAL+",         "ID",
-					     "STATUS=SIZE",  "COMPRESS=DEFLATE", "LITERAL-",
-					     "SPECIAL-USE",  "NAMESPACE",        "UIDPLUS",
-					     "AUTH=XOAUTH2", "AUTH=OAUTHBEARER", "QRESYNC",
-					     "IMAP4REV1",    "IMAP4REV2",        NULL };
+	static const char words[] =
+		"STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID STATUS=SIZE "
+		"COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 AUTH=OAUTHBEARER QRESYNC "
+		"IMAP4REV1 IMAP4REV2";
 	char word[IMAP_ATOM_MAX];
 
 	im->capabilities = 0;
 	im->append_limit = 0;
 	im->capabilities_known = true;
 	while (imap_atom(im, word) > 0) {
-		im->capabilities |= imap_bit(words, word);
+		im->capabilities |= word_bit(words, word);
 		if (strncmp(word, "APPENDLIMIT=", 12) == 0)
 			im->append_limit = strtoumax(word + 12, NULL, 10);
 	}
@@ -3307,8 +3295,6 @@ static int imap_text(struct imap *im, struct imap_result *result)
  */
 static unsigned imap_wait_asked(const struct imap_result *result)
 {
-	static const char *const codes[] = { "THROTTLED", "LIMIT",     "UNAVAILABLE",
-					     "INUSE",     "SERVERBUG", "OVERQUOTA" };
 	static const char *const words[] = { "Too many simultaneous",
 					     "Maximum number of connections",
 					     "Too many open connections",
@@ -3326,9 +3312,10 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 
 		return ms / 900 < WAIT_SEC ? (unsigned)(ms / 900) + 1 : WAIT_SEC; /* and a tenth */
 	}
-	for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
-		if (strcmp(result->code, codes[i]) == 0)
-			return strcmp(codes[i], "OVERQUOTA") == 0 ? 60 : VAGUE_SEC;
+	if (strcmp(result->code, "OVERQUOTA") == 0)
+		return 60;
+	if (word_place("THROTTLED LIMIT UNAVAILABLE INUSE SERVERBUG", result->code) >= 0)
+		return VAGUE_SEC;
 	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
 		if (strstr(result->text, words[i]) != NULL)
 			return VAGUE_SEC;
@@ -3394,8 +3381,7 @@ static bool parse_date(const char *text, int64_t *sec)
 /* Return what a flag is to us: MBOX_SEEN ..., or 0. */
 static unsigned imap_flag(const char *word)
 {
-	static const char *const words[] = { "\\SEEN", "\\ANSWERED", "\\FLAGGED", "$FORWARDED", NULL };
-	unsigned bit = imap_bit(words, word);
+	unsigned bit = word_bit("\\Seen \\Answered \\Flagged $Forwarded", word);
 
 	return bit < 8 ? bit : MBOX_FORWARDED; /* the first three are MBOX_SEEN, _ANSWERED, _FLAGGED */
 }
@@ -3569,15 +3555,6 @@ static int imap_search(struct imap *im)
 	return imap_line_end(im);
 }
 
-/* The enum special of an attribute in upper case, or 0. */
-static unsigned imap_special(const char *word)
-{
-	static const char *const words[] = { "\\ALL",  "\\ARCHIVE", "\\DRAFTS", "\\JUNK",
-					     "\\SENT", "\\TRASH",   NULL };
-
-	return imap_bit(words, word);
-}
-
 /* Read "* LIST (\HasNoChildren) "/" INBOX". */
 static int imap_list_response(struct imap *im)
 {
@@ -3590,7 +3567,7 @@ static int imap_list_response(struct imap *im)
 	while (imap_item(im, word)) {
 		if (strcmp(word, "\\NOSELECT") == 0 || strcmp(word, "\\NONEXISTENT") == 0)
 			selectable = false;
-		attributes |= imap_special(word);
+		attributes |= word_bit(special_uses, word);
 	}
 	if (im->over)
 		return imap_proto(im, "a line's end", "a mailbox's name");
@@ -4201,7 +4178,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	} else if (account->never_clear || !stream_is_local(&im->s)) {
 		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; %s", account->host,
 				   account->port,
-				   account->pins > 0 ? "with \"tls_fingerprint\" nothing is sent in the clear"
+				   account->pins > 0
+					   ? "with \"tls_fingerprint\" nothing is sent in the clear"
 				   : account->never_clear
 					   ? "port 993 speaks TLS at once"
 					   : "set \"ssl\": true for TLS on port 993, or \"ssl\": false to "
@@ -4531,15 +4509,6 @@ static const char *oauth_text(const struct json *object, const char *key)
 	return value != NULL && value->text != NULL ? value->text : "";
 }
 
-/* Is the word one of those that stand in the list, each between spaces? */
-static bool oauth_listed(const char *list, const char *word)
-{
-	char spaced[60];
-
-	snprintf(spaced, sizeof spaced, " %.50s ", word);
-	return *word != '\0' && strstr(list, spaced) != NULL;
-}
-
 /* -- talking to the provider -- */
 
 enum oauth_item { OAUTH_AUTHORIZE, OAUTH_TOKEN, OAUTH_DEVICE, OAUTH_SCOPE, OAUTH_REDIRECT };
@@ -4578,32 +4547,32 @@ static const char *oauth_item(const struct oauth *o, enum oauth_item which, char
 static const char *oauth_hint(const struct oauth *o, const char *number, const char *error)
 {
 	static const char *const hints[][2] = {
-		{ " 65001 90094 90095 ", "sign in again, or let an administrator approve the app" },
-		{ " 50105 ", "an administrator must assign this person to the app" },
-		{ " 50074 50076 50078 50079 ", "a second factor is wanted: sign in again" },
-		{ " 70043 ", "the tenant wants a sign-in this often; an administrator can exempt the app" },
-		{ " 700082 70008 ", "not used for too long: sign in again" },
-		{ " 50173 50132 50133 ", "password changed or sign-in revoked: sign in again" },
-		{ " 70000 ", "it is of another \"client_id\" or \"tenant_id\", or was used already" },
-		{ " 53003 530036 ", "a rule of the tenant, perhaps against device codes: try --paste" },
-		{ " 50097 53000 53001 530084 ", "a rule of the tenant; only an administrator can lift it" },
-		{ " 7000218 ", "allow public client flows for the app, or set \"client_secret\"" },
-		{ " 700025 ", "this app has no secret: remove \"client_secret\"" },
-		{ " 7000215 7000222 ", "\"client_secret\" is wrong (its ID?) or has expired" },
-		{ " 50011 redirect_uri_mismatch ", "register this \"redirect\", or set another" },
-		{ " 7000112 70001 700011 700016 unauthorized_client ", "check \"client_id\"" },
-		{ " 50194 9002332 9001023 50020 500208 ",
+		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
+		{ "50105", "an administrator must assign this person to the app" },
+		{ "50074 50076 50078 50079", "a second factor is wanted: sign in again" },
+		{ "70043", "the tenant wants a sign-in this often; an administrator can exempt the app" },
+		{ "700082 70008", "not used for too long: sign in again" },
+		{ "50173 50132 50133", "password changed or sign-in revoked: sign in again" },
+		{ "70000", "it is of another \"client_id\" or \"tenant_id\", or was used already" },
+		{ "53003 530036", "a rule of the tenant, perhaps against device codes: try --paste" },
+		{ "50097 53000 53001 530084", "a rule of the tenant; only an administrator can lift it" },
+		{ "7000218", "allow public client flows for the app, or set \"client_secret\"" },
+		{ "700025", "this app has no secret: remove \"client_secret\"" },
+		{ "7000215 7000222", "\"client_secret\" is wrong (its ID?) or has expired" },
+		{ "50011 redirect_uri_mismatch", "register this \"redirect\", or set another" },
+		{ "7000112 70001 700011 700016 unauthorized_client", "check \"client_id\"" },
+		{ "50194 9002332 9001023 50020 500208",
 		  "set \"tenant_id\": directory, consumers, organizations" },
-		{ " 70011 65005 650057 invalid_scope ", "the app's registration must allow the scope" },
-		{ " 70018 70019 expired_token bad_verification_code ", "too old or mistyped: begin again" },
-		{ " invalid_client ", "check \"client_id\" and \"client_secret\"" },
-		{ " 65004 access_denied authorization_declined ", "it was declined" },
+		{ "70011 65005 650057 invalid_scope", "the app's registration must allow the scope" },
+		{ "70018 70019 expired_token bad_verification_code", "too old or mistyped: begin again" },
+		{ "invalid_client", "check \"client_id\" and \"client_secret\"" },
+		{ "65004 access_denied authorization_declined", "it was declined" },
 	};
 	const char *words[] = { number, error };
 
 	for (int w = 0; w < 2; w++)
 		for (size_t i = 0; i < sizeof hints / sizeof *hints; i++)
-			if (oauth_listed(hints[i][0], words[w]))
+			if (word_place(hints[i][0], words[w]) >= 0)
 				return hints[i][1];
 	return o->type == OAUTH_GOOGLE && strcmp(error, "invalid_grant") == 0
 		       ? "status \"Testing\" ends after 7 days: publish the app, then sign in again"
@@ -4625,8 +4594,8 @@ static void oauth_refused(struct oauth_job *k, const struct json *answer, const 
 		 (int)(at != NULL ? at - words : 999), words);
 	own[strcspn(own, "\r\n")] = '\0';
 	if (r->status >= 500 || r->status == 429 || r->status == 408 ||
-	    oauth_listed(" temporarily_unavailable server_error slow_down authorization_pending ",
-			 k->error))
+	    word_place("temporarily_unavailable server_error slow_down authorization_pending", k->error) >=
+		    0)
 		code = r->wait_sec > 0 ? E_WAIT : E_NET;
 	if (*k->error == '\0')
 		snprintf(k->error, sizeof k->error, "HTTP status %ld", r->status);
@@ -4830,7 +4799,7 @@ static struct string oauth_merge(const struct oauth_job *k, const struct json *a
 		string_add(&t, "%j:{\"secret\":%j,\"last_modification_time\":%j",
 			   old != NULL ? old->key : o->client_id, refresh, begin);
 		for (v = old != NULL ? old->child : NULL; v != NULL; v = v->next)
-			if (!oauth_listed(" secret last_modification_time ", v->key))
+			if (word_place("secret last_modification_time", v->key) < 0)
 				string_value(&t, v);
 		if (old == NULL)
 			string_add(
@@ -4845,7 +4814,7 @@ static struct string oauth_merge(const struct oauth_job *k, const struct json *a
 			string_value(&t, v);
 	string_add(&t, "}");
 	for (v = k->root != NULL ? k->root->child : NULL; v != NULL; v = v->next)
-		if (!oauth_listed(" AccessToken RefreshToken ", v->key))
+		if (word_place("AccessToken RefreshToken", v->key) < 0)
 			string_value(&t, v);
 	string_add(&t, "}\n");
 	return t;
@@ -5092,7 +5061,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 			   bool paste, struct err *e)
 {
 	static const char
-		over[] = " access_denied authorization_declined expired_token bad_verification_code ";
+		over[] = "access_denied authorization_declined expired_token bad_verification_code";
 	struct oauth_job k;
 	struct json *answer = NULL;
 	char url[300];
@@ -5106,7 +5075,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 		answer = oauth_refresh(&k);
 	} else if (e->code == E_NONE && !paste && *oauth_item(o, OAUTH_DEVICE, url) != '\0') {
 		answer = oauth_device(&k);
-		if (e->code == E_ACCOUNT && *k.error != '\0' && !oauth_listed(over, k.error)) {
+		if (e->code == E_ACCOUNT && *k.error != '\0' && word_place(over, k.error) < 0) {
 			log_warn("no sign-in by a code: %s", e->text);
 			*e = (struct err){ 0 };
 		}
@@ -5143,7 +5112,7 @@ struct counts {
 struct mailbox {
 	char *name;     /* on the wire; owned */
 	char delimiter; /* '\0': none */
-	unsigned special; /* enum special */
+	unsigned special; /* bits of special_uses */
 	bool selectable, wanted, has_news;
 	bool alike;              /* another one spells the same name differently: see name_file() */
 	bool original_is_shared; /* the Python original put it where it put another one */
@@ -5359,7 +5328,7 @@ static bool name_matches(const struct json *patterns, const struct mailbox *box)
 		for (n = 0; n < sizeof part - 1 && pattern[n] != '\0'; n++)
 			part[n] = (char)toupper((unsigned char)pattern[n]);
 		part[n] = '\0';
-		if (box->special & imap_special(part) || match(pattern, text))
+		if (box->special & word_bit(special_uses, part) || match(pattern, text))
 			return true;
 		while (name_part(&rest, box->delimiter, part, sizeof part, &n, &raw))
 			if (match(pattern, part) ||
@@ -5469,7 +5438,7 @@ static void mailboxes_grow(struct mailboxes *l)
 }
 
 static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
-		   unsigned special /* enum special */)
+		   unsigned special /* bits of special_uses */)
 {
 	struct mailboxes *l = context;
 	struct mailbox box = { .delimiter = delimiter, .selectable = selectable, .special = special };
@@ -8187,7 +8156,8 @@ static int run_prepare(struct run *run)
 			continue;
 		run->n_boards++;
 		b->account = account;
-		if (account->password == NULL && account->password_command == NULL && account->oauth == NULL)
+		if (account->password == NULL && account->password_command == NULL &&
+		    account->oauth == NULL)
 			account->password = password_prompt(account->email);
 		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
 		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);

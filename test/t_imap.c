@@ -1224,7 +1224,7 @@ static void test_patterns(void)
 		{ "*", "x", true }, { "", "x", false }, { "b*", "a/bc", true },
 		{ "\\Junk", "x", true }, { "\\jUNK", "x", true }, { "\\Sent", "x", false },
 	};
-	struct mailbox box = { .delimiter = '/', .special = SPECIAL_JUNK };
+	struct mailbox box = { .delimiter = '/', .special = word_bit(special_uses, "\\Junk") };
 
 	for (size_t i = 0; i < N(rows); i++) {
 		struct json entry = { .type = JSON_STRING, .text = rows[i].pattern };
