@@ -73,6 +73,7 @@ enum {
 	CONFIG_ACCOUNTS_MAX = 1000,
 	CONFIG_PROCESSES_MAX = 64,
 	CONFIG_PINS_MAX = 8,            /* fingerprints of one account */
+	QUICK_OCTETS_MAX = 64 << 10,    /* of the configuration that the quick form stands for */
 	PATH_MAX_OCTETS = 3900,         /* mbox.c adds a suffix to it */
 	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
 	CHAIN_OCTETS = 32 << 10,        /* of the certificates that a server sends */
@@ -118,6 +119,9 @@ enum {
 	FAT_WARN_MB = 3500, /* an archive of this size on FAT is nearly too large for it */
 	PLACE_SEC = 10      /* a worker that must wait longer gives its place back */
 };
+
+/* The compiler is to check a function's arguments: its format, and the first behind it. */
+#define PRINTF(text, first) __attribute__((format(printf, text, first)))
 
 /* ======== base: messages to the person, clocks, memory, signals ======== */
 
@@ -205,8 +209,6 @@ static char *log_octets(char out[16], uint64_t octets)
 }
 
 /* One message is one line and one write(), so that workers do not mix theirs. */
-static void log_write(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
 static void pile_add(struct pile *pile, const char *json, size_t n)
 {
 	char *more = pile->text;
@@ -235,7 +237,7 @@ static void report_record(char kind, const char *json)
 	(void)ignored;
 }
 
-static void log_write(enum log_level level, const char *format, ...)
+PRINTF(2, 3) static void log_write(enum log_level level, const char *format, ...)
 {
 	static const char *const words[] = { "error: ", "warning: ", "", "", "" };
 	static const char *const colors[] = { "\033[1;31m", "\033[1;33m", "", "", "" };
@@ -338,6 +340,26 @@ static void *allocate(size_t n)
 	return p;
 }
 
+static void sha256(uint8_t out[32], const void *octets, size_t n)
+{
+	br_sha256_context context;
+
+	br_sha256_init(&context);
+	br_sha256_update(&context, octets, n);
+	br_sha256_out(&context, out);
+}
+
+/* Have random octets. Returns false if there are none. */
+static bool random_octets(void *out, size_t n)
+{
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	bool done = fd >= 0 && read(fd, out, n) == (ssize_t)n;
+
+	if (fd >= 0)
+		close(fd);
+	return done;
+}
+
 static char *copy_text(const char *text)
 {
 	char *copy = allocate(strlen(text) + 1);
@@ -365,6 +387,62 @@ static unsigned word_bit(const char *list, const char *word)
 	int place = word_place(list, word);
 
 	return place >= 0 ? 1u << place : 0;
+}
+
+struct string {   /* grows up to its size; what it holds may be a secret */
+	char *at; /* owned, closed with NUL */
+	size_t n, size;
+	bool full; /* something did not fit */
+};
+
+static struct string string_new(size_t size)
+{
+	return (struct string){ .at = allocate(size), .size = size };
+}
+
+static void string_free(struct string *t)
+{
+	wipe(t->at, t->size);
+	free(t->at);
+}
+
+static void string_octet(struct string *t, char octet, bool plain)
+{
+	if (t->size - t->n < 4)
+		t->full = true;
+	else
+		t->n += (size_t)snprintf(t->at + t->n, 4, plain ? "%c" : "%%%02X", (unsigned char)octet);
+}
+
+/* In the format %s is a string, %f a value in a form or query, %j a JSON string; all else is itself. */
+static void string_list(struct string *t, const char *format, va_list values)
+{
+	for (; *format != '\0'; format++) {
+		const char *value = *format == '%' ? va_arg(values, const char *) : "";
+
+		if (*format != '%') {
+			string_octet(t, *format, true);
+		} else if (*++format == 'j') {
+			size_t n = t->size - t->n > 3 ? json_escape(t->at + t->n, t->size - t->n, value)
+						      : 0;
+
+			t->full = t->full || n == 0;
+			t->n += n;
+		}
+		for (; *value != '\0' && *format != 'j'; value++)
+			string_octet(t, *value,
+				     *format == 's' || isalnum((unsigned char)*value) ||
+					     strchr("-._~", *value));
+	}
+}
+
+static void string_add(struct string *t, const char *format, ...)
+{
+	va_list values;
+
+	va_start(values, format);
+	string_list(t, format, values);
+	va_end(values);
 }
 
 /* A signal asks to end the run. The first asks, the second takes. */
@@ -512,11 +590,7 @@ static const struct config_key {
 };
 
 /* Tell what is wrong with the value 'at' of a key of the object at hand. */
-static void config_say(struct config *c, enum log_level level, const struct json *at, const char *key,
-		       const char *format, ...) __attribute__((format(printf, 5, 6)));
-
-#define config_bad(c, ...) config_say(c, LOG_ERROR, __VA_ARGS__)
-
+PRINTF(5, 6)
 static void config_say(struct config *c, enum log_level level, const struct json *at, const char *key,
 		       const char *format, ...)
 {
@@ -533,6 +607,8 @@ static void config_say(struct config *c, enum log_level level, const struct json
 		  c->where[0] != '\0' || *key != '\0' ? ": " : "", text);
 	c->complaints += level == LOG_ERROR;
 }
+
+#define config_bad(c, ...) config_say(c, LOG_ERROR, __VA_ARGS__)
 
 /* Store up to CONFIG_PINS_MAX fingerprints: 64 hex digits, with or without colons between octets. */
 static void config_pins(struct config *c, const struct json *value, struct account *account)
@@ -908,29 +984,21 @@ struct options {
 	const char **account;
 };
 
-/* Write a member of a JSON object, unless it has no value. */
-static void quick_member(FILE *out, const char *key, const char *value)
-{
-	char *text;
-
-	if (value == NULL)
-		return;
-	text = allocate(6 * strlen(value) + 3);
-	json_escape(text, 6 * strlen(value) + 3, value);
-	fprintf(out, "%s: %s", key, text);
-	free(text);
-}
-
-/* Write the configuration that the quick form stands for. */
-static void quick_write(FILE *out, const struct options *o)
+/* Return the configuration that the quick form stands for; the caller frees it. */
+static struct string quick_text(const struct options *o)
 {
 	unsigned long port = o->port != NULL ? strtoul(o->port, NULL, 10) : 993;
+	struct string t = string_new(QUICK_OCTETS_MAX);
+	char number[24];
 
-	quick_member(out, "{\n  \"destination\"", o->to);
-	quick_member(out, ",\n  \"accounts\": [{\n    \"email\"", o->user);
-	quick_member(out, ",\n    \"host\"", o->host);
-	quick_member(out, ",\n    \"password_command\"", o->password_command);
-	fprintf(out, ",\n    \"port\": %lu%s\n  }]\n}\n", port, port == 143 ? "" : ",\n    \"ssl\": true");
+	snprintf(number, sizeof number, "%lu", port);
+	string_add(&t, "{\n  \"destination\": %j,\n  \"accounts\": [{\n    \"email\": %j,\n", o->to,
+		   o->user);
+	string_add(&t, "    \"host\": %j,\n", o->host);
+	if (o->password_command != NULL)
+		string_add(&t, "    \"password_command\": %j,\n", o->password_command);
+	string_add(&t, "    \"port\": %s%s\n  }]\n}\n", number, port == 143 ? "" : ",\n    \"ssl\": true");
+	return t;
 }
 
 /*
@@ -939,18 +1007,15 @@ static void quick_write(FILE *out, const struct options *o)
  */
 static int quick_load(struct config *c, const struct options *o, const char *password)
 {
-	char *text = NULL;
-	size_t n = 0;
-	FILE *out = open_memstream(&text, &n);
+	struct string t = quick_text(o);
 	int result = -1;
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
-	if (out != NULL) {
-		quick_write(out, o);
-		if (fclose(out) == 0)
-			result = config_take(c, text, n);
-	}
-	free(text);
+	if (t.full)
+		log_error("the options are too long");
+	else
+		result = config_take(c, t.at, t.n);
+	string_free(&t);
 	if (result == 0) {
 		c->accounts[0].never_clear = true;
 		c->accounts[0].password = password;
@@ -965,6 +1030,7 @@ static void quick_hint(const struct options *o)
 {
 	char folder[PATH_MAX_OCTETS / 2], to[PATH_MAX_OCTETS];
 	struct options full = *o;
+	struct string t;
 
 	if (log_to.level < LOG_INFO || getcwd(folder, sizeof folder) == NULL)
 		return;
@@ -974,7 +1040,9 @@ static void quick_hint(const struct options *o)
 	if (o->password_command == NULL)
 		full.password_command = "cat FILE-WITH-THE-PASSWORD";
 	log_info("to go on with it, say every night, run imap_backup with a file that holds:");
-	quick_write(stderr, &full);
+	t = quick_text(&full);
+	fputs(t.at, stderr);
+	string_free(&t);
 }
 
 /* Take the password out of the environment, where others could read it. The caller frees it; NULL: none. */
@@ -989,22 +1057,13 @@ static char *quick_password(void)
 	return password;
 }
 
-static volatile sig_atomic_t prompt_signal;
-
-static void on_prompt_signal(int number)
-{
-	prompt_signal = number;
-}
-
 /*
- * Ask for an account's password on the terminal, without echo. A signal takes its usual way after the
- * terminal has been restored. Returns the password (the caller wipes and frees it), or NULL if there is
+ * Ask for an account's password on the terminal, without echo. A signal that ends the run
+ * ends the question too. Returns the password (the caller wipes and frees it), or NULL if there is
  * no terminal or no answer.
  */
 static char *password_prompt(const char *email)
 {
-	static const int numbers[] = { SIGINT, SIGTERM, SIGHUP };
-	struct sigaction ours = { .sa_handler = on_prompt_signal }, former[3];
 	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
 	char text[1024], *password = NULL;
 	struct termios shown, hidden;
@@ -1016,11 +1075,6 @@ static char *password_prompt(const char *email)
 			close(fd);
 		return NULL;
 	}
-	prompt_signal = 0;
-	sigemptyset(&ours.sa_mask);
-	for (int i = 0; i < 3; i++)
-		if (sigaction(numbers[i], NULL, &former[i]) == 0 && former[i].sa_handler != SIG_IGN)
-			sigaction(numbers[i], &ours, NULL);
 	hidden = shown;
 	hidden.c_lflag = (hidden.c_lflag & ~(tcflag_t)ECHO) | ECHONL | ICANON;
 	hidden.c_cc[VQUIT] = hidden.c_cc[VSUSP] = _POSIX_VDISABLE; /* nor may these leave it so */
@@ -1028,16 +1082,12 @@ static char *password_prompt(const char *email)
 	dprintf(fd, "password of %s: ", email);
 	do
 		n = poll(&ready, 1, 1000);
-	while ((n == 0 || (n < 0 && errno == EINTR)) && prompt_signal == 0 && !stop_asked);
+	while ((n == 0 || (n < 0 && errno == EINTR)) && !stop_asked);
 	if (n > 0)
 		n = read(fd, text, sizeof text);
 	tcsetattr(fd, TCSAFLUSH, &shown);
 	close(fd);
-	for (int i = 0; i < 3; i++)
-		sigaction(numbers[i], &former[i], NULL);
-	if (prompt_signal != 0)
-		raise(prompt_signal);
-	else if (n > 0 && text[n - 1] == '\n') {
+	if (n > 0 && text[n - 1] == '\n') {
 		text[n - 1] = '\0';
 		password = copy_text(text);
 	}
@@ -1452,6 +1502,8 @@ enum { DER_INTEGER = 0x02, DER_BITS = 0x03, DER_OCTETS = 0x04, DER_OID = 0x06, D
 enum { NAME_DNS = 0x82, NAME_DIRECTORY = 0xA4, NAME_ADDRESS = 0x87 }; /* tags of a GeneralName */
 enum { X_USAGE = 15, X_NAMES = 17, X_BASIC = 19, X_CONSTRAINTS = 30, X_PURPOSES = 37, X_END = 64 };
 
+#define CERT_1970 INT64_C(719528) /* BearSSL's number of the day: it counts from year 0 */
+
 struct cert {
 	struct der whole, tbs, issuer, subject, signature;
 	struct der extension[X_END]; /* the inside of 2.5.29.N; 'at' is NULL: it has none */
@@ -1723,10 +1775,10 @@ static int names_judge(const struct verifier *v, const struct cert *issuer)
 	return result;
 }
 
-/* A day of BearSSL's (from year 0) as a date. */
-static const char *cert_date(char out[16], uint32_t days)
+/* A day, counted from 1970, as a date. */
+static const char *cert_date(char out[16], int64_t days)
 {
-	time_t sec = ((time_t)days - 719528) * 86400;
+	time_t sec = (time_t)(days * 86400);
 	struct tm tm;
 
 	if (gmtime_r(&sec, &tm) == NULL || strftime(out, 16, "%Y-%m-%d", &tm) == 0)
@@ -1738,7 +1790,7 @@ static const char *cert_date(char out[16], uint32_t days)
 static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, struct err *e)
 {
 	const br_x509_decoder_context *d = &c->decoder;
-	int64_t now = now_sec + (int64_t)719528 * 86400; /* as BearSSL counts */
+	int64_t now = now_sec + CERT_1970 * 86400; /* as BearSSL counts */
 	struct der purposes = c->extension[X_PURPOSES], purpose;
 	bool serves = purposes.at == NULL;
 	char date[16], today[16];
@@ -1754,10 +1806,11 @@ static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, 
 		return err_set(e, E_ACCOUNT, "%s is not meant for servers (its extended key usage)", whose);
 	if (now < (int64_t)d->notbefore_days * 86400 + d->notbefore_seconds)
 		return err_set(e, E_ACCOUNT, "%s is not valid before %s, and this device's clock says %s",
-			       whose, cert_date(date, d->notbefore_days),
-			       cert_date(today, (uint32_t)(now / 86400)));
+			       whose, cert_date(date, d->notbefore_days - CERT_1970),
+			       cert_date(today, now_sec / 86400));
 	if (now > (int64_t)d->notafter_days * 86400 + d->notafter_seconds)
-		return err_set(e, E_ACCOUNT, "%s expired on %s", whose, cert_date(date, d->notafter_days));
+		return err_set(e, E_ACCOUNT, "%s expired on %s", whose,
+			       cert_date(date, d->notafter_days - CERT_1970));
 	return 0;
 }
 
@@ -1879,13 +1932,13 @@ static int verifier_judge(struct verifier *v, bool pinned)
 			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
 	if (host_judge(v, e) != 0)
 		return -1;
-	first_sec = ((int64_t)v->leaf.decoder.notbefore_days - 719527) * 86400;
+	first_sec = (v->leaf.decoder.notbefore_days - CERT_1970 + 1) * 86400;
 	if (chain_judge(v, clock_sec, e) != 0) {
 		if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &other) != 0)
 			return -1;
 		log_warn("%s: the certificate is not valid before %s, and this device's clock is wrong: "
 			 "taking the day after as today",
-			 v->host, cert_date(date, v->leaf.decoder.notbefore_days));
+			 v->host, cert_date(date, first_sec / 86400 - 1));
 		clock_sec = first_sec;
 	}
 	*e = (struct err){ 0 }; /* of another way to an anchor, or another day */
@@ -1946,7 +1999,6 @@ static unsigned verifier_end_chain(const br_x509_class **self)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
 	struct der list = v->chain;
-	br_sha256_context context;
 	bool pinned = false;
 	uint8_t hash[32];
 
@@ -1954,9 +2006,7 @@ static unsigned verifier_end_chain(const br_x509_class **self)
 		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
 		return BR_ERR_X509_EMPTY_CHAIN;
 	}
-	br_sha256_init(&context);
-	br_sha256_update(&context, v->leaf.whole.at, der_octets(v->leaf.whole));
-	br_sha256_out(&context, hash);
+	sha256(hash, v->leaf.whole.at, der_octets(v->leaf.whole));
 	for (int i = 0; i < 32; i++)
 		snprintf(v->fingerprint + 2 * i, 3, "%02x", hash[i]);
 	for (unsigned i = 0; v->account != NULL && i < v->account->pins; i++)
@@ -2096,19 +2146,15 @@ struct stream {
 	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
 };
 
-static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
-
-static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
+PRINTF(3, 4) static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
 {
-	char text[sizeof s->err.text];
 	va_list arguments;
 
 	va_start(arguments, format);
-	vsnprintf(text, sizeof text, format, arguments);
+	err_fill(&s->err, code, format, arguments);
 	va_end(arguments);
 	s->at = s->end;
-	return err_set(&s->err, code, "%s", text);
+	return -1;
 }
 
 /*
@@ -2290,12 +2336,14 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 	const struct cert *leaf;
 	const char *suite = "";
 	char subject[100], issuer[100], date[16];
+	int64_t until;
 
 	if (s->tls == NULL) {
 		snprintf(out, size, "NOT encrypted");
 		return;
 	}
 	leaf = &s->tls->verifier.leaf;
+	until = leaf->decoder.notafter_days - CERT_1970;
 	br_ssl_engine_get_session_parameters(&s->tls->client.eng, &session);
 	for (size_t i = 0; i < N_SUITES; i++)
 		if (tls_suites[i].id == session.cipher_suite)
@@ -2304,10 +2352,8 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 		 "TLS 1.2, %s; certificate of %s, issued by %s, valid until %s (%lld days)\n"
 		 "    \"tls_fingerprint\": \"%s\"",
 		 suite, cert_name(leaf->subject, false, subject, sizeof subject),
-		 cert_name(leaf->issuer, false, issuer, sizeof issuer),
-		 cert_date(date, leaf->decoder.notafter_days),
-		 (long long)leaf->decoder.notafter_days - 719528 - clock_sec / 86400,
-		 s->tls->verifier.fingerprint);
+		 cert_name(leaf->issuer, false, issuer, sizeof issuer), cert_date(date, until),
+		 (long long)(until - clock_sec / 86400), s->tls->verifier.fingerprint);
 }
 
 /* Run the TLS engine until it has what is wanted: BR_SSL_SENDAPP or BR_SSL_RECVAPP. */
@@ -2352,7 +2398,6 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	struct verifier *v;
 	struct tls *t;
 	uint8_t seed[32];
-	FILE *random;
 
 	if (s->at < s->end)
 		return stream_fail(s, E_PROTO, "the server talked before the TLS handshake");
@@ -2374,13 +2419,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	br_ssl_engine_set_x509(&t->client.eng, &v->vtable);
 	br_ssl_engine_set_buffer(&t->client.eng, t->buffer, sizeof t->buffer, 1);
 	/* On top of BearSSL's own seed, which may come from RDRAND alone. */
-	random = fopen("/dev/urandom", "re");
-	if (random != NULL) {
-		setvbuf(random, NULL, _IONBF, 0);
-		if (fread(seed, sizeof seed, 1, random) == 1)
-			br_ssl_engine_inject_entropy(&t->client.eng, seed, sizeof seed);
-		fclose(random);
-	}
+	if (random_octets(seed, sizeof seed))
+		br_ssl_engine_inject_entropy(&t->client.eng, seed, sizeof seed);
 	if (!br_ssl_client_reset(&t->client, v->tag == NAME_DNS ? v->host : NULL, 0))
 		return tls_fail(s);
 	return tls_run(s, BR_SSL_SENDAPP);
@@ -3825,10 +3865,7 @@ static bool imap_may_send(const struct imap *im)
  * Send a command; the format takes what printf() takes. 'shown', if not NULL, is what the trace
  * may see of it. Returns its tag, 0 at an error.
  */
-static unsigned imap_send(struct imap *im, const char *shown, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
-
-static unsigned imap_send(struct imap *im, const char *shown, const char *format, ...)
+PRINTF(3, 4) static unsigned imap_send(struct imap *im, const char *shown, const char *format, ...)
 {
 	char line[IMAP_LINE_MAX * 5];
 	unsigned tag = ++im->tag;
@@ -4407,12 +4444,6 @@ static void http_post(const char *url, const char *form, const struct trust *tru
  * in the form of MSAL's token cache, so that the file of the Python original serves both programs. A
  * refresh token is only ever replaced, never thrown away, whatever a provider says.
  */
-struct string {   /* grows up to its size; what it holds may be a secret */
-	char *at; /* owned, closed with NUL */
-	size_t n, size;
-	bool full; /* something did not fit */
-};
-
 struct oauth_job { /* what all functions here work on */
 	const struct config *config;
 	const struct oauth *oauth;
@@ -4429,56 +4460,6 @@ struct oauth_job { /* what all functions here work on */
 
 /* SHA-256 of the access token that this process was given last. */
 static uint8_t oauth_given[32];
-
-static struct string string_new(size_t size)
-{
-	return (struct string){ .at = allocate(size), .size = size };
-}
-
-static void string_free(struct string *t)
-{
-	wipe(t->at, t->size);
-	free(t->at);
-}
-
-static void string_octet(struct string *t, char octet, bool plain)
-{
-	if (t->size - t->n < 4)
-		t->full = true;
-	else
-		t->n += (size_t)snprintf(t->at + t->n, 4, plain ? "%c" : "%%%02X", (unsigned char)octet);
-}
-
-/* In the format %s is a string, %f a value in a form or query, %j a JSON string; all else is itself. */
-static void string_list(struct string *t, const char *format, va_list values)
-{
-	for (; *format != '\0'; format++) {
-		const char *value = *format == '%' ? va_arg(values, const char *) : "";
-
-		if (*format != '%') {
-			string_octet(t, *format, true);
-		} else if (*++format == 'j') {
-			size_t n = t->size - t->n > 3 ? json_escape(t->at + t->n, t->size - t->n, value)
-						      : 0;
-
-			t->full = t->full || n == 0;
-			t->n += n;
-		}
-		for (; *value != '\0' && *format != 'j'; value++)
-			string_octet(t, *value,
-				     *format == 's' || isalnum((unsigned char)*value) ||
-					     strchr("-._~", *value));
-	}
-}
-
-static void string_add(struct string *t, const char *format, ...)
-{
-	va_list values;
-
-	va_start(values, format);
-	string_list(t, format, values);
-	va_end(values);
-}
 
 /* A value of JSON as it was read, with its key; a comma before it unless it is the first. */
 static void string_value(struct string *t, const struct json *v)
@@ -4658,15 +4639,6 @@ static struct json *oauth_refresh(struct oauth_job *k)
 }
 
 /* -- the token file -- */
-
-static void oauth_hash(uint8_t out[32], const char *token)
-{
-	br_sha256_context hash;
-
-	br_sha256_init(&hash);
-	br_sha256_update(&hash, token, strlen(token));
-	br_sha256_out(&hash, out);
-}
 
 /* The first of the tokens of a kind, or NULL. */
 static const struct json *oauth_first(const struct oauth_job *k, const char *kind)
@@ -4867,7 +4839,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 
 	if (oauth_open(&k, c, o, trust, e) == 0 && k.access != NULL) {
 		left = strtoll(oauth_text(k.access, "expires_on"), NULL, 10) - (int64_t)time(NULL);
-		oauth_hash(hash, oauth_text(k.access, "secret"));
+		sha256(hash, oauth_text(k.access, "secret"), strlen(oauth_text(k.access, "secret")));
 		/* Whom we waited for has just got a token, or found that this one will do. */
 		if (left > 0 && (refused ? memcmp(hash, oauth_given, sizeof hash) != 0
 					 : k.waited || left >= OAUTH_LEFT_SEC))
@@ -4881,7 +4853,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 		found = oauth_text(answer, "access_token");
 	}
 	if (found != NULL) {
-		oauth_hash(oauth_given, found);
+		sha256(oauth_given, found, strlen(found));
 		*token = copy_text(found);
 	}
 	json_free(answer);
@@ -5010,15 +4982,12 @@ static struct json *oauth_paste(struct oauth_job *k)
 	char verifier[44], challenge[44], state[44], url[300], code[8000];
 	uint8_t random[48], hash[32];
 	ssize_t n = 1;
-	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
 
-	if (fd < 0 || read(fd, random, sizeof random) != (ssize_t)sizeof random)
+	if (!random_octets(random, sizeof random))
 		err_errno(k->e, E_SYSTEM, "no random numbers: /dev/urandom");
-	if (fd >= 0)
-		close(fd);
 	base64(verifier, random, 32, true);
 	base64(state, random + 32, 16, true);
-	oauth_hash(hash, verifier);
+	sha256(hash, verifier, strlen(verifier));
 	base64(challenge, hash, sizeof hash, true);
 	string_add(&t, "%s", oauth_item(o, OAUTH_AUTHORIZE, url));
 	string_add(&t, strchr(t.at, '?') != NULL ? "&" : "?");
@@ -8185,21 +8154,14 @@ static int run_prepare(struct run *run)
 static void run_set_clock(void)
 {
 	int64_t built = build_sec() - 86400; /* whatever the time zone was */
-	time_t shown = time(NULL), judged;
-	char now[20] = "", taken[20] = "";
-	struct tm tm;
+	int64_t shown = time(NULL);
+	char now[16], taken[16];
 
 	clock_wrong = shown < built;
 	clock_sec = clock_wrong ? built : shown;
-	judged = (time_t)clock_sec;
-	if (!clock_wrong)
-		return;
-	if (gmtime_r(&shown, &tm) != NULL)
-		strftime(now, sizeof now, "%Y-%m-%d", &tm);
-	if (gmtime_r(&judged, &tm) != NULL)
-		strftime(taken, sizeof taken, "%Y-%m-%d", &tm);
-	log_warn("this device's clock says %s, which cannot be: certificates are judged as of %s", now,
-		 taken);
+	if (clock_wrong)
+		log_warn("this device's clock says %s, which cannot be: certificates are judged as of %s",
+			 cert_date(now, shown / 86400), cert_date(taken, clock_sec / 86400));
 }
 
 /* What a run has done, an account a line. Returns the exit status. */
