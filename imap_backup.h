@@ -352,4 +352,48 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e);
  * unsafe octets become %XX. Returns the length, or 0 if 'size' is too small. */
 size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep_dots);
 
+/* -- reading mails back: for export, verify and restore -- */
+
+/* One mail that stands in an mbox. */
+struct mbox_mail {
+	off_t offset, octets; /* in the mbox */
+	uint32_t head;        /* octets of our lines before the mail itself */
+	unsigned state;       /* MBOX_SEEN ... */
+	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
+	struct mbox_id id;
+	bool made;            /* it has no Message-ID of its own */
+	char name[129];       /* its Message-ID, or "" */
+	char date[64];        /* the text of its Date field */
+};
+
+/*
+ * Open an archive, read-only and locked against a backup, by whatever name its index has. Of the
+ * functions above only mbox_claimed() and mbox_close() are for it.
+ */
+int mbox_open_read(struct mbox **out, const char *path, struct err *e);
+
+/* The mailbox's name on the wire, or "" if the index does not tell it. */
+const char *mbox_name(const struct mbox *m);
+
+/* Find the mail at *at, and move *at behind it. Returns 1, 0 at the end, or -1. */
+int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e);
+
+/*
+ * Give a mail as it was to take(), piece by piece: unquoted, without our lines, ending with a line end.
+ * Returns 0, or -1, with *e unless take() returned another value than 0.
+ */
+int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
+	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
+
+/* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */
+typedef void mbox_finding(void *context, bool damage, off_t at, const char *id, const char *what);
+
+struct mbox_verified {
+	uint32_t mails, gone, damaged;
+	off_t octets;
+};
+
+/* Compare all mails with the index. Returns 0, whatever is found, or -1 if it cannot be read. */
+int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e);
+
 #endif

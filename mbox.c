@@ -1293,14 +1293,14 @@ static int parse_state(const uint8_t *p)
 
 /*
  * Read one message, from the From line that is the reader's piece up to the next one or the end.
- * Fills in *r but for the UID; its kind tells whether it may be torn should it be the last.
+ * Fills in *r but for the UID, and *id_header; its kind tells whether it may be torn should it be the last.
  * Returns 1 if another message follows, whose From line is the reader's piece then, else 0, or -1.
  */
-static int scan_mail(struct reader *reader, struct record *r, struct err *e)
+static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *id_header, struct err *e)
 {
 	const size_t field = sizeof status_field - 1;
 	struct mbox *m = reader->m;
-	struct mbox_header id_header, made_header;
+	struct mbox_header made_header;
 	struct mbox_made made;
 	struct sum sum = { 0 };
 	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
@@ -1310,7 +1310,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 
 	*r = (struct record){ .offset = reader->next - (off_t)(reader->n - reader->at) -
 					(off_t)reader->octets };
-	mbox_header_init(&id_header, NULL);
+	mbox_header_init(id_header, NULL);
 	mbox_header_init(&made_header, &made);
 	for (; got > 0; got = reader_next(reader, e)) {
 		const uint8_t *p = reader->piece;
@@ -1346,7 +1346,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 		if (!header)
 			continue;
 		mbox_header_feed(&made_header, p, reader->octets);
-		header = !mbox_header_feed(&id_header, p, reader->octets);
+		header = !mbox_header_feed(id_header, p, reader->octets);
 	}
 	if (got < 0)
 		return -1;
@@ -1355,11 +1355,11 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 	/* Without the empty line; the original has stripped its mails. */
 	wire -= wire < 2 ? wire : 2;
 	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
-	if (mbox_header_end(&id_header, &r->id)) {
+	if (mbox_header_end(id_header, &r->id)) {
 		/* The original gave a made ID to mails whose own it overlooked. */
-		if (nobody && id_header.kind[0] == MBOX_ID_MADE && id_header.fields > 1 &&
-		    id_header.kind[1] == MBOX_ID_OWN)
-			r->id = id_header.id[1];
+		if (nobody && id_header->kind[0] == MBOX_ID_MADE && id_header->fields > 1 &&
+		    id_header->kind[1] == MBOX_ID_OWN)
+			r->id = id_header->id[1];
 	} else {
 		uint8_t key[20];
 
@@ -1374,6 +1374,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct err *e)
 /* Append records for the messages between 'from' and 'end'; the first octets there are "From ". */
 static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 {
+	struct mbox_header header;
 	struct reader reader;
 	struct record r;
 	int more;
@@ -1381,7 +1382,7 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 	reader_init(&reader, m, from, end);
 	more = reader_next(&reader, e);
 	while (more > 0) {
-		more = scan_mail(&reader, &r, e);
+		more = scan_mail(&reader, &r, &header, e);
 		if (more < 0)
 			return -1;
 		if (more > 0)
@@ -1395,6 +1396,7 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 /* Return 1 if the record's message stands in the mbox, whole; its state is read. 0: it does not; -1. */
 static int verify(struct mbox *m, struct record *r, struct err *e)
 {
+	struct mbox_header header;
 	struct reader reader;
 	struct record found;
 	int got;
@@ -1403,7 +1405,7 @@ static int verify(struct mbox *m, struct record *r, struct err *e)
 	got = reader_next(&reader, e);
 	if (got <= 0 || !reader_at(&reader, "From "))
 		return got < 0 ? -1 : 0;
-	got = scan_mail(&reader, &found, e);
+	got = scan_mail(&reader, &found, &header, e);
 	if (got < 0)
 		return -1;
 	r->state = found.state;
@@ -2632,4 +2634,323 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep
 	}
 	out[length] = '\0';
 	return length;
+}
+
+/* ======== reading mails back ======== */
+
+int mbox_open_read(struct mbox **out, const char *path, struct err *e)
+{
+	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET };
+	struct mbox *m = calloc(1, sizeof *m);
+	char index[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1];
+	enum index_form form = INDEX_DAMAGED;
+
+	*out = NULL;
+	if (m == NULL)
+		return err_set(e, E_SYSTEM, "%s: out of memory", path);
+	m->fd = m->index = -1;
+	m->start = -1;
+	m->how = MBOX_LOOK;
+	m->salt = random_word();
+	if (strlen(path) + sizeof ".index.new" > sizeof m->path)
+		err_set(e, E_FORMAT, "%s: the path is too long", path);
+	else
+		strcpy(m->path, path);
+	if (m->path[0] == '\0' || open_locked(m, e) != 0 || records_room(m, 1, e) != 0)
+		goto fail;
+	if (m->fd < 0) {
+		errno = ENOENT;
+		err_errno(e, E_SYSTEM, "%s: cannot open", path);
+		goto fail;
+	}
+	if (fcntl(m->fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN)) {
+		err_set(e, E_LOCKED, "%s: another program has locked it", path);
+		goto fail;
+	}
+	keys_forget(m);
+	index_path(path, "", index);
+	if ((m->index = open_file(index, O_RDONLY, &(struct err){ 0 })) >= 0) {
+		form = index_header(m->index, "", &m->now, other);
+		if (form == INDEX_FOREIGN) {
+			strcpy(m->name, other);
+			form = index_header(m->index, m->name, &m->now, other);
+		}
+	}
+	if (form != INDEX_GOOD) {
+		snprintf(m->mended, sizeof m->mended, "the index %s",
+			 m->index < 0        ? "is missing" :
+			 form == INDEX_OLD ? "is of an older version" :
+					     "is damaged");
+		m->now = (struct state){ .claim.unseen = UINT32_MAX };
+	}
+	m->written = m->now.records;
+	*out = m;
+	return 0;
+fail:
+	mbox_close(m, NULL, e);
+	return -1;
+}
+
+const char *mbox_name(const struct mbox *m)
+{
+	return m->name;
+}
+
+/* The time in a From line of n octets (RFC 4155), or INT64_MIN. */
+static int64_t from_time(const uint8_t *p, size_t n)
+{
+	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	char line[128], month[4];
+	const char *found, *day;
+	int d, h, min, sec, y;
+	int64_t days;
+
+	if (n >= sizeof line || n < 6)
+		return INT64_MIN;
+	memcpy(line, p, n);
+	line[n] = '\0';
+	if (strncmp(line, "From nobody ", 12) == 0 || (day = strchr(line + 5, ' ')) == NULL ||
+	    sscanf(day, " %*3s %3s %2d %2d:%2d:%2d %4d", month, &d, &h, &min, &sec, &y) != 6 ||
+	    strlen(month) != 3 || (found = strstr(months, month)) == NULL || (found - months) % 3 != 0)
+		return INT64_MIN;
+	/* Days of the civil calendar, years beginning in March. */
+	int m = (int)(found - months) / 3 + 1;
+	int64_t year = y - (m <= 2), era = (year >= 0 ? year : year - 399) / 400, of_era = year - era * 400;
+	int64_t of_year = (153 * (m + (m > 2 ? -3 : 9)) + 2) / 5 + d - 1;
+
+	days = era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
+	return ((days * 24 + h) * 60 + min) * 60 + sec;
+}
+
+static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
+{
+	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
+
+	mail->offset = r->offset;
+	mail->octets = r->octets;
+	mail->head = r->head;
+	mail->state = r->state;
+	mail->id = r->id;
+	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
+	memcpy(mail->name, h->text, n);
+	mail->name[h->fields > 0 ? n : 0] = '\0';
+	memcpy(mail->date, h->date, sizeof mail->date);
+}
+
+int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
+{
+	struct mbox_header header;
+	struct reader reader;
+	struct record r;
+	int got;
+
+	reader_init(&reader, m, *at, m->flushed);
+	if ((got = reader_next(&reader, e)) <= 0)
+		return got;
+	if (!reader_at(&reader, "From "))
+		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"",
+			       m->path);
+	mail->when_sec = from_time(reader.piece, reader.octets);
+	if (scan_mail(&reader, &r, &header, e) < 0)
+		return -1;
+	mail_fill(mail, &r, &header);
+	*at += r.octets;
+	return 1;
+}
+
+int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
+	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e)
+{
+	const off_t end = mail->offset + mail->octets;
+	struct reader reader;
+	off_t at = mail->offset + mail->head;
+	bool first = true, open = false;
+	int got;
+
+	for (reader_init(&reader, m, at, end); (got = reader_next(&reader, e)) > 0; first = false) {
+		const uint8_t *p = reader.piece;
+		size_t n = reader.octets, quotes = 0;
+		bool lf = p[n - 1] == '\n';
+
+		at += (off_t)n;
+		if ((at == end && reader.line_start && n == 1 && lf) || /* the empty line behind each mail */
+		    (first && n > 13 && memcmp(p, "Message-ID: ", 12) == 0 &&
+		     is_made((const char *)p + 12, n - 13)))
+			continue;
+		while (reader.line_start && quotes < n && p[quotes] == '>')
+			quotes++;
+		if (quotes > 0 && n - quotes >= 5 && memcmp(p + quotes, "From ", 5) == 0)
+			p++, n--;
+		open = !lf;
+		if ((n > lf && take(context, p, n - lf) != 0) ||
+		    (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
+			return -1;
+	}
+	if (got < 0 || at < end)
+		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
+	return open && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0 ? -1 : 0;
+}
+
+/* What a verification knows and has found. */
+struct verification {
+	struct mbox *m;
+	mbox_finding *tell;
+	void *context;
+	struct mbox_verified *sum;
+};
+
+/* Tell what is wrong with the mail at 'at', whose ID is read if there is one. */
+static int verify_tell(struct verification *v, bool damage, off_t at, const char *what, struct err *e)
+{
+	struct mbox_mail mail = { .name = "" };
+	struct err ignored = { 0 };
+	off_t next = at;
+
+	if (mbox_walk(v->m, &next, &mail, &ignored) < 0 && ignored.code != E_FORMAT)
+		return err_set(e, ignored.code, "%s", ignored.text);
+	v->sum->damaged += damage;
+	v->tell(v->context, damage, at, mail.name, what);
+	return 0;
+}
+
+/* Return what is wrong with the octets of a record's mail, "" if nothing is; NULL with *e. */
+static const char *verify_octets(struct mbox *m, const struct record *r, unsigned *state, struct err *e)
+{
+	const size_t field = sizeof status_field - 1;
+	struct sum sum = { 0 };
+	const char *wrong = "";
+	size_t got;
+
+	for (off_t at = 0; at < r->octets; at += (off_t)got) {
+		off_t left = r->octets - at;
+		size_t skip = 0;
+
+		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
+			     r->offset + at, &got, e) != 0)
+			return NULL;
+		if (got == 0)
+			return "it is cut off";
+		if (at == 0) {
+			int digits = r->digits > 0 && got >= r->head ? parse_state(m->buffer + r->digits) : 0;
+			char head[BODY_AT];
+
+			if (got < 5 || memcmp(m->buffer, "From ", 5) != 0)
+				wrong = "no From line stands where it begins";
+			else if (got < r->head || (r->digits > 0 && (digits < 0 || r->digits < field ||
+								    memcmp(m->buffer + r->digits - field,
+									   status_field, field) != 0)))
+				wrong = "its status line is damaged";
+			else if (r->digits == DIGITS_AT) { /* a head of ours: but for the time, it is known */
+				int64_t when_sec = from_time(m->buffer, FROM_OCTETS);
+
+				head_text(head, when_sec, (unsigned)digits);
+				if (when_sec == INT64_MIN || memcmp(head, m->buffer, DIGITS_AT) != 0)
+					wrong = "its From line is damaged";
+			}
+			*state = digits < 0 ? r->state : (unsigned)digits;
+			skip = r->head < got ? r->head : got;
+		}
+		sum_feed(&sum, m->buffer + skip, got - skip);
+	}
+	if (wrong[0] == '\0' && sum_end(&sum) != r->sum)
+		wrong = "its octets differ from those that were stored";
+	return wrong;
+}
+
+/* Go through the mails that the index does not know. */
+static int verify_rest(struct verification *v, off_t at, struct err *e)
+{
+	struct mbox *m = v->m;
+	struct mbox_mail mail;
+	uint32_t before = v->sum->mails;
+	off_t from = at, last = at;
+	char end[2] = "\n\n", what[80];
+	size_t got;
+	int more;
+
+	while ((more = mbox_walk(m, &at, &mail, e)) > 0) {
+		v->sum->mails++;
+		v->sum->gone += (mail.state & MBOX_GONE) != 0;
+		last = mail.offset;
+	}
+	if (more < 0 && e->code == E_FORMAT) {
+		*e = (struct err){ 0 };
+		return verify_tell(v, true, at, "no mail begins here", e);
+	}
+	if (more < 0 || (at - from >= 2 && read_all(m, m->fd, end, 2, at - 2, &got, e) != 0))
+		return -1;
+	if (at > from && memcmp(end, "\n\n", 2) != 0 && verify_tell(v, true, last, "it is cut off", e) != 0)
+		return -1;
+	if (m->now.records > 0 && at > from) {
+		snprintf(what, sizeof what, "from here on %lu mails stand in no index",
+			 (unsigned long)(v->sum->mails - before));
+		return verify_tell(v, false, from, what, e);
+	}
+	return 0;
+}
+
+int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e)
+{
+	struct verification v = { .m = m, .tell = tell, .context = context, .sum = sum };
+	const char *unfit = m->mended[0] != '\0' && m->flushed > 0 ? m->mended : NULL;
+	off_t at = 0;
+	uint64_t mix = 0;
+	uint8_t packed[RECORD_OCTETS];
+
+	*sum = (struct mbox_verified){ .octets = m->flushed };
+	for (uint32_t i = 0; i < m->now.records && unfit == NULL; i++) {
+		struct err damaged = { 0 };
+		struct record r;
+		unsigned state = 0;
+		const char *wrong;
+		char from[5];
+		size_t got;
+
+		if (record_get(m, i, &r, &damaged) != 0) {
+			if (damaged.code != E_FORMAT)
+				return err_set(e, damaged.code, "%s", damaged.text);
+			unfit = "a record of the index is damaged";
+			break;
+		}
+		mix ^= record_pack(&r, packed);
+		if (r.kind & ENTRY_OTHER)
+			continue;
+		if (r.offset != at) {
+			unfit = "the index does not fit";
+			break;
+		}
+		if ((wrong = verify_octets(m, &r, &state, e)) == NULL)
+			return -1;
+		if (wrong[0] != '\0' && verify_tell(&v, true, at, wrong, e) != 0)
+			return -1;
+		if (wrong[0] == '\0' && state != r.state && !m->now.writing &&
+		    verify_tell(&v, false, at, "its state differs from the index", e) != 0)
+			return -1;
+		sum->mails++;
+		sum->gone += (state & MBOX_GONE) != 0;
+		if (r.octets > m->flushed - at)
+			return 0;
+		at += r.octets;
+		/* If no other mail follows where it should, the rest has moved: one damage, not thousands. */
+		if (wrong[0] != '\0' && at < m->flushed) {
+			off_t next = r.offset;
+			struct mbox_mail mail;
+
+			if (read_all(m, m->fd, from, 5, at, &got, e) != 0)
+				return -1;
+			if (got == 5 && memcmp(from, "From ", 5) == 0)
+				continue;
+			if (mbox_walk(m, &next, &mail, &damaged) > 0)
+				at = next;
+			unfit = "from here on the index does not fit";
+		}
+	}
+	if (unfit == NULL && at > 0 && !m->now.writing && mix != m->now.mix)
+		unfit = "the index does not fit";
+	if (unfit != NULL && verify_tell(&v, false, at, unfit, e) != 0)
+		return -1;
+	if (unfit == NULL && at < m->flushed && m->now.writing &&
+	    verify_tell(&v, false, at, "the last run was cut off", e) != 0)
+		return -1;
+	return verify_rest(&v, at, e);
 }
