@@ -7891,6 +7891,309 @@ static void run_all(struct run *run)
 	free(children);
 }
 
+/* ======== archives: what is on disk, without a server ======== */
+
+/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
+static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
+{
+	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+	uint32_t bits = 0, pending = 0, code;
+	bool shifted = false;
+	size_t length = 0, octets;
+
+	for (size_t i = 0; i <= n && length + 16 < size; i += octets) {
+		code = 0;
+		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 1;
+		if (octets == 0) {
+			octets = 1;
+			code = '_';
+		}
+		if (i == n || (code >= 0x20 && code <= 0x7E)) {
+			if (shifted && pending > 0)
+				out[length++] = alphabet[bits << (6 - pending) & 63];
+			if (shifted)
+				out[length++] = '-';
+			shifted = false;
+			pending = 0;
+			if (i < n)
+				out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
+			if (i < n && code == '&')
+				out[length++] = '-';
+			continue;
+		}
+		if (!shifted)
+			out[length++] = '&';
+		shifted = true;
+		for (int half = code > 0xFFFF ? 0 : 1; half < 2; half++) {
+			uint32_t unit = code <= 0xFFFF ? code :
+					half == 0      ? 0xD800 + ((code - 0x10000) >> 10) :
+							 0xDC00 + ((code - 0x10000) & 0x3FF);
+
+			bits = bits << 16 | unit;
+			for (pending += 16; pending >= 6; pending -= 6)
+				out[length++] = alphabet[bits >> (pending - 6) & 63];
+		}
+	}
+	out[length] = '\0';
+	return length;
+}
+
+/* One archive of an account, and what it is called by its file name. */
+struct archive {
+	const struct account *account;
+	char path[PATH_MAX_OCTETS + 300];
+	char text[NAME_OCTETS]; /* the mailbox's name for a person */
+	char name[NAME_OCTETS]; /* on the wire, with '/' as the delimiter */
+	struct mbox *m;
+};
+
+/* The name that name_file() made a file name of, on a wire with this delimiter. */
+static void archive_name(const char *file, char delimiter, char out[NAME_OCTETS])
+{
+	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
+	char part[NAME_OCTETS];
+
+	for (size_t i = 0; i <= end && length + 2 < NAME_OCTETS; i++) {
+		unsigned octet;
+
+		if (i == end || file[i] == '.') {
+			length += mutf7_encode(out + length, NAME_OCTETS - length - 1, part, n, delimiter);
+			if (i < end)
+				out[length++] = delimiter;
+			n = 0;
+		} else if (file[i] == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
+			part[n++] = (char)octet;
+			i += 2;
+		} else {
+			part[n++] = file[i];
+		}
+	}
+	out[length] = '\0';
+}
+
+static int text_compare(const void *a, const void *b)
+{
+	return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* Return true if -a names the account, or nothing is named. */
+static bool account_is_wanted(const struct options *o, const struct account *account)
+{
+	bool wanted = o->accounts == 0;
+
+	for (unsigned k = 0; k < o->accounts; k++)
+		wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
+	return wanted;
+}
+
+/*
+ * Open each archive of an account that -m does not exclude, in the order of their names, and hand it to
+ * take(). Returns the status: 1 if one cannot be read, or take() returned it, 3 if one is locked.
+ */
+static int archives_walk(const struct config *c, const struct options *o, const struct account *account,
+			 int (*take)(void *context, struct archive *a), void *context)
+{
+	char folder[PATH_MAX_OCTETS], **files = NULL;
+	struct archive *a = allocate(sizeof *a);
+	size_t n = 0, room = 0;
+	struct dirent *entry;
+	int status = 0, one;
+	DIR *dir;
+
+	a->account = account;
+	snprintf(folder, sizeof folder, "%s/%s", c->destination, account->email);
+	log_context(account->email, "");
+	if ((dir = opendir(folder)) == NULL) {
+		log_error("%s: %s", folder, strerror(errno));
+		status = 1;
+	}
+	while (dir != NULL && (entry = readdir(dir)) != NULL) {
+		size_t length = strlen(entry->d_name);
+
+		if (length <= 5 || strcmp(entry->d_name + length - 5, ".mbox") != 0)
+			continue;
+		if (n == room) {
+			char **more = allocate((room = room > 0 ? 2 * room : 64) * sizeof *more);
+
+			if (n > 0)
+				memcpy(more, files, n * sizeof *more);
+			free(files);
+			files = more;
+		}
+		files[n++] = copy_text(entry->d_name);
+	}
+	if (dir != NULL)
+		closedir(dir);
+	if (n > 0)
+		qsort(files, n, sizeof *files, text_compare);
+	for (size_t i = 0; i < n; i++) {
+		struct mailbox box = { .name = a->name, .delimiter = '/' };
+		struct err e = { 0 };
+
+		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
+		archive_name(files[i], '/', a->name);
+		name_text(a->text, a->name, '/');
+		free(files[i]);
+		if (o->mailboxes != NULL && !name_matches(o->mailboxes, &box))
+			continue;
+		log_context(account->email, a->text);
+		one = 3;
+		if (mbox_open_read(&a->m, a->path, &e) == 0) {
+			one = take(context, a);
+			mbox_close(a->m, NULL, &e);
+		} else {
+			log_error("%s", e.text);
+			one = e.code == E_LOCKED ? 3 : 1;
+		}
+		status = status == 1 || one == 0 ? status : one;
+	}
+	free(files);
+	free(a);
+	return status;
+}
+
+/* -- verify -- */
+
+static void on_finding(void *context, bool damage, off_t at, const char *id, const char *what)
+{
+	(void)context;
+	if (damage)
+		log_error("damaged: at %lld%s%s: %s", (long long)at, id[0] != '\0' ? ", " : "", id, what);
+	else
+		log_info("at %lld: %s", (long long)at, what);
+}
+
+static int archive_verify(void *context, struct archive *a)
+{
+	char visible[NAME_OCTETS], octets[16];
+	struct mbox_verified sum;
+	struct err e = { 0 };
+
+	(void)context;
+	if (mbox_verify(a->m, on_finding, NULL, &sum, &e) != 0) {
+		log_error("%s", e.text);
+		return 1;
+	}
+	log_visible(visible, sizeof visible, a->text, strlen(a->text));
+	printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
+	       (unsigned long)sum.mails, (unsigned long)sum.gone,
+	       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
+	return sum.damaged > 0;
+}
+
+/* -- export -- */
+
+struct export {
+	const struct options *o;
+	struct mbox_id id; /* of the one mail */
+	unsigned found;
+	bool differs, write; /* the second pass writes the first mail that was found, and is done */
+	uint8_t hash[br_sha256_SIZE];
+	char place[PATH_MAX_OCTETS + 400];
+};
+
+static int take_hash(void *context, const void *octets, size_t n)
+{
+	br_sha256_update(context, octets, n);
+	return 0;
+}
+
+static int take_output(void *context, const void *octets, size_t n)
+{
+	(void)context;
+	return fwrite(octets, 1, n, stdout) == n ? 0 : -1;
+}
+
+/* Take in that the mail was found here: is it the same as elsewhere? */
+static int export_compare(struct export *x, struct archive *a, const struct mbox_mail *mail, struct err *e)
+{
+	uint8_t hash[br_sha256_SIZE];
+	br_sha256_context context;
+	char place[sizeof x->place];
+
+	br_sha256_init(&context);
+	if (mbox_read(a->m, mail, false, take_hash, &context, e) != 0)
+		return -1;
+	br_sha256_out(&context, hash);
+	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
+	if (x->found++ == 0) {
+		memcpy(x->hash, hash, sizeof hash);
+		memcpy(x->place, place, sizeof place);
+	} else if (memcmp(x->hash, hash, sizeof hash) != 0) {
+		if (!x->differs)
+			log_error("mails with this Message-ID differ: %s", x->place);
+		log_error("and: %s", place);
+		x->differs = true;
+	}
+	return 0;
+}
+
+static int archive_export(void *context, struct archive *a)
+{
+	struct export *x = context;
+	struct mbox_mail mail;
+	struct err e = { 0 };
+	off_t at = 0;
+	int more, failed = 0;
+
+	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
+		if (x->o->all) {
+			if (!x->o->gone || mail.state & MBOX_GONE)
+				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE, take_output,
+						   NULL, &e);
+		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
+			if (!x->write)
+				failed = export_compare(x, a, &mail, &e);
+			else if (x->found > 0)
+				failed = mbox_read(a->m, &mail, false, take_output, NULL, &e);
+			x->found = x->write ? 0 : x->found;
+		}
+	}
+	if (e.code != E_NONE)
+		log_error("%s", e.text);
+	return failed != 0 || e.code != E_NONE;
+}
+
+/* Verify or export. Returns the exit status. */
+static int archives_run(const struct config *c, const struct options *o)
+{
+	struct export x = { .o = o };
+	struct mbox_header header;
+	char field[1200];
+	int status = 0, one;
+
+	if (o->what != NULL) {
+		size_t n = strlen(o->what);
+		bool bare = o->what[0] != '<' || o->what[n - 1] != '>';
+
+		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
+			 bare ? ">" : "");
+		mbox_header_init(&header, NULL);
+		mbox_header_feed(&header, field, strlen(field));
+		mbox_header_end(&header, &x.id);
+	}
+	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
+		for (unsigned i = 0; i < c->n_accounts; i++) {
+			if (!account_is_wanted(o, &c->accounts[i]))
+				continue;
+			one = archives_walk(c, o, &c->accounts[i],
+					    o->mode == RUN_VERIFY ? archive_verify : archive_export, &x);
+			status = status == 1 || one == 0 ? status : one;
+		}
+		log_context("", "");
+		if (o->what != NULL && !x.write && x.found == 0)
+			log_error("%s: not found", o->what);
+		if (o->what != NULL && !x.write && (x.found == 0 || x.differs))
+			return 1;
+		x.write = true;
+	}
+	if (fflush(stdout) != 0 || ferror(stdout)) {
+		log_error("standard output: %s", strerror(errno));
+		status = 1;
+	}
+	return status;
+}
+
 /* ======== command line ======== */
 
 /*
@@ -8094,13 +8397,9 @@ static bool destination_mounted(const struct config *c)
 	return wrong == NULL;
 }
 
-/* Make a board for each account that is wanted, and load the CA bundles that they name. */
-static int run_prepare(struct run *run)
+/* Return 0 if all accounts that -a names are in the configuration, else the exit status. */
+static int accounts_check(const struct config *c, const struct options *o)
 {
-	const struct config *c = run->config;
-	const struct options *o = run->options;
-	char octet = 0;
-
 	for (unsigned k = 0; k < o->accounts; k++) {
 		unsigned i = 0;
 
@@ -8109,6 +8408,16 @@ static int run_prepare(struct run *run)
 		if (i == c->n_accounts)
 			return usage_error("no such account in the configuration: %s", o->account[k]);
 	}
+	return 0;
+}
+
+/* Make a board for each account that is wanted, and load the CA bundles that they name. */
+static int run_prepare(struct run *run)
+{
+	const struct config *c = run->config;
+	const struct options *o = run->options;
+	char octet = 0;
+
 	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + sizeof *run->starving);
 	run->starving = (volatile unsigned *)(void *)(run->boards + c->n_accounts);
 	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
@@ -8117,11 +8426,8 @@ static int run_prepare(struct run *run)
 		struct account *account = &c->accounts[i];
 		struct board *b = &run->boards[run->n_boards];
 		struct trust *trust;
-		bool wanted = o->accounts == 0;
 
-		for (unsigned k = 0; k < o->accounts; k++)
-			wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
-		if (!wanted)
+		if (!account_is_wanted(o, account))
 			continue;
 		run->n_boards++;
 		b->account = account;
@@ -8314,6 +8620,10 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	if (options->config_path != NULL ? config_load(&config, options->config_path) != 0
 					 : quick_load(&config, options, password) != 0)
 		return 2;
+	if ((status = accounts_check(&config, options)) != 0)
+		return status;
+	if ((options->mode == RUN_VERIFY && !options->online) || options->mode == RUN_EXPORT)
+		return archives_run(&config, options);
 	if (options->mode > RUN_CHECK && options->mode != RUN_AUTHORIZE) {
 		log_error("this is not possible yet");
 		return 2;

@@ -357,7 +357,8 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep
 /* One mail that stands in an mbox. */
 struct mbox_mail {
 	off_t offset, octets; /* in the mbox */
-	uint32_t head;        /* octets of our lines before the mail itself */
+	uint32_t head;        /* octets of our lines before the mail itself; ... */
+	uint32_t digits;      /* ... in these, where the state's digits are; or 0 */
 	unsigned state;       /* MBOX_SEEN ... */
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
 	struct mbox_id id;
@@ -383,6 +384,10 @@ int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e);
  * Returns 0, or -1, with *e unless take() returned another value than 0.
  */
 int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
+	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
+
+/* Give it to take() as it stands in the mbox, with its closing empty line, but for its state. */
+int mbox_copy(struct mbox *m, const struct mbox_mail *mail, unsigned state,
 	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
 
 /* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */

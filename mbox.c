@@ -2729,6 +2729,7 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 	mail->offset = r->offset;
 	mail->octets = r->octets;
 	mail->head = r->head;
+	mail->digits = r->digits;
 	mail->state = r->state;
 	mail->id = r->id;
 	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
@@ -2789,6 +2790,30 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
 	if (got < 0 || at < end)
 		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
 	return open && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0 ? -1 : 0;
+}
+
+int mbox_copy(struct mbox *m, const struct mbox_mail *mail, unsigned state,
+	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e)
+{
+	uint8_t end[2] = { 0 };
+	size_t got;
+
+	for (off_t at = 0; at < mail->octets; at += (off_t)got) {
+		off_t left = mail->octets - at;
+
+		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
+			     mail->offset + at, &got, e) != 0)
+			return -1;
+		if (got == 0)
+			return err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
+		if (at == 0 && mail->digits > 0)
+			put_digits((char *)m->buffer + mail->digits, 4, 16, state);
+		end[0] = got > 1 ? m->buffer[got - 2] : end[1];
+		end[1] = m->buffer[got - 1];
+		if (take(context, m->buffer, got) != 0)
+			return -1;
+	}
+	return memcmp(end, "\n\n", 2) != 0 ? take(context, "\n\n", end[1] == '\n' ? 1 : 2) : 0;
 }
 
 /* What a verification knows and has found. */
