@@ -6175,12 +6175,19 @@ static bool sync_lives(void *context, uint32_t uid)
 	return set_has(&y->listing, uid) || (sync_has_window(y) && uid < set_next(&y->listing, 1));
 }
 
+/* Return true if the mailbox has told which mails it has, and their flags as far as they are asked for. */
+static bool sync_is_listed(const struct sync *y)
+{
+	return y->awaited == 0 && y->list_to == 0 && y->flags.high == 0;
+}
+
 /* The listing and the flags are known: what is not stored is to be asked about, or at once to be fetched. */
 static int sync_plan(struct sync *y)
 {
 	struct set *into = sync_fetches_all(y) ? &y->want : &y->ask;
 	uint32_t known;
 
+	y->foresee = 0;
 	if (!y->rekeyed && y->complete)
 		mbox_drop_uids(y->m, sync_lives, y);
 	known = mbox_next_uid(y->m, 1);
@@ -6259,11 +6266,7 @@ static enum sync_kind sync_due(struct sync *y)
 				return y->list_to != 0 ? KIND_LISTING : KIND_FLAGS;
 			if (y->foresee != 0 && y->awaited > 0 && !(sync_fetches_all(y) && sync_holds_back(y)))
 				return sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
-			if (y->awaited > 0 || !sync_is_open(y))
-				return KIND_NONE;
-			y->foresee = 0;
-			sync_plan(y);
-			break;
+			return KIND_NONE;
 		case SYNC_BIND:
 		case SYNC_FETCH: {
 			bool mails = y->stage == SYNC_FETCH && !s->dry;
@@ -6526,9 +6529,11 @@ static int sync_answered(struct sync *y, const struct command *c)
 	case KIND_EXAMINE:
 		return sync_examined(y, &c->result);
 	case KIND_LISTING:
-		return sync_listed(y, &c->result);
 	case KIND_FLAGS:
-		return sync_flagged(y, &c->result);
+		if ((c->kind == KIND_LISTING ? sync_listed(y, &c->result) : sync_flagged(y, &c->result)) != 0)
+			return -1;
+		/* Before the batches that were foreseen are looked at: what these leave undone is then known. */
+		return y->stage == SYNC_LIST && sync_is_listed(y) ? sync_plan(y) : 0;
 	case KIND_STILL_LISTED:
 		return sync_rechecked(y, c);
 	default:
@@ -7408,10 +7413,12 @@ static int account_list(struct worker *w, struct err *e)
 			  (unsigned long)l->n);
 		counts.failures++;
 	}
-	if (o->mode == RUN_CHECK)
+	if (o->mode == RUN_CHECK) {
+		counts.mailboxes = mailboxes_select(l);
 		account_print_check(w);
-	else
+	} else {
 		mailboxes_plan(l, o->dry || o->mode != RUN_BACKUP, &counts);
+	}
 	if (o->mode == RUN_LIST)
 		account_print_list(w);
 	if (!first) /* it was counted before */
@@ -7574,7 +7581,9 @@ static int account_ask_command(struct worker *w, struct err *e)
 	text[n] = '\0';
 	if ((end = strpbrk(text, "\r\n")) != NULL)
 		*end = '\0';
-	if (got > 0)
+	if (got > 0 && stop_due())
+		err_set(e, E_STOPPED, "stopped by a signal");
+	else if (got > 0)
 		err_set(e, E_ACCOUNT, "\"password_command\" did not end within %u seconds",
 			w->run->config->timeout_sec);
 	else if (status != 0 || text[0] == '\0')

@@ -15,7 +15,7 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 /* Modified UTF-7 of valid UTF-8. Returns the length. */
-static size_t mutf7_encode(char *out, const char *text, size_t n)
+static size_t encode_name(char *out, const char *text, size_t n)
 {
 	static const char alphabet[] =
 		"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
@@ -132,7 +132,7 @@ static void check_decode(const char *name, size_t n)
 
 	if (octets == 0)
 		return;
-	must(mutf7_encode(encoded, decoded, octets) == n && memcmp(encoded, name, n) == 0);
+	must(encode_name(encoded, decoded, octets) == n && memcmp(encoded, name, n) == 0);
 }
 
 static size_t character(const char *text)
