@@ -96,6 +96,7 @@ enum {
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
+	APPEND_AHEAD_MAX = 64 << 10,    /* octets of a mail that is sent before the server takes it */
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
 	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
@@ -2935,6 +2936,8 @@ struct imap {
 	char challenge[200];   /* the text of the last continuation request */
 	bool refused, expired; /* the access token was; and ended the session because it is over */
 	bool over;             /* the response in hand: its line end was consumed too early */
+	bool takes_forwarded;  /* $Forwarded, says PERMANENTFLAGS */
+	char prefix[200], delimiter; /* of the personal namespace (RFC 2342) */
 	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
 	uint32_t limited_uid; /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
 
@@ -3292,16 +3295,28 @@ static int imap_text(struct imap *im, struct imap_result *result)
 	result->code[0] = '\0';
 	result->numbers[0] = result->numbers[1] = 0;
 	if (imap_is(im, '[')) {
+		bool list = false; /* its brackets count for nothing: "[PERMANENTFLAGS (a] \*)] words" */
+		char flags[300] = "";
+		size_t n_flags = 0;
+		int last = 0;
+
 		imap_atom(im, word);
 		snprintf(result->code, sizeof result->code, "%.31s", word);
 		if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
 			return -1;
 		for (int i = 0; i < 2 && (c = imap_blanks(im)) >= '0' && c <= '9'; i++)
 			result->numbers[i] = imap_number(im);
-		while ((c = imap_blanks(im)) != '\n' && c != ']')
+		for (; (c = imap_blanks(im)) != '\n' && (c != ']' || (list && last != ')')); last = c) {
+			list = list || c == '(';
+			if (n_flags < sizeof flags - 1)
+				flags[n_flags++] = (char)tolower(c);
 			if (c == '"' ? imap_string(im, word, sizeof word) < 0 : imap_pass(im) != 0)
 				return -1;
+		}
 		imap_is(im, ']');
+		if (strcmp(result->code, "PERMANENTFLAGS") == 0)
+			im->takes_forwarded = strstr(flags, "$forwarded") != NULL ||
+					      strstr(flags, "\\*") != NULL;
 	}
 	for (c = imap_blanks(im); c >= 0 && c != '\n'; c = imap_peek(im)) {
 		if (n < sizeof result->text - 1 && c != '\r')
@@ -3727,6 +3742,14 @@ static int imap_untagged(struct imap *im)
 		return imap_esearch(im);
 	if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
 		return -1;
+	if (strcmp(word, "NAMESPACE") == 0 && imap_is(im, '(') && imap_is(im, '(')) {
+		char delimiter[4];
+
+		if (imap_string(im, im->prefix, sizeof im->prefix) < 0 ||
+		    imap_string(im, delimiter, sizeof delimiter) < 0)
+			return -1;
+		im->delimiter = strcasecmp(delimiter, "NIL") == 0 ? '\0' : delimiter[0];
+	}
 	return imap_line_end(im);
 }
 
@@ -5702,6 +5725,309 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		qsort(l->boxes, l->n, sizeof *l->boxes, mailbox_compare);
 }
 
+/* ======== archives: what is on disk, without a server ======== */
+
+/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
+static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
+{
+	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+	uint32_t bits = 0, pending = 0, code;
+	bool shifted = false;
+	size_t length = 0, octets;
+
+	for (size_t i = 0; i <= n && length + 16 < size; i += octets) {
+		code = 0;
+		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 1;
+		if (octets == 0) {
+			octets = 1;
+			code = '_';
+		}
+		if (i == n || (code >= 0x20 && code <= 0x7E)) {
+			if (shifted && pending > 0)
+				out[length++] = alphabet[bits << (6 - pending) & 63];
+			if (shifted)
+				out[length++] = '-';
+			shifted = false;
+			pending = 0;
+			if (i < n)
+				out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
+			if (i < n && code == '&')
+				out[length++] = '-';
+			continue;
+		}
+		if (!shifted)
+			out[length++] = '&';
+		shifted = true;
+		for (int half = code > 0xFFFF ? 0 : 1; half < 2; half++) {
+			uint32_t unit = code <= 0xFFFF ? code :
+					half == 0      ? 0xD800 + ((code - 0x10000) >> 10) :
+							 0xDC00 + ((code - 0x10000) & 0x3FF);
+
+			bits = bits << 16 | unit;
+			for (pending += 16; pending >= 6; pending -= 6)
+				out[length++] = alphabet[bits >> (pending - 6) & 63];
+		}
+	}
+	out[length] = '\0';
+	return length;
+}
+
+/* One archive of an account, and what it is called by its file name. */
+struct archive {
+	const struct account *account;
+	char path[PATH_MAX_OCTETS + 300];
+	char text[NAME_OCTETS]; /* the mailbox's name for a person */
+	char name[NAME_OCTETS]; /* on the wire, with '/' as the delimiter */
+	struct mbox *m;
+};
+
+/* The name that name_file() made a file name of, on a wire with this delimiter. */
+static void archive_name(const char *file, char delimiter, char out[NAME_OCTETS])
+{
+	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
+	char part[NAME_OCTETS];
+
+	for (size_t i = 0; i <= end && length + 2 < NAME_OCTETS; i++) {
+		unsigned octet;
+
+		if (i == end || file[i] == '.') {
+			length += mutf7_encode(out + length, NAME_OCTETS - length - 1, part, n, delimiter);
+			if (i < end)
+				out[length++] = delimiter;
+			n = 0;
+		} else if (file[i] == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
+			part[n++] = (char)octet;
+			i += 2;
+		} else {
+			part[n++] = file[i];
+		}
+	}
+	out[length] = '\0';
+}
+
+static int text_compare(const void *a, const void *b)
+{
+	return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* Return true if -a names the account, or nothing is named. */
+static bool account_is_wanted(const struct options *o, const struct account *account)
+{
+	bool wanted = o->accounts == 0;
+
+	for (unsigned k = 0; k < o->accounts; k++)
+		wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
+	return wanted;
+}
+
+/*
+ * Open each archive of an account that -m does not exclude, in the order of their names, and hand it to
+ * take(). Returns the status: 1 if one cannot be read, or take() returned it, 3 if one is locked.
+ */
+static int archives_walk(const struct config *c, const struct options *o, const struct account *account,
+			 int (*take)(void *context, struct archive *a), void *context)
+{
+	char folder[PATH_MAX_OCTETS], **files = NULL;
+	struct archive *a = allocate(sizeof *a);
+	size_t n = 0, room = 0;
+	struct dirent *entry;
+	int status = 0, one;
+	DIR *dir;
+
+	a->account = account;
+	snprintf(folder, sizeof folder, "%s/%s", c->destination, account->email);
+	log_context(account->email, "");
+	if ((dir = opendir(folder)) == NULL) {
+		log_error("%s: %s", folder, strerror(errno));
+		status = 1;
+	}
+	while (dir != NULL && (entry = readdir(dir)) != NULL) {
+		size_t length = strlen(entry->d_name);
+
+		if (length <= 5 || strcmp(entry->d_name + length - 5, ".mbox") != 0)
+			continue;
+		if (n == room) {
+			char **more = allocate((room = room > 0 ? 2 * room : 64) * sizeof *more);
+
+			if (n > 0)
+				memcpy(more, files, n * sizeof *more);
+			free(files);
+			files = more;
+		}
+		files[n++] = copy_text(entry->d_name);
+	}
+	if (dir != NULL)
+		closedir(dir);
+	if (n > 0)
+		qsort(files, n, sizeof *files, text_compare);
+	for (size_t i = 0; i < n; i++) {
+		struct mailbox box = { .name = a->name, .delimiter = '/' };
+		struct err e = { 0 };
+
+		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
+		archive_name(files[i], '/', a->name);
+		name_text(a->text, a->name, '/');
+		free(files[i]);
+		if (o->mailboxes != NULL && !name_matches(o->mailboxes, &box))
+			continue;
+		log_context(account->email, a->text);
+		one = 3;
+		if (mbox_open_read(&a->m, a->path, &e) == 0) {
+			one = take(context, a);
+			mbox_close(a->m, NULL, &e);
+		} else {
+			log_error("%s", e.text);
+			one = e.code == E_LOCKED ? 3 : 1;
+		}
+		status = status == 1 || one == 0 ? status : one;
+	}
+	free(files);
+	free(a);
+	return status;
+}
+
+/* -- verify -- */
+
+static void on_finding(void *context, bool damage, off_t at, const char *id, const char *what)
+{
+	(void)context;
+	if (damage)
+		log_error("damaged: at %lld%s%s: %s", (long long)at, id[0] != '\0' ? ", " : "", id, what);
+	else
+		log_info("at %lld: %s", (long long)at, what);
+}
+
+static int archive_verify(void *context, struct archive *a)
+{
+	char visible[NAME_OCTETS], octets[16];
+	struct mbox_verified sum;
+	struct err e = { 0 };
+
+	(void)context;
+	if (mbox_verify(a->m, on_finding, NULL, &sum, &e) != 0) {
+		log_error("%s", e.text);
+		return 1;
+	}
+	log_visible(visible, sizeof visible, a->text, strlen(a->text));
+	printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
+	       (unsigned long)sum.mails, (unsigned long)sum.gone,
+	       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
+	return sum.damaged > 0;
+}
+
+/* -- export -- */
+
+struct export {
+	const struct options *o;
+	struct mbox_id id; /* of the one mail */
+	unsigned found;
+	bool differs, write; /* the second pass writes the first mail that was found, and is done */
+	uint8_t hash[br_sha256_SIZE];
+	char place[PATH_MAX_OCTETS + 400];
+};
+
+static int take_hash(void *context, const void *octets, size_t n)
+{
+	br_sha256_update(context, octets, n);
+	return 0;
+}
+
+static int take_output(void *context, const void *octets, size_t n)
+{
+	(void)context;
+	return fwrite(octets, 1, n, stdout) == n ? 0 : -1;
+}
+
+/* Take in that the mail was found here: is it the same as elsewhere? */
+static int export_compare(struct export *x, struct archive *a, const struct mbox_mail *mail, struct err *e)
+{
+	uint8_t hash[br_sha256_SIZE];
+	br_sha256_context context;
+	char place[sizeof x->place];
+
+	br_sha256_init(&context);
+	if (mbox_read(a->m, mail, false, take_hash, &context, e) != 0)
+		return -1;
+	br_sha256_out(&context, hash);
+	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
+	if (x->found++ == 0) {
+		memcpy(x->hash, hash, sizeof hash);
+		memcpy(x->place, place, sizeof place);
+	} else if (memcmp(x->hash, hash, sizeof hash) != 0) {
+		if (!x->differs)
+			log_error("mails with this Message-ID differ: %s", x->place);
+		log_error("and: %s", place);
+		x->differs = true;
+	}
+	return 0;
+}
+
+static int archive_export(void *context, struct archive *a)
+{
+	struct export *x = context;
+	struct mbox_mail mail;
+	struct err e = { 0 };
+	off_t at = 0;
+	int more, failed = 0;
+
+	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
+		if (x->o->all) {
+			if (!x->o->gone || mail.state & MBOX_GONE)
+				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE, take_output,
+						   NULL, &e);
+		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
+			if (!x->write)
+				failed = export_compare(x, a, &mail, &e);
+			else if (x->found > 0)
+				failed = mbox_read(a->m, &mail, false, take_output, NULL, &e);
+			x->found = x->write ? 0 : x->found;
+		}
+	}
+	if (e.code != E_NONE)
+		log_error("%s", e.text);
+	return failed != 0 || e.code != E_NONE;
+}
+
+/* Verify or export. Returns the exit status. */
+static int archives_run(const struct config *c, const struct options *o)
+{
+	struct export x = { .o = o };
+	struct mbox_header header;
+	char field[1200];
+	int status = 0, one;
+
+	if (o->what != NULL) {
+		size_t n = strlen(o->what);
+		bool bare = o->what[0] != '<' || o->what[n - 1] != '>';
+
+		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
+			 bare ? ">" : "");
+		mbox_header_init(&header, NULL);
+		mbox_header_feed(&header, field, strlen(field));
+		mbox_header_end(&header, &x.id);
+	}
+	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
+		for (unsigned i = 0; i < c->n_accounts; i++) {
+			if (!account_is_wanted(o, &c->accounts[i]))
+				continue;
+			one = archives_walk(c, o, &c->accounts[i],
+					    o->mode == RUN_VERIFY ? archive_verify : archive_export, &x);
+			status = status == 1 || one == 0 ? status : one;
+		}
+		log_context("", "");
+		if (o->what != NULL && !x.write && x.found == 0)
+			log_error("%s: not found", o->what);
+		if (o->what != NULL && !x.write && (x.found == 0 || x.differs))
+			return 1;
+		x.write = true;
+	}
+	if (fflush(stdout) != 0 || ferror(stdout)) {
+		log_error("standard output: %s", strerror(errno));
+		status = 1;
+	}
+	return status;
+}
+
 /* ======== sync: makes archives match their mailboxes ======== */
 
 /*
@@ -6814,6 +7140,436 @@ static int session_run(struct session *s, struct err *e)
 	return -1;
 }
 
+/* ======== restore: puts archived mail back on a server ======== */
+
+/*
+ * One archive after the other. A mail is sent if the mailbox has fewer of its identity than the archive, so
+ * whatever breaks a restore, it is simply run again. Nothing is written but by CREATE, SUBSCRIBE and APPEND.
+ */
+struct restore {
+	const struct config *config;
+	const struct options *options;
+	struct mailboxes *list; /* of the target */
+	struct imap *im;
+	void (*progress)(void *context, uint64_t mails, uint64_t octets);
+	void *context;
+	struct counts counts;
+	struct err err;     /* why the whole cannot go on */
+	bool locked;        /* an archive was */
+	char delimiter;     /* the target's */
+	bool strip;         /* every archive but INBOX's lay below INBOX: the source's prefix */
+	struct mbox_id *ids; /* owned: what the target's mailbox has, sorted */
+	uint8_t *used;       /* owned: one for each of these: a mail of ours has met it */
+	size_t n, room;
+	struct set nameless; /* UIDs of mails without a Message-ID */
+	struct mbox_header header;
+	struct mbox_made made;
+	bool asks_made;
+	struct { /* mails on the wire, by their tags */
+		off_t at;
+		char id[129];
+	} sent[IMAP_FLIGHT_MAX];
+	char target[2 * NAME_OCTETS], quoted[IMAP_LINE_MAX];
+	bool try_create, created;
+};
+
+static int restore_on_literal(void *context, const struct imap_fetch *fetch)
+{
+	struct restore *r = context;
+
+	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
+		return 0;
+	if (r->asks_made)
+		mbox_made_init(&r->made);
+	else
+		mbox_header_init(&r->header, NULL);
+	return 1;
+}
+
+static int restore_on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
+{
+	struct restore *r = context;
+
+	(void)fetch;
+	if (r->asks_made)
+		mbox_made_feed(&r->made, octets, n);
+	else
+		mbox_header_feed(&r->header, octets, n);
+	return 0;
+}
+
+static int restore_on_fetch(void *context, const struct imap_fetch *fetch)
+{
+	struct restore *r = context;
+	struct mbox_id id;
+	uint8_t key[20];
+
+	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
+		return 0;
+	r->im->noise = 0;
+	if (r->asks_made) {
+		mbox_made_end(&r->made, key);
+		mbox_made_id(&id, key);
+	} else if (!mbox_header_end(&r->header, &id)) {
+		return set_add(&r->nameless, fetch->uid, fetch->uid) ? 0 : -1;
+	}
+	if (r->n == MBOX_MAILS_MAX)
+		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
+	if (r->n == r->room) {
+		struct mbox_id *more = allocate((r->room = r->room > 0 ? 2 * r->room : 1024) * sizeof *more);
+
+		if (r->n > 0)
+			memcpy(more, r->ids, r->n * sizeof *more);
+		free(r->ids);
+		r->ids = more;
+	}
+	r->ids[r->n++] = id;
+	return 0;
+}
+
+static int id_compare(const void *a, const void *b)
+{
+	return memcmp(a, b, sizeof(struct mbox_id));
+}
+
+/* Return true if the target's mailbox has this mail; it is used up then, as there may be several. */
+static bool restore_has(struct restore *r, const struct mbox_id *id)
+{
+	size_t low = 0, high = r->n;
+
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+
+		if (id_compare(&r->ids[middle], id) < 0)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	for (; low < r->n && id_compare(&r->ids[low], id) == 0; low++)
+		if (!r->used[low]) {
+			r->used[low] = 1;
+			return true;
+		}
+	return false;
+}
+
+/* Wait until the next command may be sent. */
+static int restore_wait(struct restore *r)
+{
+	while (!imap_may_send(r->im))
+		if (imap_answer(r->im) == NULL)
+			return -1;
+	return 0;
+}
+
+/* Open the target's mailbox and list what it has. Returns 0, 1 if it cannot be opened, -1 with r->err. */
+static int restore_look(struct restore *r)
+{
+	static const char made[] = "(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])";
+	struct imap *im = r->im;
+	const struct imap_result *result;
+	struct range ranges[BATCH_RANGES];
+	char uids[SET_TEXT_OCTETS + 1];
+	unsigned tag, n;
+
+	r->n = 0;
+	set_clear(&r->nameless);
+	r->asks_made = im->takes_forwarded = false;
+	im->context = r;
+	im->on_literal = restore_on_literal;
+	im->on_octets = restore_on_octets;
+	im->on_fetch = restore_on_fetch;
+	tag = imap_send(im, NULL, "SELECT %s", r->quoted);
+	im->ring[tag % IMAP_FLIGHT_MAX].examines = true;
+	im->ring[tag % IMAP_FLIGHT_MAX].owner = r;
+	if ((result = imap_wait(im, tag)) == NULL)
+		return -1;
+	if (result->condition != IMAP_OK) {
+		struct err e = { 0 };
+
+		imap_refused(&e, result, "opening the mailbox");
+		if (e.code == E_WAIT)
+			r->err = e;
+		log_error("%s", e.text);
+		return e.code == E_WAIT ? -1 : 1;
+	}
+	for (uint32_t i = 1; i <= im->exists && im->exists != UINT32_MAX; i += 500) {
+		uint32_t last = i + 499 < im->exists ? i + 499 : im->exists;
+
+		if (restore_wait(r) != 0 ||
+		    imap_send(im, NULL, "FETCH %lu:%lu (UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
+			      (unsigned long)i, (unsigned long)last) == 0)
+			return -1;
+	}
+	if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
+		return -1;
+	r->asks_made = true;
+	set_sort(&r->nameless);
+	r->nameless.taken = 0;
+	while ((n = set_take(&r->nameless, 500, ranges)) > 0) {
+		ranges_text(uids, ranges, n);
+		if (restore_wait(r) != 0 || imap_send(im, NULL, "UID FETCH %s %s", uids, made) == 0)
+			return -1;
+	}
+	if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
+		return -1;
+	if (r->n > 0)
+		qsort(r->ids, r->n, sizeof *r->ids, id_compare);
+	free(r->used);
+	r->used = allocate(r->n + 1);
+	return 0;
+}
+
+/* Take the answer to the oldest command: a refusal is of one mail. */
+static int restore_answered(struct restore *r)
+{
+	const struct command *c = imap_answer(r->im);
+	const struct imap_result *result;
+	unsigned slot = r->im->taken % IMAP_FLIGHT_MAX;
+	struct err e = { 0 };
+
+	if (c == NULL)
+		return -1;
+	result = &c->result;
+	if (result->condition == IMAP_OK) {
+		r->counts.stored++;
+		r->progress(r->context, 1, 0);
+		return 0;
+	}
+	if (strcmp(result->code, "TRYCREATE") == 0 && !r->created) {
+		r->try_create = true;
+		return 0;
+	}
+	imap_refused(&e, result, "a mail");
+	log_error("at %lld%s%s: %s", (long long)r->sent[slot].at, r->sent[slot].id[0] != '\0' ? ", " : "",
+		  r->sent[slot].id, e.text);
+	r->counts.failures++;
+	if (e.code == E_WAIT)
+		r->err = e;
+	else if (strcmp(result->code, "OVERQUOTA") == 0)
+		err_set(&r->err, E_ACCOUNT, "the server has no room left for this account");
+	return r->err.code != E_NONE ? -1 : 0;
+}
+
+static int take_length(void *context, const void *octets, size_t n)
+{
+	(void)octets;
+	*(uint64_t *)context += n;
+	return 0;
+}
+
+static int take_stream(void *context, const void *octets, size_t n)
+{
+	return stream_write(context, octets, n);
+}
+
+/* Send one mail. */
+static int restore_append(struct restore *r, struct archive *a, const struct mbox_mail *mail)
+{
+	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	struct imap *im = r->im;
+	unsigned limit = im->capabilities & CAP_LITERAL_PLUS  ? APPEND_AHEAD_MAX :
+			 im->capabilities & CAP_LITERAL_MINUS ? 4096 :
+								0,
+		 tag, state = mail->state;
+	int64_t when_sec = mail->when_sec;
+	uint64_t octets = 0;
+	char flags[80], date[40] = "";
+	time_t sec;
+	struct tm tm;
+	int got = 1;
+
+	if (mbox_read(a->m, mail, true, take_length, &octets, &r->err) != 0)
+		return -1;
+	if (im->append_limit > 0 && octets > im->append_limit) {
+		log_error("at %lld, %s: %llu octets, and the server takes %llu", (long long)mail->offset,
+			  mail->name, (unsigned long long)octets, (unsigned long long)im->append_limit);
+		r->counts.failures++;
+		return 0;
+	}
+	snprintf(flags, sizeof flags, "%s%s%s%s", state & MBOX_SEEN ? " \\Seen" : "",
+		 state & MBOX_ANSWERED ? " \\Answered" : "", state & MBOX_FLAGGED ? " \\Flagged" : "",
+		 state & MBOX_FORWARDED && im->takes_forwarded ? " $Forwarded" : "");
+	if (when_sec == INT64_MIN && !parse_date(mail->date, &when_sec))
+		when_sec = INT64_MIN;
+	sec = (time_t)when_sec;
+	if (when_sec != INT64_MIN && sec == when_sec && gmtime_r(&sec, &tm) != NULL && tm.tm_year <= 8099)
+		snprintf(date, sizeof date, " \"%02d-%.3s-%04d %02d:%02d:%02d +0000\"", tm.tm_mday,
+			 months + 3 * tm.tm_mon, tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	while (im->taken < im->tag && (!imap_may_send(im) || octets > limit))
+		if (restore_answered(r) != 0)
+			return -1;
+	tag = imap_send(im, NULL, "APPEND %s (%s)%s {%llu%s}", r->quoted, flags[0] != '\0' ? flags + 1 : "",
+			date, (unsigned long long)octets, octets <= limit ? "+" : "");
+	if (tag == 0)
+		return -1;
+	r->sent[tag % IMAP_FLIGHT_MAX].at = mail->offset;
+	strcpy(r->sent[tag % IMAP_FLIGHT_MAX].id, mail->name);
+	while (octets > limit && im->ring[tag % IMAP_FLIGHT_MAX].result.condition == IMAP_PENDING &&
+	       (got = imap_response(im)) == 0)
+		;
+	if (got <= 0)
+		return got < 0 ? -1 : restore_answered(r);
+	if (mbox_read(a->m, mail, true, take_stream, &im->s, &r->err) != 0 ||
+	    stream_write(&im->s, "\r\n", 2) != 0 || stream_flush(&im->s) != 0)
+		return -1;
+	r->counts.octets += octets;
+	r->progress(r->context, 0, octets);
+	return stop_due() ? err_set(&r->err, E_STOPPED, "stopped by a signal") : 0;
+}
+
+static int restore_create(struct restore *r)
+{
+	const struct imap_result *result = imap_wait(r->im, imap_send(r->im, NULL, "CREATE %s", r->quoted));
+	struct err e = { 0 };
+
+	r->created = true;
+	if (result == NULL)
+		return -1;
+	if (result->condition != IMAP_OK && strcmp(result->code, "ALREADYEXISTS") != 0) {
+		imap_refused(&e, result, "creating the mailbox");
+		log_error("%s", e.text);
+		r->counts.failures++;
+		return 1;
+	}
+	log_info("created");
+	return imap_wait(r->im, imap_send(r->im, NULL, "SUBSCRIBE %s", r->quoted)) == NULL ? -1 : 0;
+}
+
+/* What the archive's mailbox is called at the target. */
+static void restore_name(struct restore *r, const struct archive *a)
+{
+	const char *name = a->name, *file = strrchr(a->path, '/') + 1, *wire = mbox_name(a->m);
+	char text[NAME_OCTETS], part[NAME_OCTETS];
+	size_t length = strlen(file), n = 0;
+	const char *into = r->options->into, *rest;
+	bool raw, hashed = length >= 14 && file[length - 14] == '~' && wire[0] != '\0';
+	char from = '/', d = r->delimiter;
+
+	if (hashed) {
+		name = wire;
+		from = strchr(wire, '/') != NULL ? '/' : '.';
+	}
+	if (r->strip && strncasecmp(name, "INBOX", 5) == 0 && name[5] == from)
+		name += 6;
+	r->target[0] = '\0';
+	if (strcmp(name, "INBOX") != 0 || into != NULL)
+		n = (size_t)snprintf(r->target, sizeof r->target, "%s", r->im->prefix);
+	for (rest = into; rest != NULL && *rest != '\0'; rest += strspn(rest, "/")) {
+		size_t octets = strcspn(rest, "/");
+
+		n += mutf7_encode(r->target + n, NAME_OCTETS - n - 1, rest, octets, d);
+		r->target[n++] = d;
+		rest += octets;
+	}
+	for (rest = name; name_part(&rest, from, part, sizeof part, &length, &raw);) {
+		n += mutf7_encode(r->target + n, sizeof r->target - n - 2, part, length, d);
+		if (rest != NULL && n + 2 < sizeof r->target)
+			r->target[n++] = d;
+	}
+	r->target[n] = '\0';
+	imap_quote(r->im, r->quoted, sizeof r->quoted, r->target);
+	name_text(text, r->target, d);
+	log_info("%s -> %s", a->text, text);
+}
+
+/* Is every archive but INBOX's of a mailbox below INBOX? */
+static int archive_is_below(void *context, struct archive *a)
+{
+	struct restore *r = context;
+
+	if (strcmp(a->name, "INBOX") != 0 && strncmp(a->name, "INBOX/", 6) != 0)
+		r->strip = false;
+	return 0;
+}
+
+static int archive_restore(void *context, struct archive *a)
+{
+	struct restore *r = context;
+	struct mbox_mail mail;
+	uint64_t missing = 0, present = 0, octets = 0, left_out = 0, before;
+	bool dry = r->options->dry, listed;
+	off_t at;
+	int more, got;
+
+	if (r->err.code != E_NONE || r->im->s.err.code != E_NONE)
+		return 1;
+	restore_name(r, a);
+	listed = *mailboxes_find(r->list, BY_NAME, r->target) > 0;
+	r->created = false;
+	if (!listed && !dry && (got = restore_create(r)) != 0)
+		return 1;
+again:
+	r->try_create = false;
+	r->n = 0;
+	if ((listed || !dry) && (got = restore_look(r)) != 0) {
+		r->counts.failures += got > 0;
+		return 1;
+	}
+	missing = present = octets = left_out = 0;
+	before = r->counts.stored;
+	for (at = 0; (more = mbox_walk(a->m, &at, &mail, &r->err)) > 0;) {
+		if (mail.state & MBOX_GONE && !r->options->include_gone) {
+			left_out++;
+		} else if (restore_has(r, &mail.base)) {
+			present++;
+		} else {
+			missing++;
+			octets += (uint64_t)mail.octets;
+			if (!dry && restore_append(r, a, &mail) != 0)
+				return 1;
+		}
+		if (r->try_create)
+			break;
+	}
+	if (more < 0)
+		return 1;
+	while (r->im->taken < r->im->tag)
+		if (restore_answered(r) != 0)
+			return 1;
+	if (r->try_create) {
+		if (restore_create(r) != 0)
+			return 1;
+		goto again;
+	}
+	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s",
+		 (unsigned long long)(dry ? missing : r->counts.stored - before),
+		 dry ? "would be put back" : "put back", (unsigned long long)present,
+		 (unsigned long long)left_out, listed ? "" : "; the mailbox is new");
+	return 0;
+}
+
+/* Restore an account. Returns 0, with r->counts and r->locked, or -1 if it must go on later. */
+static int restore_run(struct restore *r, struct err *e)
+{
+	const struct account *account = r->list->account;
+	uint32_t inbox = *mailboxes_find(r->list, BY_NAME, "INBOX");
+	int status;
+
+	r->im->prefix[0] = r->im->delimiter = '\0';
+	if (r->im->capabilities & CAP_NAMESPACE)
+		imap_wait(r->im, imap_send(r->im, NULL, "NAMESPACE"));
+	r->delimiter = r->im->delimiter;
+	if (r->delimiter == '\0' && inbox > 0)
+		r->delimiter = r->list->boxes[inbox - 1].delimiter;
+	if (r->delimiter == '\0')
+		r->delimiter = '/';
+	r->strip = true;
+	archives_walk(r->config, &(struct options){ 0 }, account, archive_is_below, r);
+	status = archives_walk(r->config, r->options, account, archive_restore, r);
+	log_context(account->email, "");
+	r->locked = status == 3;
+	r->counts.failures += status == 1 && r->counts.failures == 0;
+	free(r->ids);
+	free(r->used);
+	set_free(&r->nameless);
+	r->im->on_literal = NULL;
+	r->im->on_octets = NULL;
+	r->im->on_fetch = NULL;
+	*e = r->err.code != E_NONE ? r->err : r->im->s.err;
+	return e->code == E_NONE ? 0 : -1;
+}
+
 /* ======== workers: the processes of a run ======== */
 
 /*
@@ -7392,6 +8148,23 @@ static void account_print_check(const struct worker *w)
 	printf("\n    %llu mailboxes, %llu mails\n", (unsigned long long)mailboxes, (unsigned long long)mails);
 }
 
+static int account_restore(struct worker *w, struct err *e)
+{
+	struct restore r = { .config = w->run->config,
+			     .options = w->run->options,
+			     .list = &w->list,
+			     .im = &w->im,
+			     .progress = worker_progress,
+			     .context = w };
+	int result = restore_run(&r, e);
+
+	w->slot->counts.stored += r.counts.stored;
+	if (result == 0)
+		w->slot->counts.failures += r.counts.failures;
+	w->board->locked = w->board->locked || r.locked;
+	return result;
+}
+
 /* List the mailboxes, and find out what there is to do. */
 static int account_list(struct worker *w, struct err *e)
 {
@@ -7403,12 +8176,14 @@ static int account_list(struct worker *w, struct err *e)
 
 	if (mailboxes_list(l, &w->im, o->mode == RUN_LIST, e) != 0)
 		return -1;
+	if (o->mode == RUN_RESTORE && account_restore(w, e) != 0)
+		return -1;
 	w->listed = true;
 	if (l->odd.code != E_NONE) {
 		log_error("%s", l->odd.text);
 		counts.failures++;
 	}
-	if (mailboxes_select(l) == 0) {
+	if (mailboxes_select(l) == 0 && o->mode != RUN_RESTORE) {
 		log_error("none of its %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
 			  (unsigned long)l->n);
 		counts.failures++;
@@ -7416,7 +8191,7 @@ static int account_list(struct worker *w, struct err *e)
 	if (o->mode == RUN_CHECK) {
 		counts.mailboxes = mailboxes_select(l);
 		account_print_check(w);
-	} else {
+	} else if (o->mode != RUN_RESTORE) {
 		mailboxes_plan(l, o->dry || o->mode != RUN_BACKUP, &counts);
 	}
 	if (o->mode == RUN_LIST)
@@ -7900,309 +8675,6 @@ static void run_all(struct run *run)
 	free(children);
 }
 
-/* ======== archives: what is on disk, without a server ======== */
-
-/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
-static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
-{
-	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
-	uint32_t bits = 0, pending = 0, code;
-	bool shifted = false;
-	size_t length = 0, octets;
-
-	for (size_t i = 0; i <= n && length + 16 < size; i += octets) {
-		code = 0;
-		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 1;
-		if (octets == 0) {
-			octets = 1;
-			code = '_';
-		}
-		if (i == n || (code >= 0x20 && code <= 0x7E)) {
-			if (shifted && pending > 0)
-				out[length++] = alphabet[bits << (6 - pending) & 63];
-			if (shifted)
-				out[length++] = '-';
-			shifted = false;
-			pending = 0;
-			if (i < n)
-				out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
-			if (i < n && code == '&')
-				out[length++] = '-';
-			continue;
-		}
-		if (!shifted)
-			out[length++] = '&';
-		shifted = true;
-		for (int half = code > 0xFFFF ? 0 : 1; half < 2; half++) {
-			uint32_t unit = code <= 0xFFFF ? code :
-					half == 0      ? 0xD800 + ((code - 0x10000) >> 10) :
-							 0xDC00 + ((code - 0x10000) & 0x3FF);
-
-			bits = bits << 16 | unit;
-			for (pending += 16; pending >= 6; pending -= 6)
-				out[length++] = alphabet[bits >> (pending - 6) & 63];
-		}
-	}
-	out[length] = '\0';
-	return length;
-}
-
-/* One archive of an account, and what it is called by its file name. */
-struct archive {
-	const struct account *account;
-	char path[PATH_MAX_OCTETS + 300];
-	char text[NAME_OCTETS]; /* the mailbox's name for a person */
-	char name[NAME_OCTETS]; /* on the wire, with '/' as the delimiter */
-	struct mbox *m;
-};
-
-/* The name that name_file() made a file name of, on a wire with this delimiter. */
-static void archive_name(const char *file, char delimiter, char out[NAME_OCTETS])
-{
-	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
-	char part[NAME_OCTETS];
-
-	for (size_t i = 0; i <= end && length + 2 < NAME_OCTETS; i++) {
-		unsigned octet;
-
-		if (i == end || file[i] == '.') {
-			length += mutf7_encode(out + length, NAME_OCTETS - length - 1, part, n, delimiter);
-			if (i < end)
-				out[length++] = delimiter;
-			n = 0;
-		} else if (file[i] == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
-			part[n++] = (char)octet;
-			i += 2;
-		} else {
-			part[n++] = file[i];
-		}
-	}
-	out[length] = '\0';
-}
-
-static int text_compare(const void *a, const void *b)
-{
-	return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
-/* Return true if -a names the account, or nothing is named. */
-static bool account_is_wanted(const struct options *o, const struct account *account)
-{
-	bool wanted = o->accounts == 0;
-
-	for (unsigned k = 0; k < o->accounts; k++)
-		wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
-	return wanted;
-}
-
-/*
- * Open each archive of an account that -m does not exclude, in the order of their names, and hand it to
- * take(). Returns the status: 1 if one cannot be read, or take() returned it, 3 if one is locked.
- */
-static int archives_walk(const struct config *c, const struct options *o, const struct account *account,
-			 int (*take)(void *context, struct archive *a), void *context)
-{
-	char folder[PATH_MAX_OCTETS], **files = NULL;
-	struct archive *a = allocate(sizeof *a);
-	size_t n = 0, room = 0;
-	struct dirent *entry;
-	int status = 0, one;
-	DIR *dir;
-
-	a->account = account;
-	snprintf(folder, sizeof folder, "%s/%s", c->destination, account->email);
-	log_context(account->email, "");
-	if ((dir = opendir(folder)) == NULL) {
-		log_error("%s: %s", folder, strerror(errno));
-		status = 1;
-	}
-	while (dir != NULL && (entry = readdir(dir)) != NULL) {
-		size_t length = strlen(entry->d_name);
-
-		if (length <= 5 || strcmp(entry->d_name + length - 5, ".mbox") != 0)
-			continue;
-		if (n == room) {
-			char **more = allocate((room = room > 0 ? 2 * room : 64) * sizeof *more);
-
-			if (n > 0)
-				memcpy(more, files, n * sizeof *more);
-			free(files);
-			files = more;
-		}
-		files[n++] = copy_text(entry->d_name);
-	}
-	if (dir != NULL)
-		closedir(dir);
-	if (n > 0)
-		qsort(files, n, sizeof *files, text_compare);
-	for (size_t i = 0; i < n; i++) {
-		struct mailbox box = { .name = a->name, .delimiter = '/' };
-		struct err e = { 0 };
-
-		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
-		archive_name(files[i], '/', a->name);
-		name_text(a->text, a->name, '/');
-		free(files[i]);
-		if (o->mailboxes != NULL && !name_matches(o->mailboxes, &box))
-			continue;
-		log_context(account->email, a->text);
-		one = 3;
-		if (mbox_open_read(&a->m, a->path, &e) == 0) {
-			one = take(context, a);
-			mbox_close(a->m, NULL, &e);
-		} else {
-			log_error("%s", e.text);
-			one = e.code == E_LOCKED ? 3 : 1;
-		}
-		status = status == 1 || one == 0 ? status : one;
-	}
-	free(files);
-	free(a);
-	return status;
-}
-
-/* -- verify -- */
-
-static void on_finding(void *context, bool damage, off_t at, const char *id, const char *what)
-{
-	(void)context;
-	if (damage)
-		log_error("damaged: at %lld%s%s: %s", (long long)at, id[0] != '\0' ? ", " : "", id, what);
-	else
-		log_info("at %lld: %s", (long long)at, what);
-}
-
-static int archive_verify(void *context, struct archive *a)
-{
-	char visible[NAME_OCTETS], octets[16];
-	struct mbox_verified sum;
-	struct err e = { 0 };
-
-	(void)context;
-	if (mbox_verify(a->m, on_finding, NULL, &sum, &e) != 0) {
-		log_error("%s", e.text);
-		return 1;
-	}
-	log_visible(visible, sizeof visible, a->text, strlen(a->text));
-	printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
-	       (unsigned long)sum.mails, (unsigned long)sum.gone,
-	       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
-	return sum.damaged > 0;
-}
-
-/* -- export -- */
-
-struct export {
-	const struct options *o;
-	struct mbox_id id; /* of the one mail */
-	unsigned found;
-	bool differs, write; /* the second pass writes the first mail that was found, and is done */
-	uint8_t hash[br_sha256_SIZE];
-	char place[PATH_MAX_OCTETS + 400];
-};
-
-static int take_hash(void *context, const void *octets, size_t n)
-{
-	br_sha256_update(context, octets, n);
-	return 0;
-}
-
-static int take_output(void *context, const void *octets, size_t n)
-{
-	(void)context;
-	return fwrite(octets, 1, n, stdout) == n ? 0 : -1;
-}
-
-/* Take in that the mail was found here: is it the same as elsewhere? */
-static int export_compare(struct export *x, struct archive *a, const struct mbox_mail *mail, struct err *e)
-{
-	uint8_t hash[br_sha256_SIZE];
-	br_sha256_context context;
-	char place[sizeof x->place];
-
-	br_sha256_init(&context);
-	if (mbox_read(a->m, mail, false, take_hash, &context, e) != 0)
-		return -1;
-	br_sha256_out(&context, hash);
-	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
-	if (x->found++ == 0) {
-		memcpy(x->hash, hash, sizeof hash);
-		memcpy(x->place, place, sizeof place);
-	} else if (memcmp(x->hash, hash, sizeof hash) != 0) {
-		if (!x->differs)
-			log_error("mails with this Message-ID differ: %s", x->place);
-		log_error("and: %s", place);
-		x->differs = true;
-	}
-	return 0;
-}
-
-static int archive_export(void *context, struct archive *a)
-{
-	struct export *x = context;
-	struct mbox_mail mail;
-	struct err e = { 0 };
-	off_t at = 0;
-	int more, failed = 0;
-
-	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
-		if (x->o->all) {
-			if (!x->o->gone || mail.state & MBOX_GONE)
-				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE, take_output,
-						   NULL, &e);
-		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
-			if (!x->write)
-				failed = export_compare(x, a, &mail, &e);
-			else if (x->found > 0)
-				failed = mbox_read(a->m, &mail, false, take_output, NULL, &e);
-			x->found = x->write ? 0 : x->found;
-		}
-	}
-	if (e.code != E_NONE)
-		log_error("%s", e.text);
-	return failed != 0 || e.code != E_NONE;
-}
-
-/* Verify or export. Returns the exit status. */
-static int archives_run(const struct config *c, const struct options *o)
-{
-	struct export x = { .o = o };
-	struct mbox_header header;
-	char field[1200];
-	int status = 0, one;
-
-	if (o->what != NULL) {
-		size_t n = strlen(o->what);
-		bool bare = o->what[0] != '<' || o->what[n - 1] != '>';
-
-		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
-			 bare ? ">" : "");
-		mbox_header_init(&header, NULL);
-		mbox_header_feed(&header, field, strlen(field));
-		mbox_header_end(&header, &x.id);
-	}
-	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
-		for (unsigned i = 0; i < c->n_accounts; i++) {
-			if (!account_is_wanted(o, &c->accounts[i]))
-				continue;
-			one = archives_walk(c, o, &c->accounts[i],
-					    o->mode == RUN_VERIFY ? archive_verify : archive_export, &x);
-			status = status == 1 || one == 0 ? status : one;
-		}
-		log_context("", "");
-		if (o->what != NULL && !x.write && x.found == 0)
-			log_error("%s: not found", o->what);
-		if (o->what != NULL && !x.write && (x.found == 0 || x.differs))
-			return 1;
-		x.write = true;
-	}
-	if (fflush(stdout) != 0 || ferror(stdout)) {
-		log_error("standard output: %s", strerror(errno));
-		status = 1;
-	}
-	return status;
-}
-
 /* ======== command line ======== */
 
 /*
@@ -8546,6 +9018,50 @@ static void run_tell(const struct run *run, const char *url)
 		log_detail("%s: told", http_site(site, url));
 }
 
+static int archive_count(void *context, struct archive *a)
+{
+	uint64_t *sums = context;
+	struct mbox_info info;
+	char octets[16];
+
+	mbox_tally(a->m, &info);
+	log_octets(octets, (uint64_t)info.octets);
+	log_info("%lu mails, %lu of them gone, %s", (unsigned long)info.stored, (unsigned long)info.gone,
+		 octets);
+	sums[0]++;
+	sums[1] += info.stored;
+	return 0;
+}
+
+/* Say what would go where, and ask on the terminal. */
+static bool restore_confirmed(const struct config *c, const struct options *o)
+{
+	uint64_t sums[2] = { 0, 0 };
+	char answer[16] = "";
+	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
+	bool yes = false;
+
+	for (unsigned i = 0; fd >= 0 && i < c->n_accounts; i++)
+		if (account_is_wanted(o, &c->accounts[i])) {
+			archives_walk(c, o, &c->accounts[i], archive_count, sums);
+			log_context("", "");
+			log_info("%s goes to %s at %s", c->accounts[i].email, c->accounts[i].username,
+				 c->accounts[i].host);
+		}
+	if (fd < 0) {
+		log_error("a restore writes to the server: without a terminal to ask on it needs --yes");
+		return false;
+	}
+	dprintf(fd, "Put what is missing of %llu mails in %llu mailboxes back on the server? [y/N] ",
+		(unsigned long long)sums[1], (unsigned long long)sums[0]);
+	if (read(fd, answer, sizeof answer - 1) > 0)
+		yes = strcasecmp(answer, "y\n") == 0 || strcasecmp(answer, "yes\n") == 0;
+	close(fd);
+	if (!yes)
+		log_error("not confirmed: nothing was done");
+	return yes;
+}
+
 /* Sign in for an entry of "oauth2"; its provider is judged by the CAs of the account that it is for. */
 static int run_authorize(const struct run *run)
 {
@@ -8633,7 +9149,9 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 		return status;
 	if ((options->mode == RUN_VERIFY && !options->online) || options->mode == RUN_EXPORT)
 		return archives_run(&config, options);
-	if (options->mode > RUN_CHECK && options->mode != RUN_AUTHORIZE) {
+	if (options->mode == RUN_RESTORE && !options->dry && !options->yes && !restore_confirmed(&config, options))
+		return 1;
+	if (options->mode > RUN_CHECK && options->mode != RUN_RESTORE && options->mode != RUN_AUTHORIZE) {
 		log_error("this is not possible yet");
 		return 2;
 	}

@@ -362,6 +362,7 @@ struct mbox_mail {
 	unsigned state;       /* MBOX_SEEN ... */
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
 	struct mbox_id id;
+	struct mbox_id base;  /* the same; of mails without a Message-ID, all with the same key have one */
 	bool made;            /* it has no Message-ID of its own */
 	char name[129];       /* its Message-ID, or "" */
 	char date[64];        /* the text of its Date field */
@@ -372,6 +373,9 @@ struct mbox_mail {
  * functions above only mbox_claimed() and mbox_close() are for it.
  */
 int mbox_open_read(struct mbox **out, const char *path, struct err *e);
+
+/* The identity ('base') of mails with this key. */
+void mbox_made_id(struct mbox_id *id, const uint8_t key[20]);
 
 /* The mailbox's name on the wire, or "" if the index does not tell it. */
 const char *mbox_name(const struct mbox *m);

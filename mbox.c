@@ -2722,6 +2722,11 @@ static int64_t from_time(const uint8_t *p, size_t n)
 	return ((days * 24 + h) * 60 + min) * 60 + sec;
 }
 
+void mbox_made_id(struct mbox_id *id, const uint8_t key[20])
+{
+	made_id(id, key, 1);
+}
+
 static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
 {
 	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
@@ -2735,6 +2740,15 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
 	memcpy(mail->name, h->text, n);
 	mail->name[h->fields > 0 ? n : 0] = '\0';
+	mail->base = r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
+	if (is_made(mail->name, strlen(mail->name))) {
+		uint8_t key[20];
+
+		for (int i = 0; i < 20; i++)
+			key[i] = (uint8_t)(hex_digit((uint8_t)mail->name[1 + 2 * i]) << 4 |
+					   hex_digit((uint8_t)mail->name[2 + 2 * i]));
+		mbox_made_id(&mail->base, key);
+	}
 	memcpy(mail->date, h->date, sizeof mail->date);
 }
 

@@ -90,3 +90,84 @@ def test_export_all(t):
         mails = archive.read(path)
         assert len(mails) == len(mailbox.mbox(path)) == count, (len(mails), count)
         assert not any(m.state & archive.GONE for m in mails)
+
+
+def there(t, user):
+    """What another user of the Dovecot holds."""
+    imap = archive.login('127.0.0.1', t.dovecot().port, user, servers.PASSWORD)
+    held = archive.fetch_all(imap)
+    imap.logout()
+    return held
+
+
+def alike(mails):
+    """What is to be the same on both sides, in any order."""
+    return sorted((m.data if m.data.endswith(b'\r\n') else m.data + b'\r\n', m.state, m.when)
+                  for m in mails)
+
+
+def unique(mails):
+    """Without second copies of a Message-ID, which a backup leaves out."""
+    seen, out = set(), []
+    for mail in mails:
+        key = archive.own_id(mail.data)
+        if key is None or key not in seen:
+            out.append(mail)
+        seen.add(key)
+    return out
+
+
+def test_restore_round_trip(t):
+    """Octets, flags and dates of varied mails are the same at another user; a second run sends nothing."""
+    held = fill(t, sample.boxes(mails=120))
+    t.config()
+    t.backup()
+    other = t.user + 'b'
+    t.config(t.account(username=other))
+    got = t.backup('--restore', status=1)
+    assert '--yes' in got.err, got.err
+    before = archive.digests(t.dest)
+    got = t.backup('--restore', '-n')
+    assert 'would be put back' in got.err and set(there(t, other)) <= {'INBOX'}, got.err
+    got = t.backup('--restore', '--yes')
+    now = there(t, other)
+    for name, mails in held.items():
+        assert alike(unique(mails)) == alike(now.get(name, [])), (name, got.err)
+    got = t.backup('--restore', '--yes')
+    assert not re.search(r'[1-9]\d* mails put back', got.err), got.err
+    assert {k: len(v) for k, v in now.items()} == {k: len(v) for k, v in there(t, other).items()}
+    assert archive.digests(t.dest) == before
+
+
+def test_restore_goes_on(t):
+    """Killed in the middle and run again: nothing twice, nothing missing. Into a mailbox of its own."""
+    held = fill(t, {'INBOX': few(400)})
+    t.config()
+    t.backup()
+    other = t.user + 'b'
+    t.config(t.account(username=other))
+    running = subprocess.Popen([*t.program, '--restore', '--yes', '--into', 'Old/\xfcber', t.path],
+                               stderr=subprocess.PIPE)
+    name = 'Old/&APw-ber/INBOX'
+    for _ in range(1000):
+        if len(there(t, other).get(name, [])) > 10:
+            break
+    running.terminate()
+    running.stderr.read()
+    running.wait()
+    t.backup('--restore', '--yes', '--into', 'Old/\xfcber')
+    assert alike(there(t, other)[name]) == alike(held['INBOX'])
+
+
+def test_restore_leaves_out_what_is_gone(t):
+    held = fill(t, {'INBOX': few(5)})
+    t.config()
+    t.backup()
+    delete(t.imap(), '2,4')
+    t.backup()
+    other = t.user + 'b'
+    t.config(t.account(username=other))
+    got = t.backup('--restore', '--yes')
+    assert '3 mails put back, 0 were there, 2 that are marked gone' in got.err, got.err
+    t.backup('--restore', '--yes', '--include-gone')
+    assert alike(there(t, other)['INBOX']) == alike(held['INBOX'])
