@@ -2741,15 +2741,34 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 	memcpy(mail->name, h->text, n);
 	mail->name[h->fields > 0 ? n : 0] = '\0';
 	mail->base = r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
-	if (is_made(mail->name, strlen(mail->name))) {
-		uint8_t key[20];
+}
 
-		for (int i = 0; i < 20; i++)
-			key[i] = (uint8_t)(hex_digit((uint8_t)mail->name[1 + 2 * i]) << 4 |
-					   hex_digit((uint8_t)mail->name[2 + 2 * i]));
+/* If the mail's ID looks like a made one, find out whether it is: its key is that of the mail's header. */
+static int mail_check_made(struct mbox *m, struct mbox_mail *mail, struct err *e)
+{
+	struct mbox_header header;
+	struct mbox_made made;
+	struct reader reader;
+	uint8_t key[20];
+	char text[MBOX_MADE_MAX];
+	int got;
+
+	if (!is_made(mail->name, strlen(mail->name)))
+		return 0;
+	mbox_header_init(&header, &made);
+	reader_init(&reader, m, mail->offset + mail->head, mail->offset + mail->octets);
+	while ((got = reader_next(&reader, e)) > 0 && !mbox_header_feed(&header, reader.piece, reader.octets))
+		;
+	if (got < 0)
+		return -1;
+	mbox_header_end(&header, &mail->base);
+	mbox_made_end(&made, key);
+	made_text(text, key, 1);
+	mail->made = memcmp(text, mail->name, 41) == 0;
+	mail->base = mail->id;
+	if (mail->made)
 		mbox_made_id(&mail->base, key);
-	}
-	memcpy(mail->date, h->date, sizeof mail->date);
+	return 0;
 }
 
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
@@ -2769,6 +2788,8 @@ int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 	if (scan_mail(&reader, &r, &header, e) < 0)
 		return -1;
 	mail_fill(mail, &r, &header);
+	if (mail_check_made(m, mail, e) != 0)
+		return -1;
 	*at += r.octets;
 	return 1;
 }
@@ -2776,33 +2797,61 @@ int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
 	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e)
 {
+	static const char from[] = "From ";
 	const off_t end = mail->offset + mail->octets;
 	struct reader reader;
 	off_t at = mail->offset + mail->head;
-	bool first = true, open = false;
-	int got;
+	bool first = true, open = false, held = false; /* a '>' is held back: "From " may follow, ... */
+	int prefix = 0, got;                           /* ... of which so much has; -1: within a line */
 
 	for (reader_init(&reader, m, at, end); (got = reader_next(&reader, e)) > 0; first = false) {
 		const uint8_t *p = reader.piece;
-		size_t n = reader.octets, quotes = 0;
+		size_t n = reader.octets, run;
 		bool lf = p[n - 1] == '\n';
 
 		at += (off_t)n;
 		if ((at == end && reader.line_start && n == 1 && lf) || /* the empty line behind each mail */
-		    (first && n > 13 && memcmp(p, "Message-ID: ", 12) == 0 &&
+		    (first && mail->made && n > 13 && memcmp(p, "Message-ID: ", 12) == 0 &&
 		     is_made((const char *)p + 12, n - 13)))
 			continue;
-		while (reader.line_start && quotes < n && p[quotes] == '>')
-			quotes++;
-		if (quotes > 0 && n - quotes >= 5 && memcmp(p + quotes, "From ", 5) == 0)
-			p++, n--;
+		if (reader.line_start)
+			prefix = 0;
+		while (prefix >= 0 && n > 0) {
+			for (run = 0; prefix == 0 && run < n && p[run] == '>';)
+				run++;
+			if (run > 0) {
+				if (take(context, p, run - !held) != 0)
+					return -1;
+				held = true;
+			} else if (held && *p == (uint8_t)from[prefix]) {
+				run = 1;
+				if (++prefix < 5) {
+					p++, n--;
+					continue;
+				}
+				held = false;
+				if (take(context, from, 5) != 0)
+					return -1;
+				prefix = -1;
+			} else {
+				if ((held && take(context, ">", 1) != 0) ||
+				    take(context, from, (size_t)prefix) != 0)
+					return -1;
+				held = false;
+				prefix = -1;
+			}
+			p += run;
+			n -= run;
+		}
 		open = !lf;
-		if ((n > lf && take(context, p, n - lf) != 0) ||
-		    (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
+		lf = lf && n > 0;
+		if (take(context, p, n - lf) != 0 || (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
 			return -1;
 	}
 	if (got < 0 || at < end)
 		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
+	if (prefix >= 0 && ((held && take(context, ">", 1) != 0) || take(context, from, (size_t)prefix) != 0))
+		return -1;
 	return open && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0 ? -1 : 0;
 }
 
