@@ -96,6 +96,8 @@ enum {
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
+	RESTORE_REFUSED_MAX = 1000,     /* mails that a server may refuse in a restore */
+	RESTORE_BADS_MAX = 9,           /* on one connection; the tenth ends it at Exchange */
 	APPEND_AHEAD_MAX = 64 << 10,    /* octets of a mail that is sent before the server takes it */
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
 	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
@@ -7171,7 +7173,49 @@ struct restore {
 	} sent[IMAP_FLIGHT_MAX];
 	char target[2 * NAME_OCTETS], quoted[IMAP_LINE_MAX];
 	bool try_create, created;
+	bool reconnect; /* so many BADs that another would end the session */
+	bool appending; /* the commands on the wire are APPENDs */
+	unsigned bads;  /* on this connection */
+	/* Mails that are not sent again, as they were refused or broke the line twice; the last that did. */
+	struct place {
+		uint64_t archive;
+		off_t at;
+	} refused[RESTORE_REFUSED_MAX], broke;
+	unsigned n_refused;
+	uint64_t archive; /* in hand: a hash of its path */
 };
+
+static void restore_refuse(struct restore *r, off_t at)
+{
+	r->counts.failures++;
+	if (r->n_refused < RESTORE_REFUSED_MAX)
+		r->refused[r->n_refused++] = (struct place){ r->archive, at };
+	else
+		err_set(&r->err, E_ACCOUNT, "the server refuses more than %d mails", RESTORE_REFUSED_MAX);
+}
+
+static bool restore_is_refused(const struct restore *r, off_t at)
+{
+	for (unsigned i = 0; i < r->n_refused; i++)
+		if (r->refused[i].archive == r->archive && r->refused[i].at == at)
+			return true;
+	return false;
+}
+
+/* The line broke: the oldest mail on it may have done it. */
+static void restore_broken(struct restore *r)
+{
+	unsigned slot = (r->im->done + 1) % IMAP_FLIGHT_MAX;
+	off_t at = r->sent[slot].at;
+
+	if (r->im->s.err.code != E_NET || r->im->done == r->im->tag || !r->appending)
+		return;
+	if (r->broke.archive == r->archive && r->broke.at == at) {
+		log_error("at %lld, %s: the line breaks at this mail", (long long)at, r->sent[slot].id);
+		restore_refuse(r, at);
+	}
+	r->broke = (struct place){ r->archive, at };
+}
 
 static int restore_on_literal(void *context, const struct imap_fetch *fetch)
 {
@@ -7341,14 +7385,18 @@ static int restore_answered(struct restore *r)
 		return 0;
 	}
 	imap_refused(&e, result, "a mail");
+	if (e.code == E_WAIT) {
+		r->err = e;
+		return -1;
+	}
 	log_error("at %lld%s%s: %s", (long long)r->sent[slot].at, r->sent[slot].id[0] != '\0' ? ", " : "",
 		  r->sent[slot].id, e.text);
-	r->counts.failures++;
-	if (e.code == E_WAIT)
-		r->err = e;
-	else if (strcmp(result->code, "OVERQUOTA") == 0)
-		err_set(&r->err, E_ACCOUNT, "the server has no room left for this account");
-	return r->err.code != E_NONE ? -1 : 0;
+	if (strcmp(result->code, "OVERQUOTA") == 0)
+		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account");
+	restore_refuse(r, r->sent[slot].at);
+	r->bads += result->condition == IMAP_BAD;
+	r->reconnect = r->bads >= RESTORE_BADS_MAX;
+	return r->err.code != E_NONE || r->reconnect ? -1 : 0;
 }
 
 static int take_length(void *context, const void *octets, size_t n)
@@ -7384,7 +7432,7 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 	if (im->append_limit > 0 && octets > im->append_limit) {
 		log_error("at %lld, %s: %llu octets, and the server takes %llu", (long long)mail->offset,
 			  mail->name, (unsigned long long)octets, (unsigned long long)im->append_limit);
-		r->counts.failures++;
+		restore_refuse(r, mail->offset);
 		return 0;
 	}
 	snprintf(flags, sizeof flags, "%s%s%s%s", state & MBOX_SEEN ? " \\Seen" : "",
@@ -7492,8 +7540,11 @@ static int archive_restore(void *context, struct archive *a)
 	off_t at;
 	int more, got;
 
-	if (r->err.code != E_NONE || r->im->s.err.code != E_NONE)
+	if (r->err.code != E_NONE || r->im->s.err.code != E_NONE || r->reconnect)
 		return 1;
+	r->archive = 0;
+	for (const char *p = a->path; *p != '\0'; p++)
+		r->archive = (r->archive ^ (uint8_t)*p) * UINT64_C(1099511628211);
 	restore_name(r, a);
 	listed = *mailboxes_find(r->list, BY_NAME, r->target) > 0;
 	r->created = false;
@@ -7507,12 +7558,15 @@ again:
 		return 1;
 	}
 	missing = present = octets = left_out = 0;
+	r->appending = true;
 	before = r->counts.stored;
 	for (at = 0; (more = mbox_walk(a->m, &at, &mail, &r->err)) > 0;) {
 		if (mail.state & MBOX_GONE && !r->options->include_gone) {
 			left_out++;
 		} else if (restore_has(r, &mail.base)) {
 			present++;
+		} else if (restore_is_refused(r, mail.offset)) {
+			continue;
 		} else {
 			missing++;
 			octets += (uint64_t)mail.octets;
@@ -7527,6 +7581,7 @@ again:
 	while (r->im->taken < r->im->tag)
 		if (restore_answered(r) != 0)
 			return 1;
+	r->appending = false;
 	if (r->try_create) {
 		if (restore_create(r) != 0)
 			return 1;
@@ -7547,6 +7602,9 @@ static int restore_run(struct restore *r, struct err *e)
 	int status;
 
 	r->im->prefix[0] = r->im->delimiter = '\0';
+	r->err = (struct err){ 0 };
+	r->reconnect = r->appending = r->locked = false;
+	r->bads = 0;
 	if (r->im->capabilities & CAP_NAMESPACE)
 		imap_wait(r->im, imap_send(r->im, NULL, "NAMESPACE"));
 	r->delimiter = r->im->delimiter;
@@ -7558,16 +7616,21 @@ static int restore_run(struct restore *r, struct err *e)
 	archives_walk(r->config, &(struct options){ 0 }, account, archive_is_below, r);
 	status = archives_walk(r->config, r->options, account, archive_restore, r);
 	log_context(account->email, "");
+	restore_broken(r);
 	r->locked = status == 3;
-	r->counts.failures += status == 1 && r->counts.failures == 0;
 	free(r->ids);
 	free(r->used);
 	set_free(&r->nameless);
+	r->ids = NULL;
+	r->used = NULL;
+	r->n = r->room = 0;
 	r->im->on_literal = NULL;
 	r->im->on_octets = NULL;
 	r->im->on_fetch = NULL;
 	*e = r->err.code != E_NONE ? r->err : r->im->s.err;
-	return e->code == E_NONE ? 0 : -1;
+	if (e->code == E_NONE && !r->reconnect)
+		r->counts.failures += status == 1 && r->counts.failures == 0;
+	return e->code == E_NONE && !r->reconnect ? 0 : -1;
 }
 
 /* ======== workers: the processes of a run ======== */
@@ -8150,15 +8213,16 @@ static void account_print_check(const struct worker *w)
 
 static int account_restore(struct worker *w, struct err *e)
 {
-	struct restore r = { .config = w->run->config,
-			     .options = w->run->options,
-			     .list = &w->list,
-			     .im = &w->im,
-			     .progress = worker_progress,
-			     .context = w };
-	int result = restore_run(&r, e);
+	static struct restore r; /* it outlives connections */
+	int result;
 
-	w->slot->counts.stored += r.counts.stored;
+	r.config = w->run->config;
+	r.options = w->run->options;
+	r.list = &w->list;
+	r.im = &w->im;
+	r.progress = worker_progress;
+	r.context = w;
+	result = restore_run(&r, e);
 	if (result == 0)
 		w->slot->counts.failures += r.counts.failures;
 	w->board->locked = w->board->locked || r.locked;

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import subprocess
+import time
 
 import archive
 import sample
@@ -157,6 +158,10 @@ def test_restore_goes_on(t):
     running.terminate()
     running.stderr.read()
     running.wait()
+    before = -1   # the server goes on with what it has received
+    while before != len(there(t, other)[name]):
+        before = len(there(t, other)[name])
+        time.sleep(0.3)
     t.backup('--restore', '--yes', '--into', 'Old/\xfcber')
     assert alike(there(t, other)[name]) == alike(held['INBOX'])
 
