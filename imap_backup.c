@@ -7182,6 +7182,7 @@ struct restore {
 		off_t at;
 	} refused[RESTORE_REFUSED_MAX], broke;
 	unsigned n_refused;
+	unsigned careful; /* it broke: so many mails are sent one by one, to know which does */
 	uint64_t archive; /* in hand: a hash of its path */
 };
 
@@ -7215,6 +7216,7 @@ static void restore_broken(struct restore *r)
 		restore_refuse(r, at);
 	}
 	r->broke = (struct place){ r->archive, at };
+	r->careful = IMAP_FLIGHT_MAX;
 }
 
 static int restore_on_literal(void *context, const struct imap_fetch *fetch)
@@ -7375,6 +7377,7 @@ static int restore_answered(struct restore *r)
 	if (c == NULL)
 		return -1;
 	result = &c->result;
+	r->careful -= r->careful > 0;
 	if (result->condition == IMAP_OK) {
 		r->counts.stored++;
 		r->progress(r->context, 1, 0);
@@ -7384,6 +7387,9 @@ static int restore_answered(struct restore *r)
 		r->try_create = true;
 		return 0;
 	}
+	if (strcmp(result->code, "OVERQUOTA") == 0)
+		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account: %s",
+			       result->text);
 	imap_refused(&e, result, "a mail");
 	if (e.code == E_WAIT) {
 		r->err = e;
@@ -7391,8 +7397,6 @@ static int restore_answered(struct restore *r)
 	}
 	log_error("at %lld%s%s: %s", (long long)r->sent[slot].at, r->sent[slot].id[0] != '\0' ? ", " : "",
 		  r->sent[slot].id, e.text);
-	if (strcmp(result->code, "OVERQUOTA") == 0)
-		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account");
 	restore_refuse(r, r->sent[slot].at);
 	r->bads += result->condition == IMAP_BAD;
 	r->reconnect = r->bads >= RESTORE_BADS_MAX;
@@ -7444,7 +7448,7 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 	if (when_sec != INT64_MIN && sec == when_sec && gmtime_r(&sec, &tm) != NULL && tm.tm_year <= 8099)
 		snprintf(date, sizeof date, " \"%02d-%.3s-%04d %02d:%02d:%02d +0000\"", tm.tm_mday,
 			 months + 3 * tm.tm_mon, tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-	while (im->taken < im->tag && (!imap_may_send(im) || octets > limit))
+	while (im->taken < im->tag && (!imap_may_send(im) || octets > limit || r->careful > 0))
 		if (restore_answered(r) != 0)
 			return -1;
 	tag = imap_send(im, NULL, "APPEND %s (%s)%s {%llu%s}", r->quoted, flags[0] != '\0' ? flags + 1 : "",
@@ -8214,6 +8218,7 @@ static void account_print_check(const struct worker *w)
 static int account_restore(struct worker *w, struct err *e)
 {
 	static struct restore r; /* it outlives connections */
+	unsigned refused;
 	int result;
 
 	r.config = w->run->config;
@@ -8222,7 +8227,9 @@ static int account_restore(struct worker *w, struct err *e)
 	r.im = &w->im;
 	r.progress = worker_progress;
 	r.context = w;
+	refused = r.n_refused;
 	result = restore_run(&r, e);
+	w->tries = r.n_refused > refused ? 0 : w->tries;
 	if (result == 0)
 		w->slot->counts.failures += r.counts.failures;
 	w->board->locked = w->board->locked || r.locked;

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import archive
+import imapd
 import sample
 import servers
 from test_backup import delete, few, fill
@@ -178,3 +179,85 @@ def test_restore_leaves_out_what_is_gone(t):
     assert '3 mails put back, 0 were there, 2 that are marked gone' in got.err, got.err
     t.backup('--restore', '--yes', '--include-gone')
     assert alike(there(t, other)['INBOX']) == alike(held['INBOX'])
+
+
+class Target(imapd.Session):
+    """A server to restore to. refuse: {word of a mail: answer}; the tenth BAD ends the session."""
+    capabilities = imapd.FULL + ' NAMESPACE'
+    prefix, delimiter, refuse = '', '/', {}
+    bads = 0
+
+    def cmd_NAMESPACE(self, tag, args):
+        self.line('* NAMESPACE (("%s" "%s")) NIL NIL' % (self.prefix, self.delimiter))
+        self.ok(tag)
+
+    def cmd_SELECT(self, tag, args):
+        self.cmd_EXAMINE(tag, args)
+
+    def cmd_FETCH(self, tag, args):
+        self.cmd_UID_FETCH(tag, args)   # nothing is expunged here: UIDs are numbers
+
+    def cmd_CREATE(self, tag, args):
+        name = imapd.tokens(args)[0]
+        if not name.startswith(self.prefix):
+            return self.no(tag, 'everything must be below ' + self.prefix)
+        self.boxes[name] = imapd.Mailbox(delimiter=self.delimiter)
+        self.ok(tag)
+
+    def cmd_SUBSCRIBE(self, tag, args):
+        self.ok(tag)
+
+    def cmd_APPEND(self, tag, args):
+        name, flags, when, size, data = re.match(
+            r'(?s)(\S+) \((.*?)\) "(\d\d-.*?)" \{(\d+)\+?\}\r\n(.*)', args).groups()
+        data = (data.encode('utf-8', 'surrogateescape') + b'\r\n' * 9)[:int(size)]   # they were stripped
+        for word, answer in self.refuse.items():
+            if word in data:
+                if answer is None:
+                    return self.drop('rst')
+                self.bads += answer.startswith('BAD')
+                return self.bye() if self.bads == 10 else self.line(tag + ' ' + answer)
+        self.boxes[self.find(name.strip('"'))].add(data, flags, archive.epoch(when))
+        self.ok(tag)
+
+
+def restore_to(t, boxes, status=0, **odd):
+    with imapd.Server(boxes, session=type('Odd', (Target,), odd)) as server:
+        t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
+                  'port': server.port, 'ssl': False})
+        got = t.backup('--restore', '--yes', status=status)
+        faults = [f for f in server.faults if not re.match(
+            'a backup must not say: (SELECT|FETCH|CREATE|SUBSCRIBE|APPEND) ', f)]
+        assert not faults, faults
+        return got, [c.text for c in server.commands]
+
+
+def test_restore_refusals(t):
+    """Refused mails are told and cost nothing but themselves: NO, BAD by the dozen, and a line that breaks."""
+    mails = few(60)
+    words = [archive.own_id(m.data) for m in mails]
+    held = fill(t, {'INBOX': mails})['INBOX']
+    t.config()
+    t.backup()
+    refuse = {words[3]: 'NO no', words[7]: None, **{w: 'BAD Command Argument Error. 11' for w in words[20:45]}}
+    boxes = {'INBOX': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, status=1, refuse=refuse)
+    want = [m for m, w in zip(held, words) if w not in refuse]
+    assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in want), got.err
+    assert got.err.count('Argument Error. 11') == 25 and 'the line breaks at this mail' in got.err, got.err
+    got, lines = restore_to(t, boxes, status=1, refuse={words[3]: 'NO [OVERQUOTA] full'})
+    assert 'no room left' in got.err, got.err
+    restore_to(t, boxes)
+    assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in held)
+
+
+def test_restore_below_a_prefix(t):
+    """Another delimiter, a prefix, no LITERAL+: synchronising literals; a part that holds the delimiter."""
+    held = fill(t, {'INBOX': few(2), 'A/B.c': few(3, 'x')})
+    t.config()
+    t.backup()
+    for capabilities in ('IMAP4rev1 NAMESPACE', Target.capabilities):
+        boxes = {'INBOX': imapd.Mailbox(delimiter='.')}
+        restore_to(t, boxes, prefix='INBOX.', delimiter='.', capabilities=capabilities)
+        assert sorted(boxes) == ['INBOX', 'INBOX.A.B_c'], boxes
+        assert [m.data for m in boxes['INBOX.A.B_c'].mails] == [m.data for m in held['A/B.c']]
