@@ -1,28 +1,30 @@
 /*
  * imap_backup - backs up all mailboxes of many IMAP accounts into mbox files
  *
- * To be read from top to bottom; a chapter calls only what stands above it:
+ * To be read from top to bottom; a chapter calls only functions of the chapters above it:
  *
- *     base          messages to the person, clocks, memory, signals
- *     config        the configuration file
- *     inflate       what a server compresses
- *     certificates  whether a server is the one that was meant
- *     stream        octets to and from one server: TCP, TLS by BearSSL, timeouts
- *     sets          of UIDs, as ranges
- *     imap          commands and responses (RFC 3501 and some of its extensions)
- *     http          URLs that are told of a run, and what OAuth asks
- *     oauth         sign in once, and have a fresh token ever after
- *     sync          makes one archive match one mailbox
+ *     base          messages to the person, clocks, memory, texts, signals
+ *     config        the configuration file, and the quick form that stands for one
+ *     inflate       decompresses what a server compresses
+ *     certificates  decides whether a server is the one that was meant
+ *     stream        moves octets to and from one server: TCP, TLS by BearSSL, timeouts
+ *     sets          keeps UIDs as ranges
+ *     imap          sends commands and reads responses (RFC 3501 and extensions)
+ *     http          calls the URLs that are told of a run, and posts OAuth's forms
+ *     oauth         signs in once, and keeps a fresh access token from then on
+ *     mailboxes     names, files, and which mailboxes have news
+ *     sync          makes archives match their mailboxes
  *     workers       one process for each connection; the parent hands out mailboxes
  *     command line  options, exit status
  *
- * The way of a mail: socket, TLS record, chunk of a literal, mbox writer, file. It is never held
- * in memory as a whole.
+ * A mail goes from the socket through a TLS record and a chunk of a literal to the mbox writer and its
+ * file. It is never held in memory as a whole.
  *
- * The server is never changed: EXAMINE, BODY.PEEK. RFC 3501 (IMAP4rev1) with, where the server
- * offers them, 2595 (STARTTLS), 2971 (ID), 4315 (UIDPLUS' UID sets), 4731 (ESEARCH), 4959
- * (SASL-IR), 4978 (COMPRESS, with 1951), 5530 (response codes), 5819 (LIST-STATUS), 7162
- * (CONDSTORE), 7888 (LITERAL+), 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT).
+ * The server is never changed by a backup: EXAMINE, BODY.PEEK. RFC 3501 (IMAP4rev1) with, where the
+ * server offers them, 2595 (STARTTLS), 2971 (ID), 4315 (UIDPLUS' UID sets), 4731 (ESEARCH), 4959
+ * (SASL-IR), 4978 (COMPRESS, with 1951), 5530 (response codes), 5819 (LIST-STATUS), 6154 (SPECIAL-USE),
+ * 7162 (CONDSTORE), 7628 (OAUTHBEARER, with 6749, 7636 and 8628), 7888 (LITERAL+), 7889 (APPENDLIMIT),
+ * 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT); of 9051 (IMAP4rev2) what a server speaks that speaks no other.
  *
  * What it does not do, and why: QRESYNC (a missed VANISHED loses for good, a full set heals),
  * IDLE (it is run by cron), UTF8=ACCEPT (renames mailboxes on the wire), sequence numbers (they
@@ -126,7 +128,7 @@ enum {
 /* The compiler is to check a function's arguments: its format, and the first behind it. */
 #define PRINTF(text, first) __attribute__((format(printf, text, first)))
 
-/* ======== base: messages to the person, clocks, memory, signals ======== */
+/* ======== base: messages to the person, clocks, memory, texts, signals ======== */
 
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DETAIL, LOG_TRACE };
 
@@ -343,6 +345,9 @@ static void *allocate(size_t n)
 	return p;
 }
 
+/* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
+static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
+
 static void sha256(uint8_t out[32], const void *octets, size_t n)
 {
 	br_sha256_context context;
@@ -465,7 +470,7 @@ static bool stop_due(void)
 	return stop_asked || (parent_pid != 0 && getppid() != parent_pid);
 }
 
-/* ======== config: the configuration file ======== */
+/* ======== config: the configuration file, and the quick form that stands for one ======== */
 
 /*
  * Turns JSON into struct config, with every default and every complaint; it contacts nobody and
@@ -719,16 +724,14 @@ static void config_store(struct config *c, const struct json *object, const stru
 	}
 	c->secret = c->secret || key->flags & KEY_SECRET;
 	switch (key->kind) {
-	case KEY_TEXT:
-		*(const char **)to = text;
-		break;
 	case KEY_PATH:
 		*(const char **)to = config_path(c, value, key->name);
 		break;
+	case KEY_TEXT:
 	case KEY_URL:
 	case KEY_HTTPS:
 		*(const char **)to = text;
-		if (strncasecmp(text, "https://", 8) != 0 &&
+		if (key->kind != KEY_TEXT && strncasecmp(text, "https://", 8) != 0 &&
 		    (key->kind == KEY_HTTPS || strncasecmp(text, "http://", 7) != 0))
 			config_bad(c, value, key->name,
 				   "found \"%.8s\", expected a URL that begins with %s", text,
@@ -1121,7 +1124,7 @@ static bool match(const char *pattern, const char *text)
 	return *pattern == '\0';
 }
 
-/* ======== inflate: what a server compresses ======== */
+/* ======== inflate: decompresses what a server compresses ======== */
 
 /*
  * Decodes RFC 1951. Knows octets and nothing else: it asks for compressed ones when it needs them, and
@@ -1488,7 +1491,7 @@ static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
 	return f->at > from ? 0 : -1;
 }
 
-/* ======== certificates: whether a server is the one that was meant ======== */
+/* ======== certificates: decides whether a server is the one that was meant ======== */
 
 /*
  * Judges the chain of certificates that a server sends (RFC 5280 6.1), as an X.509 engine for BearSSL.
@@ -1658,10 +1661,10 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 {
 	static const struct {
 		const br_hash_class *class;
-		const char *oid;
-	} hashes[] = { { &br_sha256_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01" },
-		       { &br_sha384_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x02" },
-		       { &br_sha512_vtable, "\x09\x60\x86\x48\x01\x65\x03\x04\x02\x03" } };
+		const unsigned char *oid;
+	} hashes[] = { { &br_sha256_vtable, BR_HASH_OID_SHA256 },
+		       { &br_sha384_vtable, BR_HASH_OID_SHA384 },
+		       { &br_sha512_vtable, BR_HASH_OID_SHA512 } };
 	int hash = c->decoder.signer_hash_id - br_sha256_ID;
 	br_hash_compat_context context;
 	uint8_t sum[64], signed_sum[64];
@@ -1679,8 +1682,7 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 							c->signature.at + 1,
 							der_octets(c->signature) - 1) == 1;
 	return br_rsa_pkcs1_vrfy_get_default()(c->signature.at + 1, der_octets(c->signature) - 1,
-					       (const unsigned char *)hashes[hash].oid, n, &key->key.rsa,
-					       signed_sum) == 1 &&
+					       hashes[hash].oid, n, &key->key.rsa, signed_sum) == 1 &&
 	       memcmp(sum, signed_sum, n) == 0;
 }
 
@@ -2037,7 +2039,6 @@ static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_
  */
 static int trust_read(struct trust *t, const char *path, struct err *e)
 {
-	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 	FILE *file = fopen(path, "re");
 	size_t n = 0, room;
 	uint32_t bits = 0;
@@ -2052,6 +2053,7 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	room = st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX;
 	der = allocate(room);
 	t->anchors = (struct der){ der, der };
+	snprintf(t->path, sizeof t->path, "%s", path);
 	while (fgets(line, sizeof line, file) != NULL) {
 		struct der list = { t->anchors.end, der + n };
 		struct cert c;
@@ -2068,11 +2070,11 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 			inside = false;
 		}
 		for (const char *p = line; inside && *p != '\0' && *p != '='; p++) {
-			const char *digit = strchr(alphabet, *p);
+			const char *digit = strchr(base64_digits, *p);
 
-			if (digit == NULL)
+			if (digit == NULL || digit - base64_digits > 63)
 				continue;
-			bits = bits << 6 | (uint32_t)(digit - alphabet);
+			bits = bits << 6 | (uint32_t)(digit - base64_digits);
 			if (++digits % 4 != 1 && n < room)
 				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
 		}
@@ -2084,8 +2086,8 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	return 0;
 }
 
-/* Load a CA bundle: the file named, else SSL_CERT_FILE, else the first usual place that has one. */
-static int trust_load(struct trust *t, const char *path, struct err *e)
+/* Load a CA bundle, or say in t->err why not: the file named, else SSL_CERT_FILE, else the first usual place that has one. */
+static void trust_load(struct trust *t, const char *path)
 {
 	static const char *const places[] = {
 		"/etc/ssl/certs/ca-certificates.crt", /* Debian, Alpine, Arch, OpenWrt, Synology */
@@ -2099,23 +2101,23 @@ static int trust_load(struct trust *t, const char *path, struct err *e)
 		"/etc/config/ssl/ca-bundle.crt",          /* QNAP */
 	};
 
+	t->named = path;
 	if (path == NULL)
 		path = getenv("SSL_CERT_FILE");
 	for (size_t i = 0; path == NULL && i < sizeof places / sizeof *places; i++)
 		if (access(places[i], R_OK) == 0)
 			path = places[i];
 	if (path == NULL)
-		return err_set(
-			e, E_ACCOUNT,
+		err_set(&t->err, E_ACCOUNT,
 			"this device has no CA bundle (looked for SSL_CERT_FILE, %s, "
 			"%s and others); copy cacert.pem from curl.se and name it as \"ca_file\", or "
 			"set \"tls_fingerprint\" (--check prints it)",
 			places[0], places[3]);
-	snprintf(t->path, sizeof t->path, "%s", path);
-	return trust_read(t, path, e);
+	else
+		trust_read(t, path, &t->err);
 }
 
-/* ======== stream: octets to and from one server ======== */
+/* ======== stream: moves octets to and from one server ======== */
 
 /*
  * TCP, TLS, timeouts and counters; it knows no IMAP. Everything sticks: after an error each call
@@ -2262,11 +2264,11 @@ static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 
 #define SUITE(name) BR_TLS_##name, #name
 
+/* In the order for a CPU without AES. */
 static const struct {
 	uint16_t id;
 	const char *name;
 } tls_suites[] = {
-	/* in the order for a CPU without AES */
 	{ SUITE(ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256) },
 	{ SUITE(ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256) },
 	{ SUITE(ECDHE_ECDSA_WITH_AES_128_GCM_SHA256) },
@@ -2284,15 +2286,14 @@ enum { N_SUITES = sizeof tls_suites / sizeof *tls_suites };
 /* Why the handshake or the connection failed, in words. */
 static int tls_fail(struct stream *s)
 {
+	static const char no_tls[] = "what answers does not speak TLS (a proxy or captive portal?)";
 	static const struct {
 		int code;
 		bool final; /* it would be the same at the next try */
 		const char *text;
 	} words[] = {
-		{ BR_ERR_BAD_VERSION, false,
-		  "what answers does not speak TLS (a proxy or captive portal?)" },
-		{ BR_ERR_UNKNOWN_TYPE, false,
-		  "what answers does not speak TLS (a proxy or captive portal?)" },
+		{ BR_ERR_BAD_VERSION, false, no_tls },
+		{ BR_ERR_UNKNOWN_TYPE, false, no_tls },
 		{ BR_ERR_BAD_MAC, false, "data damaged on the way" },
 		{ BR_ERR_NO_RANDOM, true, "no random numbers: /dev/urandom cannot be read" },
 		{ BR_ERR_WRONG_KEY_USAGE, true, "the certificate's key usage does not allow this cipher" },
@@ -2508,15 +2509,14 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	}
 	freeaddrinfo(list);
 	if (s->err.code != E_NONE) {
-		char reason[sizeof s->err.text];
+		const struct err last = s->err;
 
-		memcpy(reason, s->err.text, sizeof reason);
-		snprintf(s->err.text, sizeof s->err.text, "%.100s, port %u: %.250s%s", account->host,
-			 account->port, reason,
-			 account->ssl == SSL_UNSET && account->port == 143
-				 ? " (\"ssl\": true uses port 993)"
-				 : "");
-		return -1;
+		s->err = (struct err){ 0 };
+		return stream_fail(s, last.code, "%.100s, port %u: %.250s%s", account->host, account->port,
+				   last.text,
+				   account->ssl == SSL_UNSET && account->port == 143
+					   ? " (\"ssl\": true uses port 993)"
+					   : "");
 	}
 	if (account->ssl == SSL_ON)
 		return stream_start_tls(s, trust);
@@ -2529,15 +2529,16 @@ static bool stream_is_local(const struct stream *s)
 {
 	struct sockaddr_storage own, peer;
 	socklen_t n = sizeof own, m = sizeof peer;
+	size_t at = offsetof(struct sockaddr_in6, sin6_addr), octets = sizeof(struct in6_addr);
 
 	if (getsockname(s->fd, (struct sockaddr *)&own, &n) != 0 ||
 	    getpeername(s->fd, (struct sockaddr *)&peer, &m) != 0 || own.ss_family != peer.ss_family)
 		return false;
-	if (own.ss_family == AF_INET)
-		return memcmp(&((struct sockaddr_in *)&own)->sin_addr,
-			      &((struct sockaddr_in *)&peer)->sin_addr, sizeof(struct in_addr)) == 0;
-	return memcmp(&((struct sockaddr_in6 *)&own)->sin6_addr, &((struct sockaddr_in6 *)&peer)->sin6_addr,
-		      sizeof(struct in6_addr)) == 0;
+	if (own.ss_family == AF_INET) {
+		at = offsetof(struct sockaddr_in, sin_addr);
+		octets = sizeof(struct in_addr);
+	}
+	return memcmp((char *)&own + at, (char *)&peer + at, octets) == 0;
 }
 
 /* At least one octet as it comes over the line, lent until the next call. */
@@ -2840,7 +2841,7 @@ static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
 	return length - (n > 0);
 }
 
-/* ======== imap: commands and responses ======== */
+/* ======== imap: sends commands and reads responses ======== */
 
 /*
  * An IMAP4rev1 client over a stream. It reads by token, never by line; keeps nothing of what a
@@ -2849,30 +2850,16 @@ static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
  * Responses that belong to no command go to the same place as all others, the struct's callbacks.
  * An error sticks, in im->s.err.
  */
-/* In the order of the words in imap_capabilities(). */
-enum imap_capability {
-	CAP_STARTTLS = 1 << 0,
-	CAP_LOGINDISABLED = 1 << 1,
-	CAP_AUTH_PLAIN = 1 << 2,
-	CAP_SASL_IR = 1 << 3,
-	CAP_LIST_STATUS = 1 << 4,
-	CAP_ESEARCH = 1 << 5,
-	CAP_CONDSTORE = 1 << 6,
-	CAP_LITERAL_PLUS = 1 << 7,
-	CAP_ID = 1 << 8,
-	CAP_STATUS_SIZE = 1 << 9,
-	CAP_COMPRESS = 1 << 10,
-	CAP_LITERAL_MINUS = 1 << 11,
-	CAP_SPECIAL_USE = 1 << 12,
-	CAP_NAMESPACE = 1 << 13,
-	CAP_UIDPLUS = 1 << 14,
-	CAP_XOAUTH2 = 1 << 15,
-	CAP_OAUTHBEARER = 1 << 16,
-	CAP_QRESYNC = 1 << 17,
-	CAP_REV1 = 1 << 18,
-	CAP_REV2 = 1 << 19,
-	CAP_IN_REV2 = CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH | CAP_LITERAL_MINUS | CAP_SPECIAL_USE |
-		      CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE /* RFC 9051 appendix E */
+
+/* What a server can do, in the order of the words in imap_capabilities(). */
+enum { CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8 };
+enum { CAP_LIST_STATUS = 1 << 4, CAP_ESEARCH = 1 << 5, CAP_CONDSTORE = 1 << 6, CAP_LITERAL_PLUS = 1 << 7 };
+enum { CAP_ID = 1 << 8, CAP_STATUS_SIZE = 1 << 9, CAP_COMPRESS = 1 << 10, CAP_LITERAL_MINUS = 1 << 11 };
+enum { CAP_SPECIAL_USE = 1 << 12, CAP_NAMESPACE = 1 << 13, CAP_UIDPLUS = 1 << 14, CAP_XOAUTH2 = 1 << 15 };
+enum { CAP_OAUTHBEARER = 1 << 16, CAP_QRESYNC = 1 << 17, CAP_REV1 = 1 << 18, CAP_REV2 = 1 << 19 };
+enum { /* RFC 9051 appendix E */
+       CAP_IN_REV2 = CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH | CAP_LITERAL_MINUS | CAP_SPECIAL_USE |
+		     CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -2918,7 +2905,7 @@ struct imap_fetch {   /* what a FETCH response has told so far */
 
 struct imap {
 	struct stream s;
-	unsigned capabilities; /* enum imap_capability */
+	unsigned capabilities; /* CAP_STARTTLS ... */
 	bool greeted, capabilities_known, preauth;
 	bool one_at_a_time;    /* no second command before the first one's answer */
 	unsigned flight;       /* commands at a time */
@@ -3264,10 +3251,10 @@ static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
 
 static int imap_capabilities(struct imap *im)
 {
-	static const char words[] =
-		"STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID STATUS=SIZE "
-		"COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 AUTH=OAUTHBEARER QRESYNC "
-		"IMAP4REV1 IMAP4REV2";
+	static const char words
+		[] = "STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID "
+		     "STATUS=SIZE COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 "
+		     "AUTH=OAUTHBEARER QRESYNC IMAP4REV1 IMAP4REV2";
 	char word[IMAP_ATOM_MAX];
 
 	im->capabilities = 0;
@@ -3591,24 +3578,22 @@ static int imap_uid_set(struct imap *im)
 	return 0;
 }
 
-/* Read "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731). */
-static int imap_esearch(struct imap *im)
+/*
+ * Read "* SEARCH 1 2 5", where a CONDSTORE server may add (MODSEQ n), or if 'extended'
+ * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731).
+ */
+static int imap_search(struct imap *im, bool extended)
 {
-	char word[IMAP_ATOM_MAX];
+	char word[IMAP_ATOM_MAX] = "ALL";
 
-	while (!imap_at_end(im))
-		if (imap_atom(im, word) == 0 ? imap_pass(im) != 0
-					     : strcmp(word, "ALL") == 0 && imap_uid_set(im) != 0)
-			return -1;
-	return imap_line_end(im);
-}
+	while (!imap_at_end(im)) {
+		bool list = imap_peek(im) == '(';
 
-/* Read "* SEARCH 1 2 5"; a CONDSTORE server may end it with (MODSEQ n). */
-static int imap_search(struct imap *im)
-{
-	while (!imap_at_end(im))
-		if (imap_peek(im) == '(' ? imap_skip(im) != 0 : imap_uid_set(im) != 0)
+		if (list ? imap_skip(im) != 0 : extended && imap_atom(im, word) == 0 && imap_pass(im) != 0)
 			return -1;
+		if (!list && strcmp(word, "ALL") == 0 && imap_uid_set(im) != 0)
+			return -1;
+	}
 	return imap_line_end(im);
 }
 
@@ -3662,27 +3647,25 @@ static int imap_list_response(struct imap *im)
 static int imap_status_response(struct imap *im)
 {
 	struct imap_status status = { .unseen = UINT32_MAX, .known = true };
+	uint32_t *const small[] = { &status.messages, &status.uidnext, &status.uidvalidity,
+				    &status.unseen };
+	uint64_t *const large[] = { &status.highestmodseq, &status.octets };
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX];
 
 	if (imap_string(im, name, sizeof name) < 0)
 		return -1;
 	if (!imap_is(im, '('))
 		return imap_line_end(im);
-	while (imap_item(im, word))
-		if (strcmp(word, "MESSAGES") == 0)
-			status.messages = imap_number32(im);
-		else if (strcmp(word, "UIDNEXT") == 0)
-			status.uidnext = imap_number32(im);
-		else if (strcmp(word, "UIDVALIDITY") == 0)
-			status.uidvalidity = imap_number32(im);
-		else if (strcmp(word, "UNSEEN") == 0)
-			status.unseen = imap_number32(im);
-		else if (strcmp(word, "HIGHESTMODSEQ") == 0)
-			status.highestmodseq = imap_number(im);
-		else if (strcmp(word, "SIZE") == 0)
-			status.octets = imap_number(im);
+	while (imap_item(im, word)) {
+		int place = word_place("MESSAGES UIDNEXT UIDVALIDITY UNSEEN HIGHESTMODSEQ SIZE", word);
+
+		if (place >= 4)
+			*large[place - 4] = imap_number(im);
+		else if (place >= 0)
+			*small[place] = imap_number32(im);
 		else if (imap_skip(im) != 0)
 			return -1;
+	}
 	if (imap_at_end(im) && im->s.err.code == E_NONE && im->on_status != NULL &&
 	    im->on_status(im->context, name, &status) != 0)
 		return -1;
@@ -3721,8 +3704,7 @@ static int imap_untagged(struct imap *im)
 		return imap_line_end(im);
 	}
 	imap_atom(im, word);
-	if (strcmp(word, "OK") == 0 || strcmp(word, "NO") == 0 || strcmp(word, "BAD") == 0 ||
-	    strcmp(word, "PREAUTH") == 0 || strcmp(word, "BYE") == 0) {
+	if (word_place("OK NO BAD PREAUTH BYE", word) >= 0) {
 		im->preauth = im->preauth || (word[0] == 'P' && !im->greeted);
 		if (imap_text(im, &result) != 0)
 			return -1;
@@ -3738,10 +3720,8 @@ static int imap_untagged(struct imap *im)
 		return imap_list_response(im);
 	if (strcmp(word, "STATUS") == 0)
 		return imap_status_response(im);
-	if (strcmp(word, "SEARCH") == 0 && im->on_uids != NULL)
-		return imap_search(im);
-	if (strcmp(word, "ESEARCH") == 0 && im->on_uids != NULL)
-		return imap_esearch(im);
+	if ((strcmp(word, "SEARCH") == 0 || strcmp(word, "ESEARCH") == 0) && im->on_uids != NULL)
+		return imap_search(im, word[0] == 'E');
 	if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
 		return -1;
 	if (strcmp(word, "NAMESPACE") == 0 && imap_is(im, '(') && imap_is(im, '(')) {
@@ -3815,7 +3795,7 @@ static int imap_response(struct imap *im)
 	imap_atom(im, word);
 	if (imap_text(im, result) != 0)
 		return -1;
-	if (strcmp(word, "OK") != 0 && strcmp(word, "NO") != 0 && strcmp(word, "BAD") != 0)
+	if (word_place("OK NO BAD", word) < 0)
 		return imap_proto(im, word, "OK, NO or BAD");
 	result->condition = word[0] == 'O' ? IMAP_OK : word[0] == 'N' ? IMAP_NO : IMAP_BAD;
 	if (im->limited_uid != 0 && result->code[0] == '\0') { /* it was told untagged */
@@ -4025,9 +4005,6 @@ static unsigned imap_compress(struct imap *im)
 }
 
 /* -- logging in -- */
-
-/* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
-static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
 
 /* Encode n octets: 4 for each 3, and NUL; 'url': for URLs, without padding. Returns out. */
 static char *base64(char *out, const void *octets, size_t n, bool url)
@@ -4416,14 +4393,6 @@ static int http_run(struct http *h, const char *url, struct err *e)
 		       "%s: %s", site, *reason != '\0' ? reason : curl_easy_strerror(code));
 }
 
-/* GET a URL; redirects are followed, but never from https to http. */
-static int http_get(const char *url, const struct trust *trust, struct err *e)
-{
-	struct http h = { .trust = trust };
-
-	return http_run(&h, url, e);
-}
-
 /*
  * POST a form; r->err tells if that failed. A process of its own does it: the memory that libcurl and its
  * TLS library take, and the secrets that they leave behind in it, end with that process.
@@ -4462,7 +4431,7 @@ static void http_post(const char *url, const char *form, const struct trust *tru
 	err_set(&r->err, E_NET, "the process for an HTTP request could not do its work");
 }
 
-/* ======== oauth: sign in once, and have a fresh token ever after ======== */
+/* ======== oauth: signs in once, and keeps a fresh access token from then on ======== */
 
 /*
  * RFC 6749 with 7636 (PKCE) and 8628 (the device flow). The tokens of one "oauth2" entry are in one file,
@@ -8936,13 +8905,12 @@ static int options_parse(struct options *o, int argc, char **argv)
 /* Return true if the destination is on another file system than the root, as require_mount wants it. */
 static bool destination_mounted(const struct config *c)
 {
-	const char *wrong = NULL;
 	struct stat root, own;
+	bool there = stat("/", &root) == 0 && stat(c->destination, &own) == 0;
+	const char *wrong = !there                      ? strerror(errno)
+			    : root.st_dev == own.st_dev ? "it lies on the same file system as /"
+							: NULL;
 
-	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0)
-		wrong = strerror(errno);
-	else if (root.st_dev == own.st_dev)
-		wrong = "it lies on the same file system as /";
 	if (wrong != NULL)
 		log_error("%s: %s; \"require_mount\" wants a volume that is mounted there", c->destination,
 			  wrong);
@@ -8992,8 +8960,7 @@ static int run_prepare(struct run *run)
 		    run_trust(run, account->ca_file) != NULL)
 			continue;
 		trust = &run->trusts[run->n_trusts++];
-		trust->named = account->ca_file;
-		trust_load(trust, account->ca_file, &trust->err);
+		trust_load(trust, account->ca_file);
 	}
 	if (pipe(run->places) != 0 || fcntl(run->places[0], F_SETFL, O_NONBLOCK) != 0) {
 		log_error("pipe: %s", strerror(errno));
@@ -9072,18 +9039,19 @@ static void run_tell(const struct run *run, const char *url)
 {
 	const struct config *c = run->config;
 	const struct options *o = run->options;
-	struct trust *trust = run_trust(run, c->ca_file), own = { .named = NULL };
+	struct trust own = { .path = "" };
+	struct http h = { .trust = run_trust(run, c->ca_file) };
 	struct err e = { 0 };
 	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
 	    run->stopping)
 		return;
-	if (trust == NULL) {
-		trust = &own;
-		trust_load(trust, c->ca_file, &own.err);
+	if (h.trust == NULL) {
+		h.trust = &own;
+		trust_load(&own, c->ca_file);
 	}
-	if (http_get(url, trust, &e) != 0)
+	if (http_run(&h, url, &e) != 0)
 		log_warn("%s", e.text);
 	else
 		log_detail("%s: told", http_site(site, url));
@@ -9138,17 +9106,17 @@ static int run_authorize(const struct run *run)
 {
 	const struct config *c = run->config;
 	const struct oauth *oauth = config_oauth(c, run->options->what);
+	const char *ca_file = c->ca_file;
 	static struct trust trust;
 	struct err e = { 0 };
 
 	if (oauth == NULL)
 		return usage_error("no such entry of \"oauth2\" in the configuration: %s",
 				   run->options->what);
-	trust.named = c->ca_file;
 	for (unsigned i = c->n_accounts; i-- > 0;)
 		if (c->accounts[i].oauth == oauth)
-			trust.named = c->accounts[i].ca_file;
-	trust_load(&trust, trust.named, &trust.err);
+			ca_file = c->accounts[i].ca_file;
+	trust_load(&trust, ca_file);
 	if (oauth_authorize(c, oauth, &trust, run->options->paste != 0, &e) == 0)
 		return 0;
 	log_error("%s", e.text);
