@@ -54,6 +54,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <time.h>
@@ -110,19 +111,20 @@ enum {
 	REPORT_MAX = 4 << 20,                  /* of what --json tells of an account */
 	SESSION_BOXES_MAX = 24,                /* mailboxes on the wire at a time */
 	AHEAD_MAILS = 20000,                   /* of archives that are opened while another is open ... */
-	AHEAD_MAIL_OCTETS = 1000,              /* ... guessed by this size of a mail where there is no index */
-	MAILBOXES_MAX = 20000,                 /* of one account */
-	MAILBOX_NAMES_MAX = 3 << 20,           /* octets of their names */
-	BLAME_MAX = 64,                        /* mailboxes that a process died with */
-	ALERTS_MAX = 8,                        /* shown, of one connection */
-	POISON_MAX = 32,                       /* mails of one mailbox that break the connection */
-	POISON_ROW = 4,                        /* of these one after the other: it is not the mails */
-	VAGUE_SEC = 5,      /* where a server is unavailable, but does not say for how long */
-	VAGUE_MAX = 8,      /* single mails one after the other that are so: it is not the mails */
-	BACKOFF_SEC = 60,   /* the longest pause of our own making */
-	WAIT_SEC = 900,     /* the longest that a server can ask for */
-	FAT_WARN_MB = 3500, /* an archive of this size on FAT is nearly too large for it */
-	PLACE_SEC = 10      /* a worker that must wait longer gives its place back */
+	AHEAD_MAIL_OCTETS = 1000,    /* ... guessed by this size of a mail where there is no index */
+	MAILBOXES_MAX = 20000,       /* of one account */
+	MAILBOX_NAMES_MAX = 3 << 20, /* octets of their names */
+	BLAME_MAX = 64,              /* mailboxes that a process died with */
+	ALERTS_MAX = 8,              /* shown, of one connection */
+	POISON_MAX = 32,             /* mails of one mailbox that break the connection */
+	POISON_ROW = 4,              /* of these one after the other: it is not the mails */
+	VAGUE_SEC = 5,               /* where a server is unavailable, but does not say for how long */
+	VAGUE_MAX = 8,               /* single mails one after the other that are so: it is not the mails */
+	SILENT_SEC = 10,             /* without a greeting in the clear, a hint is given */
+	BACKOFF_SEC = 60,            /* the longest pause of our own making */
+	WAIT_SEC = 900,              /* the longest that a server can ask for */
+	FAT_WARN_MB = 3500,          /* an archive of this size on FAT is nearly too large for it */
+	PLACE_SEC = 10               /* a worker that must wait longer gives its place back */
 };
 
 /* The compiler is to check a function's arguments: its format, and the first behind it. */
@@ -4227,6 +4229,18 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	return 0;
 }
 
+/* A server that says nothing in the clear may be waiting for TLS: tell so early, and go on waiting. */
+static void imap_await_greeting(struct imap *im)
+{
+	struct pollfd fd = { .fd = im->s.fd, .events = POLLIN };
+	unsigned sec = 0;
+
+	while (im->s.tls == NULL && !stop_due() && sec < im->s.timeout_sec && poll(&fd, 1, 1000) == 0)
+		if (++sec == SILENT_SEC)
+			log_warn("%s, port %u, is silent; perhaps it wants \"ssl\": true",
+				 im->s.account->host, im->s.account->port);
+}
+
 /* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
 static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time, const char *password,
 		     const struct trust *trust, unsigned timeout_sec)
@@ -4237,7 +4251,10 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 	im->trace = log_to.level >= LOG_TRACE;
 	im->flight = IMAP_FLIGHT_MAX - 8;
 	im->one_at_a_time = one_at_a_time;
-	if (stream_open(&im->s, account, trust, timeout_sec) != 0 || imap_greet(im, trust) != 0)
+	if (stream_open(&im->s, account, trust, timeout_sec) != 0)
+		return -1;
+	imap_await_greeting(im);
+	if (imap_greet(im, trust) != 0)
 		return -1;
 	if (!im->preauth && imap_login(im, account->username, password, account->oauth != NULL) != 0)
 		return -1;
@@ -5068,7 +5085,8 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 
 /* What a run has done, for the summary. */
 struct counts {
-	uint64_t mailboxes, unchanged, stored, gone, back, others, octets, failures;
+	uint64_t mailboxes, unchanged, stored, gone, back, octets, failures;
+	uint64_t others, others_new; /* duplicates left out: in all, and by this run for the first time */
 };
 
 /* One mailbox of an account, as the server lists it. */
@@ -6069,6 +6087,7 @@ struct sync {
 	struct err err; /* why it cannot go on */
 	enum sync_stage stage;
 	struct mbox *m;
+	uint32_t others;              /* duplicates that were left out when it was opened */
 	bool empty;                   /* the archive was: nothing can be known already */
 	bool rekeyed;                 /* UIDVALIDITY is new: flags wait until the UIDs are bound */
 	bool complete;                /* the listing was: what is not in it has gone */
@@ -6893,6 +6912,7 @@ static void sync_close(struct sync *y, bool complete)
 	if (y->m != NULL) {
 		mbox_tally(y->m, &info);
 		y->counts.back += complete ? mbox_came_back(y->m) : 0;
+		y->counts.others_new += info.others > y->others ? info.others - y->others : 0;
 		y->counts.others = info.others;
 		if (mbox_close(y->m, complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
 			       &closing) != 0)
@@ -6925,6 +6945,7 @@ static int sync_open(struct sync *y)
 	struct session *s = y->session;
 	unsigned how = (s->dry ? MBOX_LOOK : 0) | (s->config->keep_duplicates ? MBOX_DUPLICATES : 0);
 	char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
+	struct mbox_info info;
 
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
@@ -6932,9 +6953,11 @@ static int sync_open(struct sync *y)
 	y->claim.when_sec = 0;
 	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
 		return -1;
-	if (*mbox_mended(y->m) != '\0')
+	if (*mbox_mended(y->m) != '\0' && !s->dry)
 		log_info("%s", mbox_mended(y->m));
 	y->old = *mbox_claimed(y->m);
+	mbox_tally(y->m, &info);
+	y->others = info.others;
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
 	y->foresee = sync_foresees(y);
@@ -6959,7 +6982,8 @@ static void session_speak(const struct session *s, const struct sync *y)
 /* Return true if an error is of one mailbox only, so that the others can go on. */
 static bool err_is_local(const struct err *e)
 {
-	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_SYSTEM || e->code == E_LOCKED;
+	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_SYSTEM || e->code == E_FULL ||
+	       e->code == E_LOCKED;
 }
 
 /* Take a mailbox out of the session; whoever gave it is told. An archive that was put in order is tried again. */
@@ -6972,7 +6996,7 @@ static void session_finish(struct session *s, struct sync *y)
 	sync_close(y, y->err.code == E_NONE);
 	im->wire = im->wire == y ? NULL : im->wire;
 	im->context = im->context == y ? NULL : im->context;
-	if (y->err.code == E_FORMAT && !y->attempt.reopened) {
+	if (y->err.code == E_FORMAT && !y->attempt.reopened && !s->dry) {
 		log_info("%s; trying again", y->err.text);
 		y->attempt.reopened = true;
 		y->err = (struct err){ 0 };
@@ -7657,6 +7681,7 @@ struct run {
 	struct board *boards; /* shared, as all that follows with volatile */
 	unsigned n_boards;
 	volatile unsigned *starving; /* accounts that wait for their first place */
+	atomic_uint *full;           /* of messages that tell of a full disk: one is enough */
 	int places[2];
 	struct report { /* with --json: of each board */
 		struct pile errors, boxes;
@@ -7710,6 +7735,7 @@ static void counts_add(struct counts *to, const struct counts *from)
 	to->gone += from->gone;
 	to->back += from->back;
 	to->others += from->others;
+	to->others_new += from->others_new;
 	to->octets += from->octets;
 	to->failures += from->failures;
 }
@@ -7813,6 +7839,16 @@ static void worker_report(const struct sync *y)
 	report_record('B', json);
 }
 
+/* Say what failed; but of a full disk, which many processes may meet, once. */
+static void worker_complain(struct worker *w, const struct err *e)
+{
+	w->slot->counts.failures++;
+	if (e->code != E_FULL)
+		log_error("%s", e->text);
+	else if (atomic_fetch_add(w->run->full, 1) == 0)
+		log_error("%s; without room the backup ends here", e->text);
+}
+
 /* A mailbox is over, for good or not: say so. */
 static void worker_over(void *context, struct sync *y)
 {
@@ -7823,11 +7859,13 @@ static void worker_over(void *context, struct sync *y)
 	if (y->err.code == E_LOCKED) {
 		log_info("%s", y->err.text);
 		w->board->locked = true;
+	} else if (y->err.code == E_FORMAT && w->session.dry) { /* a backup puts it in order */
+		log_info("%s", y->err.text);
 	} else if (sync_is_barred(y)) {
 		log_warn("%s; \"ignore_mailboxes\" leaves it out without this warning", y->err.text);
 	} else if (y->err.code != E_NONE) {
-		log_error("%s", y->err.text);
-		y->counts.failures++;
+		worker_complain(w, &y->err);
+		w->board->over = w->board->over || y->err.code == E_FULL;
 	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
 		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
 			 w->session.dry ? "would be fetched" : "new", (unsigned long long)c->gone,
@@ -8061,10 +8099,8 @@ static bool worker_pause(struct worker *w, const struct err *e)
 /* The account cannot be backed up any further in this run. */
 static void account_fail(struct worker *w, const struct err *e)
 {
-	if (!w->board->over) {
-		log_error("%s", e->text);
-		w->slot->counts.failures++;
-	}
+	if (!w->board->over)
+		worker_complain(w, e);
 	w->board->over = true;
 }
 
@@ -8108,29 +8144,57 @@ static int worker_connect(struct worker *w, struct err *e)
 	return w->connected ? 0 : -1;
 }
 
+static void list_print_head(const struct account *account)
+{
+	printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", account->email, "mailbox", "messages", "size",
+	       "archived", "gone", "last", "file");
+}
+
+/*
+ * Print what --list says of a mailbox, so that lines fit into 80 columns: a name or a file that is too long
+ * for that has a line of its own. 'status' may be NULL: the server was not asked.
+ */
+static void list_print(const char *text, const struct imap_status *status, const struct mbox_info *info,
+		       const char *file)
+{
+	char visible[NAME_OCTETS], messages[16] = "-", size[16] = "-", when[16] = "never";
+	time_t sec = (time_t)info->claim.when_sec;
+	unsigned used, width;
+	struct tm tm;
+
+	log_visible(visible, sizeof visible, text, strlen(text));
+	log_fit(visible, UINT_MAX, &used);
+	printf("  %s%s%*s ", visible, used > 22 ? "\n  " : "", used > 22 ? 22 : 22 - (int)used, "");
+	if (status != NULL && status->known)
+		snprintf(messages, sizeof messages, "%lu", (unsigned long)status->messages);
+	if (status != NULL && status->octets > 0)
+		log_octets(size, status->octets);
+	if (sec != 0 && localtime_r(&sec, &tm) != NULL)
+		strftime(when, sizeof when, "%Y-%m-%d", &tm);
+	log_visible(visible, sizeof visible, file, strlen(file));
+	log_fit(visible, UINT_MAX, &width);
+	printf("%8s %7s %8lu %5lu  %-10s%s%s\n", messages, size, (unsigned long)info->stored,
+	       (unsigned long)info->gone, when, width > 11 ? "\n      " : " ", visible);
+}
+
 /* Print what --list says of an account. */
 static void account_print_list(const struct worker *w)
 {
 	const struct mailboxes *l = &w->list;
 
 	if (!log_to.records)
-		printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", w->account->email, "mailbox", "messages", "size",
-	       "archived", "gone", "last", "file");
+		list_print_head(w->account);
 	for (uint32_t i = 0; i < l->n; i++) {
 		const struct mailbox *box = &l->boxes[i];
-		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
-		char text[NAME_OCTETS], visible[NAME_OCTETS], size[16] = "-", when[16] = "never";
+		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8], text[NAME_OCTETS];
+		char visible[NAME_OCTETS];
 		struct mbox_info info;
-		struct tm tm;
-		time_t sec;
 
 		name_text(text, box->name, box->delimiter);
-		log_visible(visible, sizeof visible, text, strlen(text));
-		if (!log_to.records)
-			printf("  %-22s ", visible);
 		if (!box->wanted) {
+			log_visible(visible, sizeof visible, text, strlen(text));
 			if (!log_to.records)
-				printf("%s\n", box->selectable ? "(ignored)" : "(holds no mail)");
+				printf("  %-22s %s\n", visible, box->selectable ? "(ignored)" : "(holds no mail)");
 			continue;
 		}
 		mailbox_file(box, file);
@@ -8149,14 +8213,33 @@ static void account_print_list(const struct worker *w)
 			report_record('B', json);
 			continue;
 		}
-		if (box->status.octets > 0)
-			log_octets(size, box->status.octets);
-		sec = (time_t)info.claim.when_sec;
-		if (sec != 0 && localtime_r(&sec, &tm) != NULL)
-			strftime(when, sizeof when, "%Y-%m-%d", &tm);
-		printf("%8lu %7s %8lu %5lu  %-10s %s\n", (unsigned long)box->status.messages, size,
-		       (unsigned long)info.stored, (unsigned long)info.gone, when, file);
+		list_print(text, &box->status, &info, file);
 	}
+}
+
+/* Print what --list -n says of an account: what its archives tell, without the server. */
+static void account_print_archives(const struct worker *w)
+{
+	struct dirent **entries;
+	int n = scandir(w->folder, &entries, NULL, alphasort);
+
+	list_print_head(w->account);
+	for (int i = 0; i < n; i++) {
+		char path[PATH_MAX_OCTETS + 300], text[sizeof entries[i]->d_name];
+		const char *file = entries[i]->d_name;
+		size_t length = strlen(file);
+		struct mbox_info info;
+
+		if (length > 5 && strcmp(file + length - 5, ".mbox") == 0) {
+			snprintf(text, sizeof text, "%.*s", (int)length - 5, file);
+			mailbox_path(&w->list, file, path);
+			mbox_peek(path, NULL, &info);
+			list_print(text, NULL, &info, file);
+		}
+		free(entries[i]);
+	}
+	if (n >= 0)
+		free(entries);
 }
 
 /* Print what --check found: how the line is protected, what the server can do, and what there is. */
@@ -8440,6 +8523,11 @@ static void account_run(struct run *run, struct board *b)
 				       .context = w };
 	session_speak(&w->session, NULL);
 	b->again = false;
+	if (run->options->mode == RUN_LIST && run->options->dry) {
+		account_print_archives(w);
+		fflush(stdout);
+		_exit(0);
+	}
 	if (run->options->mode == RUN_BACKUP && !run->options->dry)
 		account_lock(w, &e);
 	/* Without a bundle the clear may do, or STARTTLS may fail then with a clear word. */
@@ -8917,6 +9005,48 @@ static bool destination_mounted(const struct config *c)
 	return wrong == NULL;
 }
 
+/*
+ * Say whether the destination is there or can be made, and how much is free. Returns false if it cannot
+ * be written.
+ */
+static bool destination_describe(const struct config *c, char line[PATH_MAX_OCTETS + 100])
+{
+	char path[PATH_MAX_OCTETS], octets[16], *slash;
+	const char *wrong = NULL;
+	struct statvfs fs;
+
+	snprintf(path, sizeof path, "%s", c->destination);
+	while (access(path, F_OK) != 0 && errno == ENOENT && strcmp(path, "/") != 0 &&
+	       strcmp(path, ".") != 0)
+		if ((slash = strrchr(path, '/')) == NULL)
+			strcpy(path, ".");
+		else
+			slash[slash == path] = '\0';
+	if (access(path, W_OK | X_OK) != 0)
+		wrong = strerror(errno);
+	snprintf(line, PATH_MAX_OCTETS + 100, "%s: %s", c->destination,
+		 wrong != NULL                       ? wrong
+		 : strcmp(path, c->destination) == 0 ? "can be written"
+						     : "can be made");
+	if (wrong == NULL && statvfs(path, &fs) == 0)
+		snprintf(line + strlen(line), 40, ", %s free",
+			 log_octets(octets, (uint64_t)fs.f_bavail * fs.f_frsize));
+	return wrong == NULL;
+}
+
+/* Print what --check says of the destination. Returns false if no backup can go there. */
+static bool destination_check(const struct config *c)
+{
+	char line[PATH_MAX_OCTETS + 100];
+	bool well = destination_describe(c, line);
+
+	if (well)
+		printf("%s\n", line);
+	else
+		log_error("%s", line);
+	return (!c->require_mount || destination_mounted(c)) && well;
+}
+
 /* Return 0 if all accounts that -a names are in the configuration, else the exit status. */
 static int accounts_check(const struct config *c, const struct options *o)
 {
@@ -8938,8 +9068,9 @@ static int run_prepare(struct run *run)
 	const struct options *o = run->options;
 	char octet = 0;
 
-	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + sizeof *run->starving);
-	run->starving = (volatile unsigned *)(void *)(run->boards + c->n_accounts);
+	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + 2 * sizeof *run->full);
+	run->full = (atomic_uint *)(void *)(run->boards + c->n_accounts);
+	run->starving = (volatile unsigned *)(void *)(run->full + 1);
 	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
 	run->reports = allocate(c->n_accounts * sizeof *run->reports);
 	for (unsigned i = 0; i < c->n_accounts; i++) {
@@ -8952,7 +9083,7 @@ static int run_prepare(struct run *run)
 		run->n_boards++;
 		b->account = account;
 		if (account->password == NULL && account->password_command == NULL &&
-		    account->oauth == NULL)
+		    account->oauth == NULL && !(o->mode == RUN_LIST && o->dry))
 			account->password = password_prompt(account->email);
 		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
 		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
@@ -8993,6 +9124,7 @@ static void run_set_clock(void)
 static int run_summary(const struct run *run)
 {
 	bool failed = run->stopping, locked = false;
+	char line[PATH_MAX_OCTETS + 100];
 
 	if (log_to.terminal && log_to.level >= LOG_INFO)
 		if (write(STDERR_FILENO, "\r\033[K", 4) < 0)
@@ -9001,6 +9133,7 @@ static int run_summary(const struct run *run)
 		const struct board *b = &run->boards[i];
 		const struct slot sum = board_sum(b);
 		const struct counts *c = &sum.counts;
+		uint64_t others;
 		int64_t ms = (b->ended_ms > 0 ? b->ended_ms : now_ms()) - b->began_ms;
 		char failures[40] = "", octets[16];
 
@@ -9009,23 +9142,28 @@ static int run_summary(const struct run *run)
 		if (run->options->mode != RUN_BACKUP || b->began_ms == 0)
 			continue;
 		log_context(b->account->email, "");
-		if (c->others > 0)
-			log_info("%llu duplicate%s left out", (unsigned long long)c->others,
-				 c->others > 1 ? "s" : "");
-		if (c->failures > 0)
-			snprintf(failures, sizeof failures, ", %llu FAILED",
-				 (unsigned long long)c->failures);
+		others = log_to.level > LOG_INFO ? c->others : c->others_new; /* told once */
+		if (others > 0)
+			log_info("%llu duplicate%s left out", (unsigned long long)others,
+				 others > 1 ? "s" : "");
+		snprintf(failures, sizeof failures, c->failures > 0 ? ", %llu FAILED" : "",
+			 (unsigned long long)c->failures);
 		log_info(
-			"%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s",
+			"%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s%s",
 			(unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
 			(unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
 			(unsigned long long)c->gone, (unsigned long long)c->back,
-			log_octets(octets, c->octets), (double)ms / 1000, failures);
+			log_octets(octets, c->octets), (double)ms / 1000, failures,
+			run->stopping && b->again ? ", stopped: NOT WHOLE" : "");
 		log_detail("%u connection%s, %u waits for an answer, %llu octets in, %llu out",
 			   sum.connections, sum.connections == 1 ? "" : "s", sum.waits,
 			   (unsigned long long)sum.in, (unsigned long long)sum.out);
 	}
 	log_context("", "");
+	if (run->options->dry && run->options->mode == RUN_BACKUP) {
+		destination_describe(run->config, line);
+		log_info("%s", line);
+	}
 	if (run->stopping)
 		log_warn("stopped by a signal; what was fetched is kept, the rest is not backed up");
 	return failed ? 1 : locked ? 3 : 0;
@@ -9169,6 +9307,7 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
 	char *password;
 	int status;
+	bool well = true;
 
 	/* Descriptors 0 to 2 must be taken, or a socket or an archive would become stderr. */
 	for (int fd = 0; fd <= 2; fd++)
@@ -9194,6 +9333,8 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 		log_error("this is not possible yet");
 		return 2;
 	}
+	if (options->mode == RUN_CHECK)
+		config.retries = 0;
 	run->config = &config;
 	run->options = options;
 	run_set_clock();
@@ -9210,9 +9351,12 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 		return status;
 	status = 1;
 	run_tell(run, config.start_url);
-	if (!config.require_mount || destination_mounted(&config)) {
+	if (options->mode == RUN_CHECK ? (well = destination_check(&config), true)
+				      : !config.require_mount || destination_mounted(&config)) {
 		run_all(run);
 		status = run_summary(run);
+		if (!well)
+			status = 1;
 		if (config.quick && status == 0 && options->mode == RUN_BACKUP && !options->dry)
 			quick_hint(options);
 		if (fflush(stdout) != 0 && status == 0)

@@ -30,7 +30,8 @@ enum err_code {
 	E_NONE = 0,
 	E_CONFIG,  /* the person must change something first; nothing was contacted */
 	E_FORMAT,  /* a file is not what it should be, or another program changed it */
-	E_SYSTEM,  /* the file system or the memory failed: disk full, read-only, EIO */
+	E_SYSTEM,  /* the file system or the memory failed: read-only, EIO */
+	E_FULL,    /* the disk or the quota is full; err_errno() makes it of E_SYSTEM */
 	E_LOCKED,  /* another process holds it */
 	E_REFUSED, /* the server answered NO or BAD: this mailbox (or mail) cannot be had now */
 	E_NET,     /* the connection is lost or never came about; a new one may do better */
@@ -226,7 +227,7 @@ struct mbox_info {
 	bool fits;                     /* an index is there, at rest, for this name and this mbox */
 };
 
-/* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. */
+/* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. name NULL: of any mailbox. */
 void mbox_peek(const char *path, const char *name, struct mbox_info *info);
 
 /* -- an open archive -- */

@@ -41,13 +41,14 @@ int err_set(struct err *e, enum err_code code, const char *format, ...)
 
 int err_errno(struct err *e, enum err_code code, const char *format, ...)
 {
+	bool full = code == E_SYSTEM && (errno == ENOSPC || errno == EDQUOT);
 	const char *reason = strerror(errno);
 	bool first = e->code == E_NONE;
 	va_list arguments;
 	size_t n;
 
 	va_start(arguments, format);
-	err_fill(e, code, format, arguments);
+	err_fill(e, full ? E_FULL : code, format, arguments);
 	va_end(arguments);
 	n = strlen(e->text);
 	if (first)

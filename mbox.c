@@ -698,7 +698,7 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	if (memcmp(head, index_magic, 15) != 0 || length > MBOX_NAME_MAX ||
 	    get_number(head + 20, 4) != (uint32_t)sum_of(head + NAME_AT, length))
 		return INDEX_DAMAGED;
-	if (length != strlen(name) || memcmp(head + NAME_AT, name, length) != 0) {
+	if (name != NULL && (length != strlen(name) || memcmp(head + NAME_AT, name, length) != 0)) {
 		memcpy(other, head + NAME_AT, length);
 		other[length] = '\0';
 		return INDEX_FOREIGN;

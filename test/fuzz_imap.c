@@ -199,7 +199,8 @@ static struct sync *begin(void *context, bool ahead)
 static void over(void *context, struct sync *y)
 {
 	must(context != NULL && y->m == NULL);
-	failed = y->err.code == E_SYSTEM || y->err.code == E_LOCKED ? y->err.code : failed;
+	failed = y->err.code == E_SYSTEM || y->err.code == E_FULL || y->err.code == E_LOCKED ? y->err.code
+											     : failed;
 }
 
 static void file_write(const char *name, const void *octets, size_t n)

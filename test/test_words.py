@@ -1,0 +1,229 @@
+"""What a run says, and how its processes and commands end."""
+import fcntl
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import time
+
+import archive
+import imapd
+import sample
+from run import HERE, PROGRAM, Skip
+
+
+def mails(n, label='m'):
+    return [b'Message-ID: <%s%d@x>\r\n\r\nbody\r\n' % (label.encode(), i) for i in range(n)]
+
+
+def serve(t, boxes, session=imapd.Session, **config):
+    server = imapd.Server(boxes, session=session)
+    t.cleanups.append(server.stop)
+    t.config(t.account(server, 'plain'), **config)
+    return server
+
+
+def summary(text):
+    return next(line for line in text.splitlines() if 'without news' in line)
+
+
+def test_duplicates_are_told_once(t):
+    box = imapd.Mailbox(mails(2) + mails(2))
+    serve(t, {'INBOX': box, 'Other': imapd.Mailbox(mails(1))})
+    assert '2 duplicates left out' in t.backup().err
+    assert 'left out' not in t.backup().err
+    assert '2 duplicates left out' in t.backup('-v').err
+    box.add(mails(1)[0])
+    assert ' 1 duplicate left out' in t.backup().err
+
+
+def test_a_full_disk_is_one_line(t):
+    library = os.path.join(t.folder, 'faults.so')
+    subprocess.run([os.environ.get('CC', 'cc'), '-shared', '-fPIC', '-o', library,
+                    os.path.join(HERE, 'faults.c')], check=True)
+    count = os.path.join(t.folder, 'count')
+    serve(t, {name: imapd.Mailbox(mails(5, name)) for name in ('INBOX', 'a', 'b', 'c', 'd')})
+    for error, words in (('ENOSPC', 'No space left'), ('EDQUOT', 'quota')):
+        for at in (3, 12, 25):
+            with open(count, 'wb') as f:
+                f.write(bytes(8))
+            got = t.backup(status=1, env={'LD_PRELOAD': library, 'FAULTS_UNDER': t.dest, 'FAULTS_COUNT': count,
+                                          'FAULTS_AT': str(at), 'FAULTS_DO': error, 'FAULTS_EVER': '1'})
+            lines = [line for line in got.err.splitlines() if 'error:' in line]
+            assert len(lines) == 1 and words in lines[0], got.err
+            subprocess.run(['rm', '-rf', t.dest], check=True)
+
+
+def test_another_run_is_no_error(t):
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    t.backup()
+    with open(os.path.join(t.archive(), '.lock'), 'r+') as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)
+        got = t.backup('-q', status=3)
+        assert got.err == '', got.err
+
+
+def test_a_dry_run_tells_octets_and_room(t):
+    serve(t, {'INBOX': imapd.Mailbox(mails(3))})
+    got = t.backup('-n')
+    octets = sum(map(len, mails(3)))
+    assert '3 would be fetched' in summary(got.err) and '%d B' % octets in summary(got.err), got.err
+    assert re.search(r'can be made, [\d.]+ [kMGTP]B free', got.err), got.err
+    t.backup()
+    with open(t.mbox(), 'ab') as f:   # as a run that was killed leaves it
+        f.write(b'From nobody Thu Jan  1 00:00:00 1970\nX-Half: ')
+    before = os.stat(t.mbox()).st_size
+    got = t.backup('-n')
+    assert 'removed' not in got.err and 'cut off' not in got.err and 'unfinished' not in got.err, got.err
+    assert os.stat(t.mbox()).st_size == before
+    assert re.search(r'can be written, [\d.]+ [kMGTP]B free', got.err), got.err
+
+
+def stopped(t, ready, group=False, how=(signal.SIGTERM,)):
+    """Start the program, and signal it once it is ready(). Returns what it said."""
+    process = subprocess.Popen([*t.program, t.path], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                               start_new_session=True)
+    while not ready() and process.poll() is None:
+        time.sleep(.02)
+    for number in how:
+        (os.killpg if group else os.kill)(process.pid, number)
+        time.sleep(.05)
+    return process.communicate(timeout=60)[1].decode(), process.returncode
+
+
+def slow_box(t, **config):
+    """A server that gives its first mails at once, and waits a long time before the next."""
+    class Slow(imapd.Session):
+        def fetch_mail(self, number, m, items):
+            if m.uid > 4 and any('BODY' in str(i) for i in items):
+                self.flush()
+                self.server.slow = True
+                time.sleep(2)
+            super().fetch_mail(number, m, items)
+    return serve(t, {'INBOX': imapd.Mailbox(mails(9))}, Slow, email_batch_size=2, **config)
+
+
+def test_no_number_of_signals_loses_mails(t):
+    """Also when the whole group gets them, over and over."""
+    server = slow_box(t)
+    for group in False, True:
+        for how in ([signal.SIGTERM] * 5, [signal.SIGINT] * 3, [signal.SIGHUP, signal.SIGTERM, signal.SIGINT] * 2):
+            subprocess.run(['rm', '-rf', t.dest], check=True)
+            server.slow = False
+            err, status = stopped(t, lambda: server.slow, group, how)
+            new = int(re.search(r'(\d+) new', summary(err)).group(1))
+            assert status == 1 and 'NOT WHOLE' in summary(err) and 'stopped by a signal' in err, err
+            assert len(archive.read(t.mbox())) == new > 0, err
+
+
+def test_a_process_that_cannot_be_started(t):
+    """It is tried "retries" times."""
+    if os.geteuid() != 0:
+        raise Skip('wants root, to become a user that may have no process more')
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))}, destination='/nowhere', retries=1)
+    os.chmod(t.folder, 0o755)
+    os.chmod(t.path, 0o644)
+    program = os.path.join(t.folder, 'program')
+    subprocess.run(['cp', PROGRAM, program], check=True)
+
+    def limit():
+        os.setgid(64321)
+        os.setuid(64321)
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+    done = subprocess.run([program, t.path], preexec_fn=limit, stderr=subprocess.PIPE, timeout=60, cwd='/')
+    err = done.stderr.decode()
+    assert done.returncode == 1 and err.count('cannot start a process') == 2, err
+
+
+def test_list_fits_the_screen(t):
+    long = 'A name that is longer than its column'
+    serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'Work/Invoices 2024': imapd.Mailbox(mails(1)),
+              long: imapd.Mailbox(mails(2)), sample.mutf7('Entwürfe'): imapd.Mailbox()})
+    got = t.backup('--list')
+    assert all(len(line) <= 80 for line in got.out.splitlines()), got.out
+    assert re.search(r'INBOX +3 .* never +INBOX.mbox', got.out) and long in got.out, got.out
+
+
+def test_list_works_offline(t):
+    server = serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'a/b': imapd.Mailbox(mails(2))})
+    t.backup()
+    server.stop()
+    t.config(dict(t.account(server, 'plain'), password_command='exit 1'))
+    with open(t.path) as f:
+        text = re.sub(r'"password": "[^"]*",?', '', f.read())
+    with open(t.path, 'w') as f:
+        f.write(text)
+    got = t.backup('--list', '-n')
+    assert re.search(r'INBOX +- +- +3 +0  20\d\d-\d\d-\d\d INBOX.mbox', got.out), got
+    assert re.search(r'a\.b +- +- +2 +0 ', got.out), got
+
+
+def test_check_tries_once_and_the_destination_too(t):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        t.config({'email': t.email, 'host': '127.0.0.1', 'port': s.getsockname()[1], 'password': 'x', 'ssl': False},
+                 retries=5)
+        began = time.monotonic()
+        got = t.backup('--check', status=1)
+        assert 'trying again' not in got.err and time.monotonic() - began < 60, got.err
+    server = serve(t, {'INBOX': imapd.Mailbox()})
+    assert re.search(r'backup: can be made, [\d.]+ [kMGTP]B free', t.backup('--check').out)
+    t.backup()
+    assert re.search(r'backup: can be written, ', t.backup('--check').out)
+    t.config(t.account(server, 'plain'), destination=os.path.join(t.path, 'x'))
+    got = t.backup('--check', status=1)
+    assert 'Not a directory' in got.err and 'login works' in got.out, got
+
+
+def test_a_silent_port_may_want_tls(t):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(5)
+        t.config({'email': t.email, 'host': '127.0.0.1', 'port': s.getsockname()[1], 'password': 'x'},
+                 retries=0, timeout=12)
+        got = t.backup('-q', status=1)
+        assert 'perhaps it wants "ssl": true' in got.err, got.err
+
+
+def command(t, text, **config):
+    server = imapd.Server({'INBOX': imapd.Mailbox(mails(1))})
+    t.cleanups.append(server.stop)
+    account = t.account(server, 'plain')
+    word = account.pop('password')
+    t.config(dict(account, password_command=text.replace('WORD', word)), **config)
+
+
+def test_password_commands(t):
+    for text in ("echo WORD; echo other", "printf 'WORD\\r\\nother'", "printf WORD; seq 100000 >&2",
+                 "echo WORD; seq 30000", "yes | head -n 1 > /dev/null; echo WORD",
+                 # SIGPIPE is as usual.
+                 "(yes; echo $? > code) | head -n 1 > rest; test $(cat code) = 141 && echo WORD"):
+        command(t, text)
+        got = t.backup()
+        assert '1 mailboxes' in got.err, (text, got.err)
+    for text, words in (('exit 3', 'failed'), ('true', 'printed nothing'), ("printf '\\nWORD'", 'printed nothing'),
+                        ('echo WORD; kill -9 $$', 'failed'), ('echo WORD; sleep 60', 'within 1 second')):
+        command(t, text, timeout=1)
+        got = t.backup(status=1)
+        assert '"password_command"' in got.err and words in got.err, (text, got.err)
+
+
+def test_a_password_command_ends_with_the_run(t):
+    mark = os.path.join(t.folder, 'mark')
+    command(t, 'echo $$ > %s; sleep 100; echo' % mark, timeout=60)
+    err, status = stopped(t, lambda: os.path.exists(mark) and os.stat(mark).st_size > 0)
+    assert status == 1, err
+    with open(mark) as f:
+        assert not os.path.exists('/proc/%s' % f.read().strip())
+
+
+def test_others_at_the_folder(t):
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    t.backup()
+    os.chmod(t.archive(), 0o777)
+    assert 'chmod go-w' in t.backup().err
+    if os.geteuid() == 0:
+        os.chown(t.archive(), 12345, -1)
+        assert 'belongs to another user (12345)' in t.backup(status=1).err
