@@ -5331,6 +5331,7 @@ struct mailboxes {
 	bool folds;              /* the file system takes "a" and "A" for the same name */
 	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
 	uint32_t n, room, todo;
+	uint32_t listed; /* LIST responses */
 	size_t name_octets;
 	uint32_t *table[3]; /* owned: of 2 * room places each, by enum mailbox_key */
 	struct err odd;  /* the first mailbox that cannot be backed up for its name */
@@ -5345,7 +5346,7 @@ static void mailboxes_free(struct mailboxes *l)
 		free(l->table[i]);
 	memset(l->table, 0, sizeof l->table);
 	l->boxes = NULL;
-	l->n = l->room = l->todo = 0;
+	l->n = l->room = l->todo = l->listed = 0;
 	l->name_octets = 0;
 }
 
@@ -5426,6 +5427,8 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 	char text[MBOX_NAME_MAX + 8];
 	uint32_t *place;
 
+	if (l->listed++ < MAILBOXES_MAX) /* what is too much of them costs no connection yet */
+		l->im->noise = 0;
 	if (n > MBOX_NAME_MAX || n == 0 || strlen(name) != n || strpbrk(name, "\r\n") != NULL) {
 		err_set(&l->odd, E_REFUSED,
 			"the server lists a mailbox whose name is empty, has NUL octets or line ends, or "
@@ -5452,7 +5455,6 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 		return 0;
 	}
 	l->name_octets += n;
-	l->im->noise = 0;
 	l->boxes[l->n++] = box;
 	*place = l->n;
 	return 0;
@@ -8523,6 +8525,13 @@ static void account_run(struct run *run, struct board *b)
 				       .context = w };
 	session_speak(&w->session, NULL);
 	b->again = false;
+	for (unsigned i = 0; i < run->config->n_accounts;
+	     i++) { /* a core dump is to hold no more than it must */
+		const struct account *other = &run->config->accounts[i];
+
+		if (other != account && other->password != NULL)
+			wipe((void *)(uintptr_t)other->password, strlen(other->password));
+	}
 	if (run->options->mode == RUN_LIST && run->options->dry) {
 		account_print_archives(w);
 		fflush(stdout);

@@ -11,7 +11,7 @@ import time
 import archive
 import imapd
 import sample
-from run import HERE, PROGRAM, Skip
+from run import HERE, PROGRAM, Skip, children
 
 
 def mails(n, label='m'):
@@ -227,3 +227,40 @@ def test_others_at_the_folder(t):
     if os.geteuid() == 0:
         os.chown(t.archive(), 12345, -1)
         assert 'belongs to another user (12345)' in t.backup(status=1).err
+
+
+def test_too_many_long_names(t):
+    """What has room is backed up; the rest is a failure that says so."""
+    class Long(imapd.Session):
+        def cmd_LIST(self, tag, args):
+            for i in range(20000):
+                name = b'"%05d%s"' % (i, b'x' * 890) if i > 0 else b'INBOX'
+                self.put(b'* LIST () "/" %s\r\n* STATUS %s (MESSAGES 1)\r\n' % (name, name))
+            self.ok(tag)
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))}, Long)
+    got = t.backup('-m', 'INBOX', status=1)
+    assert 'octets of their names' in got.err and '1 new' in summary(got.err), got.err
+
+
+def test_a_core_dump_holds_no_password_of_others(t):
+    class Hangs(imapd.Session):
+        def cmd_EXAMINE(self, tag, args):
+            self.flush()
+            self.server.slow = True
+            time.sleep(1)
+            return super().cmd_EXAMINE(tag, args)
+    server = serve(t, {'INBOX': imapd.Mailbox(mails(1))}, Hangs)
+    t.config(t.account(server, 'plain'), dict(t.account(server, 'plain'), email='other@x', password='a-word-of-others'),
+             total_processes=1)
+    server.slow = False
+    process = subprocess.Popen([PROGRAM, t.path], stderr=subprocess.DEVNULL)
+    while not server.slow:
+        time.sleep(.02)
+    worker = children(process.pid)[0]
+    with open('/proc/%d/maps' % worker) as maps, open('/proc/%d/mem' % worker, 'rb', 0) as memory:
+        for line in maps:
+            ends = [int(x, 16) for x in line.split()[0].split('-')]
+            if ' rw' in line:
+                memory.seek(ends[0])
+                assert b'a-word-of-others' not in memory.read(ends[1] - ends[0]), line
+    process.communicate(timeout=60)
