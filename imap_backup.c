@@ -8753,7 +8753,8 @@ static bool run_start_children(struct run *run, struct child *children)
 		if (!place_take(run, b->slots)) {
 			starving++;
 		} else if (!child_start(run, child, b)) {
-			log_warn("cannot start a process: %s", strerror(errno));
+			log_write(child->tries < run->config->retries ? LOG_WARN : LOG_ERROR,
+				  "%s: cannot start a process: %s", b->account->email, strerror(errno));
 			place_give(run, b->slots);
 			b->not_before_ms = now_ms() + 1000;
 			if (child->tries++ == run->config->retries) {
