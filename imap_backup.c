@@ -7861,8 +7861,6 @@ static void worker_over(void *context, struct sync *y)
 	if (y->err.code == E_LOCKED) {
 		log_info("%s", y->err.text);
 		w->board->locked = true;
-	} else if (y->err.code == E_FORMAT && w->session.dry) { /* a backup puts it in order */
-		log_info("%s", y->err.text);
 	} else if (sync_is_barred(y)) {
 		log_warn("%s; \"ignore_mailboxes\" leaves it out without this warning", y->err.text);
 	} else if (y->err.code != E_NONE) {
@@ -8420,15 +8418,19 @@ static int account_lock(struct worker *w, struct err *e)
 
 	if (make_folder(w->run->config->destination) != 0 || make_folder(w->folder) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", w->folder);
-	if (stat(w->folder, &st) != 0 || st.st_uid != geteuid())
+	if (stat(w->folder, &st) != 0)
+		return err_errno(e, E_SYSTEM, "%s", w->folder);
+	if (st.st_uid != geteuid())
 		return err_set(e, E_SYSTEM, "%s: the folder belongs to another user (%lu)", w->folder,
 			       (unsigned long)st.st_uid);
 	if (st.st_mode & (S_IWGRP | S_IWOTH))
 		log_warn("%s: others may write into this folder; try: chmod go-w", w->folder);
 	mailbox_path(&w->list, ".lock", path);
 	w->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
-	if (w->lock < 0 || fstat(w->lock, &st) != 0 || !S_ISREG(st.st_mode))
+	if (w->lock < 0 || fstat(w->lock, &st) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
+	if (!S_ISREG(st.st_mode))
+		return err_set(e, E_SYSTEM, "%s: this is not a file", path);
 	if (fcntl(w->lock, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
 		return err_set(e, E_LOCKED, "another run is at work on this account");
 	mailbox_path(&w->list, ".LOCK", path);

@@ -75,7 +75,8 @@ def test_a_dry_run_tells_octets_and_room(t):
     with open(t.mbox(), 'ab') as f:   # as a run that was killed leaves it
         f.write(b'From nobody Thu Jan  1 00:00:00 1970\nX-Half: ')
     before = os.stat(t.mbox()).st_size
-    got = t.backup('-n')
+    got = t.backup('-n', status=1)   # what such an archive lacks it cannot tell
+    assert 'the next backup makes it anew' in got.err and 'trying again' not in got.err, got.err
     assert 'removed' not in got.err and 'cut off' not in got.err and 'unfinished' not in got.err, got.err
     assert os.stat(t.mbox()).st_size == before
     assert re.search(r'can be written, [\d.]+ [kMGTP]B free', got.err), got.err
@@ -264,3 +265,20 @@ def test_a_core_dump_holds_no_password_of_others(t):
                 memory.seek(ends[0])
                 assert b'a-word-of-others' not in memory.read(ends[1] - ends[0]), line
     process.communicate(timeout=60)
+
+
+def test_what_is_no_file_is_told(t):
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    os.makedirs(t.archive())
+    os.mkfifo(os.path.join(t.archive(), '.lock'))
+    assert '.lock: this is not a file' in t.backup(status=1).err
+    os.unlink(os.path.join(t.archive(), '.lock'))
+    os.mkfifo(t.mbox())
+    assert 'INBOX.mbox: this is not a file' in t.backup(status=1).err
+    assert 'INBOX.mbox: this is not a file' in t.backup('-n', status=1).err
+    os.unlink(t.mbox())
+    os.unlink(os.path.join(t.archive(), '.lock'))
+    os.rmdir(t.archive())
+    os.symlink('nowhere', t.archive())
+    got = t.backup(status=1)
+    assert 'No such file' in got.err and 'another user' not in got.err, got.err
