@@ -9158,8 +9158,9 @@ static int run_summary(const struct run *run)
 		if (others > 0)
 			log_info("%llu duplicate%s left out", (unsigned long long)others,
 				 others > 1 ? "s" : "");
-		snprintf(failures, sizeof failures, c->failures > 0 ? ", %llu FAILED" : "",
-			 (unsigned long long)c->failures);
+		if (c->failures > 0)
+			snprintf(failures, sizeof failures, ", %llu FAILED",
+				 (unsigned long long)c->failures);
 		log_info(
 			"%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s%s",
 			(unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
