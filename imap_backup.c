@@ -6920,7 +6920,7 @@ static void sync_close(struct sync *y, bool complete)
 			       &closing) != 0)
 			sync_fail(y, &closing);
 		if (complete && info.different > 0)
-			log_warn("%lu mails have the Message-ID of another mail and are left out: "
+			log_warn("mails left out although they differ from those whose Message-ID they have: %lu; "
 				 "\"keep_duplicates\": true stores them",
 				 (unsigned long)info.different);
 	}
@@ -9052,10 +9052,10 @@ static bool destination_check(const struct config *c)
 	char line[PATH_MAX_OCTETS + 100];
 	bool well = destination_describe(c, line);
 
-	if (well)
-		printf("%s\n", line);
-	else
+	if (!well)
 		log_error("%s", line);
+	else if (log_to.errors == NULL)
+		printf("%s\n", line);
 	return (!c->require_mount || destination_mounted(c)) && well;
 }
 

@@ -1257,7 +1257,7 @@ static void test_listing(void)
 	for (size_t i = 0; i < N(rows); i++) {
 		struct imap im;
 		struct session session = { .im = &im };
-		struct sync y = { .session = &session, .awaited = 1, .pending = 1, .stage = SYNC_LIST };
+		struct sync y = { .session = &session, .awaited = 1, .pending = 1, .stage = SYNC_OVER };
 		struct command *c;
 
 		serve(&im, rows[i].said, strlen(rows[i].said), 1000);
