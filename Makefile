@@ -27,6 +27,8 @@ $(OBJ): imap_backup.h Makefile | headers
 
 # A missing header is named together with the package that has it.
 headers:
+	@command -v $(firstword $(CC)) >/dev/null || \
+		{ echo "missing: a C compiler ($(CC)); on Debian or Ubuntu: apt-get install gcc make" >&2; exit 1; }
 	@for need in bearssl.h:libbearssl-dev curl/curl.h:libcurl4-openssl-dev; do \
 		echo "#include <$${need%:*}>" | $(CC) $(OURS) $(CPPFLAGS) -E -o /dev/null - 2>/dev/null || \
 		{ echo "missing: <$${need%:*}>; on Debian or Ubuntu: apt-get install $${need#*:}" >&2; \

@@ -2909,6 +2909,7 @@ struct imap {
 	struct stream s;
 	unsigned capabilities; /* CAP_STARTTLS ... */
 	bool greeted, capabilities_known, preauth;
+	const char *mechanism; /* by which the login went: of SASL, or LOGIN */
 	bool one_at_a_time;    /* no second command before the first one's answer */
 	unsigned flight;       /* commands at a time */
 	unsigned tag;          /* the last one given out */
@@ -4128,6 +4129,7 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 			     imap_saslname(quoted, user), host, im->s.account->port, secret);
 	base64(coded, plain, (size_t)n, false);
 	im->capabilities_known = false; /* others will hold; many servers tell them at once */
+	im->mechanism = mechanism != NULL ? mechanism : "LOGIN";
 	im->secret[0] = secret;
 	im->secret[1] = coded;
 	im->secret[2] = token ? NULL : quoted;
@@ -4142,6 +4144,7 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	    (result->condition == IMAP_BAD || *result->code == '\0' ||
 	     strcmp(result->code, "CANNOT") == 0)) {
 		first = *result;
+		im->mechanism = "LOGIN";
 		tag = imap_login_plainly(im, user, secret, quoted);
 		result = tag != 0 ? imap_wait(im, tag) : NULL;
 		if (result == NULL && e->code == E_NET) { /* it had enough: the first answer counts */
@@ -4249,6 +4252,7 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
+	im->mechanism = "PREAUTH";
 	im->flight = IMAP_FLIGHT_MAX - 8;
 	im->one_at_a_time = one_at_a_time;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0)
@@ -8257,7 +8261,8 @@ static void account_print_check(const struct worker *w)
 	if (log_to.records)
 		return;
 	tls_describe(&w->im.s, line, sizeof line);
-	printf("%s: login works; %s\n   ", w->account->email, line);
+	printf("%s: login works by %s at %s, port %u; %s\n   ", w->account->email, w->im.mechanism,
+	       w->account->host, w->account->port, line);
 	for (size_t i = 0; i < sizeof matters / sizeof *matters; i++)
 		printf(" %s%s", w->im.capabilities & matters[i].capability ? "" : "no ", matters[i].word);
 	for (uint32_t i = 0; i < w->list.n; i++) {

@@ -8,6 +8,7 @@ import time
 import archive
 import imapd
 import sample
+import servers
 from imapd import BARE, FULL, Mailbox, Server, Session
 from test_wire import Case, always, answers, drop, few, letters, play
 from torture import held
@@ -661,3 +662,38 @@ def test_host_with_a_port_or_a_scheme(t):
     for host in '::1', 'localhost.':
         t.config(clear(t, server, host='::1') if host == '::1' else t.account(host=host, port=1), retries=0)
         assert t.run('--check').status == (0 if host == '::1' else 1), host
+
+
+FAILING_SEND = '''
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+
+ssize_t send(int fd, const void *octets, size_t n, int flags)
+{
+	ssize_t (*real)(int, const void *, size_t, int) = dlsym(RTLD_NEXT, "send");
+
+	if (memmem(octets, n, "CHANGEDSINCE", 12) == NULL)
+		return real(fd, octets, n, flags);
+	errno = ETIMEDOUT;
+	return -1;
+}
+'''
+
+
+def test_flags_that_could_not_be_asked_for_are_not_claimed(t):
+    """The line breaks at CHANGEDSINCE: the run fails, and the next one asks again."""
+    library, box = os.path.join(t.folder, 'send.so'), Mailbox(sample.many(10))
+    with open(library + '.c', 'w') as f:
+        f.write(FAILING_SEND)
+    servers.tool('cc', '-shared', '-fPIC', '-o', library, library + '.c', '-ldl')
+    server = serve(t, {'INBOX': box}, capabilities=FULL.replace('LIST-STATUS ', ''),
+                   cmd_STATUS=lambda self, tag, args: self.no(tag, 'not today'))
+    t.config(clear(t, server), retries=1)
+    t.backup()
+    box.flag(3, '\\Seen \\Answered \\Flagged')
+    t.backup(status=1, env={'LD_PRELOAD': library})
+    t.backup()
+    assert archive.read(t.mbox())[2].state == 7
