@@ -5997,7 +5997,7 @@ static int archives_run(const struct config *c, const struct options *o)
 
 		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
 			 bare ? ">" : "");
-		mbox_header_init(&header, NULL);
+		mbox_header_init(&header);
 		mbox_header_feed(&header, field, strlen(field));
 		mbox_header_end(&header, &x.id);
 	}
@@ -6241,7 +6241,7 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 	if (fetch->uid != 0 ? !sync_wants(y, fetch->uid) : y->pending == 0)
 		return 0; /* nobody asked for it */
 	if (fetch->section == SECTION_ID) {
-		mbox_header_init(&y->in.header, NULL);
+		mbox_header_init(&y->in.header);
 		y->in.gets = GETS_ID;
 	} else if (fetch->section == SECTION_MADE) {
 		mbox_made_init(&y->in.made);
@@ -7227,7 +7227,7 @@ static int restore_on_literal(void *context, const struct imap_fetch *fetch)
 	if (r->asks_made)
 		mbox_made_init(&r->made);
 	else
-		mbox_header_init(&r->header, NULL);
+		mbox_header_init(&r->header);
 	return 1;
 }
 

@@ -167,11 +167,11 @@ void mbox_made_end(const struct mbox_made *made, uint8_t key[20]);
 
 /*
  * Reads a mail's header as it flies by and tells its identity: the first Message-ID field,
- * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none.
- * Memory is fixed whatever the header's size. The fields are private to mbox.c.
+ * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none, and then
+ * 'made' tells it. Memory is fixed whatever the header's size. The fields are private to mbox.c.
  */
 struct mbox_header {
-	struct mbox_made *made; /* borrowed; if not NULL, it is fed the fields that it wants instead */
+	struct mbox_made made;
 	br_sha256_context hash; /* of the field in hand ... */
 	char text[128];         /* ... as far as it is not in here */
 	size_t text_octets, id_octets;
@@ -182,19 +182,11 @@ struct mbox_header {
 	size_t name_octets;
 	char date[64]; /* the first Date field, unfolded, cut, closed with NUL */
 	size_t date_octets;
-	enum {
-		MBOX_AT_LINE,
-		MBOX_AT_NAME,
-		MBOX_AT_ID,
-		MBOX_AT_DATE,
-		MBOX_AT_MADE,
-		MBOX_AT_OTHER,
-		MBOX_AT_BODY
-	} at;
-	bool line_start, space, cr;
+	enum { MBOX_AT_LINE, MBOX_AT_NAME, MBOX_AT_ID, MBOX_AT_MADE, MBOX_AT_OTHER, MBOX_AT_BODY } at;
+	bool quoted, line_start, space, cr, dating; /* quoted: as it stands in the mbox */
 };
 
-void mbox_header_init(struct mbox_header *h, struct mbox_made *made /* or NULL */);
+void mbox_header_init(struct mbox_header *h);
 
 /*
  * Take the next octets of a header, line ends CRLF or LF, cut anywhere. Returns true once the
@@ -223,8 +215,8 @@ struct mbox_info {
 	/* By mbox_tally() only: mails that are not gone and have no UID; mails left out as duplicates since
 	 * mbox_open() though their size tells that they are other mails. */
 	uint32_t unbound, different;
-	bool exists;                   /* the mbox file does */
-	bool fits;                     /* an index is there, at rest, for this name and this mbox */
+	bool exists; /* the mbox file does */
+	bool fits;   /* an index is there, at rest, for this name and this mbox */
 };
 
 /* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. name NULL: of any mailbox. */

@@ -235,12 +235,10 @@ static bool is_made(const char *text, size_t n)
 	return end == 41 || (end > 42 && text[41] == '.' && strspn(text + 42, "0123456789") == end - 42);
 }
 
-void mbox_header_init(struct mbox_header *h, struct mbox_made *made)
+void mbox_header_init(struct mbox_header *h)
 {
 	memset(h, 0, sizeof *h);
-	h->made = made;
-	if (made != NULL)
-		mbox_made_init(made);
+	mbox_made_init(&h->made);
 }
 
 /* One octet of a Message-ID in its normal form. */
@@ -279,27 +277,23 @@ static void header_name_end(struct mbox_header *h)
 	const char *name = h->name;
 	size_t n = h->name_octets;
 
-	if (h->made != NULL && n > 5 && memcmp(name, ">From ", 6) == 0) /* "From :", quoted */
+	if (h->quoted && n > 5 && memcmp(name, ">From ", 6) == 0) /* "From :" */
 		name++, n--;
 	while (n > 0 && is_space((uint8_t)name[n - 1]))
 		n--;
 	h->at = MBOX_AT_OTHER;
-	if (h->made == NULL) {
-		if (n == 10 && strncasecmp(name, "message-id", n) == 0) {
-			h->at = MBOX_AT_ID;
-			h->space = false;
-			h->text_octets = h->id_octets = 0;
-			br_sha256_init(&h->hash);
-		} else if (n == 4 && strncasecmp(name, "date", n) == 0 && h->date_octets == 0) {
-			h->at = MBOX_AT_DATE;
-		}
-		return;
+	h->dating = n == 4 && strncasecmp(name, "date", n) == 0 && h->date_octets == 0;
+	if (n == 10 && strncasecmp(name, "message-id", n) == 0) {
+		h->at = MBOX_AT_ID;
+		h->space = false;
+		h->text_octets = h->id_octets = 0;
+		br_sha256_init(&h->hash);
 	}
 	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
 		if (n == strlen(wanted[i]) && strncasecmp(name, wanted[i], n) == 0) {
 			h->at = MBOX_AT_MADE;
-			mbox_made_feed(h->made, name, h->name_octets - (size_t)(name - h->name));
-			mbox_made_feed(h->made, ":", 1);
+			mbox_made_feed(&h->made, name, h->name_octets - (size_t)(name - h->name));
+			mbox_made_feed(&h->made, ":", 1);
 		}
 }
 
@@ -343,16 +337,16 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 		lf = memchr(p, '\n', (size_t)(end - p));
 		run = (size_t)((lf != NULL ? lf : end) - p);
 		if (h->at == MBOX_AT_MADE) { /* line ends count as CRLF, also where the file has LF */
-			bool cr = run > 0 && p[run - 1] == '\r';
+			size_t room = h->dating ? sizeof h->date - 1 - h->date_octets : 0;
 
-			mbox_made_feed(h->made, p, run);
+			h->cr = run > 0 ? p[run - 1] == '\r' : h->cr;
+			mbox_made_feed(&h->made, p, run);
 			if (lf != NULL)
-				mbox_made_feed(h->made, cr ? "\n" : "\r\n", cr ? 1 : 2);
-		} else if (h->at == MBOX_AT_DATE) {
-			size_t room = sizeof h->date - 1 - h->date_octets, part = run < room ? run : room;
-
-			memcpy(h->date + h->date_octets, p, part);
-			h->date_octets += part;
+				mbox_made_feed(&h->made, h->cr ? "\n" : "\r\n", h->cr ? 1 : 2);
+			h->cr = h->cr && lf == NULL;
+			room = run < room ? run : room;
+			memcpy(h->date + h->date_octets, p, room);
+			h->date_octets += room;
 		} else if (h->at == MBOX_AT_ID) {
 			for (size_t i = 0; i < run; i++) {
 				if (is_space(p[i])) {
@@ -425,10 +419,11 @@ struct state {        /* what the index's header says */
  * Mails without a Message-ID and with the same key differ by a number, k. What is known of a key saves
  * walking through all of its mails for each.
  */
+enum made { MADE_LIVE, MADE_GONE, MADE_NEW, MADES }; /* a mail without a UID, live or gone; none */
+
 struct key {
-	uint64_t hash;    /* salted; 0: none */
-	uint32_t next;    /* below this all k are stored, ... */
-	uint32_t free[2]; /* ... below these no mail without a UID is live, or gone */
+	uint64_t hash;        /* salted; 0: none */
+	uint32_t from[MADES]; /* below this no k is of that kind */
 };
 
 struct mbox {
@@ -1143,7 +1138,7 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 static struct key *key_find(struct mbox *m, const uint8_t octets[20], struct err *e)
 {
 	uint64_t hash = sum_step(salted(m, octets), get_number(octets + 16, 4)) | 1;
-	struct key *set, found = { hash, 1, { 1, 1 } };
+	struct key *set, found = { hash, { 1, 1, 1 } };
 	size_t i = 0;
 
 	if (m->keys == NULL && (m->keys = calloc(KEYS_MAX, sizeof *m->keys)) == NULL) {
@@ -1166,48 +1161,41 @@ static void keys_forget(struct mbox *m)
 	m->keys = NULL;
 }
 
-/* The first number that no stored mail with this key has, those that are torn aside, and its ID; 0 is an error. */
-static uint32_t made_next(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, struct err *e)
+/*
+ * Find the first number of this key that is of this kind; only torn mails may have a new one. *id receives
+ * its ID, and *place its ring. Returns the number, 0 if there is none, or -1.
+ */
+static int64_t made_find(struct mbox *m, const uint8_t octets[20], enum made kind, struct mbox_id *id,
+			 uint32_t **place, struct err *e)
 {
 	struct key *key = key_find(m, octets, e);
 	struct record last;
-	uint32_t *place;
 
-	if (key == NULL)
-		return 0;
-	for (;; key->next++) {
-		made_id(id, octets, key->next);
-		if (ring_find(m, id, &place, &last, e) != 0)
-			return 0;
-		if (*place == 0 ||
-		    (rank_of(m, *place - 1) == RANK_TORN && rank_of(m, first_of(m, place)) == RANK_TORN))
-			return key->next;
+	for (; key != NULL; key->from[kind]++) {
+		uint32_t k = key->from[kind];
+		enum rank rank;
+
+		made_id(id, octets, k);
+		if (ring_find(m, id, place, &last, e) != 0)
+			return -1;
+		if (**place == 0)
+			return kind == MADE_NEW ? k : 0;
+		rank = rank_of(m, first_of(m, *place));
+		if (kind == MADE_LIVE   ? rank == RANK_LIVE
+		    : kind == MADE_GONE ? rank == RANK_GONE
+					: rank == RANK_TORN && rank_of(m, **place - 1) == RANK_TORN)
+			return k;
 	}
+	return -1;
 }
 
-/*
- * Find a mail with this key that has no UID: a live one rather than a gone one. *place receives its
- * ring, and *id its ID. Returns its number, 0 if there is none, or -1.
- */
+/* The same for a mail that has no UID: a live one rather than a gone one. */
 static int64_t made_unbound(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, uint32_t **place,
 			    struct err *e)
 {
-	struct key *key = key_find(m, octets, e);
-	struct record last;
+	int64_t k = made_find(m, octets, MADE_LIVE, id, place, e);
 
-	if (key == NULL)
-		return -1;
-	for (int rank = RANK_LIVE; rank <= RANK_GONE; rank++)
-		for (;; key->free[rank]++) {
-			made_id(id, octets, key->free[rank]);
-			if (ring_find(m, id, place, &last, e) != 0)
-				return -1;
-			if (**place == 0)
-				break;
-			if ((int)rank_of(m, first_of(m, *place)) == rank)
-				return key->free[rank];
-		}
-	return 0;
+	return k != 0 ? k : made_find(m, octets, MADE_GONE, id, place, e);
 }
 
 /* ======== reading the mbox: verify, scan ======== */
@@ -1293,25 +1281,25 @@ static int parse_state(const uint8_t *p)
 
 /*
  * Read one message, from the From line that is the reader's piece up to the next one or the end.
- * Fills in *r but for the UID, and *id_header; its kind tells whether it may be torn should it be the last.
+ * Fills in *r but for the UID, and *h; its kind tells whether it may be torn should it be the last.
  * Returns 1 if another message follows, whose From line is the reader's piece then, else 0, or -1.
  */
-static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *id_header, struct err *e)
+static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *h, struct err *e)
 {
 	const size_t field = sizeof status_field - 1;
 	struct mbox *m = reader->m;
-	struct mbox_header made_header;
-	struct mbox_made made;
 	struct sum sum = { 0 };
 	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
+	uint32_t *place;
 	unsigned line = 0;
 	uint64_t wire = 0;
+	uint8_t key[20];
 	int got = 1;
 
 	*r = (struct record){ .offset = reader->next - (off_t)(reader->n - reader->at) -
 					(off_t)reader->octets };
-	mbox_header_init(id_header, NULL);
-	mbox_header_init(&made_header, &made);
+	mbox_header_init(h);
+	h->quoted = true;
 	for (; got > 0; got = reader_next(reader, e)) {
 		const uint8_t *p = reader->piece;
 		size_t quotes = 0;
@@ -1343,10 +1331,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 			wire -= reader->line_start && quotes > 0 && reader->octets - quotes >= 5 &&
 				memcmp(p + quotes, "From ", 5) == 0;
 		}
-		if (!header)
-			continue;
-		mbox_header_feed(&made_header, p, reader->octets);
-		header = !mbox_header_feed(id_header, p, reader->octets);
+		header = header && !mbox_header_feed(h, p, reader->octets);
 	}
 	if (got < 0)
 		return -1;
@@ -1355,18 +1340,12 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 	/* Without the empty line; the original has stripped its mails. */
 	wire -= wire < 2 ? wire : 2;
 	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
-	if (mbox_header_end(id_header, &r->id)) {
-		/* The original gave a made ID to mails whose own it overlooked. */
-		if (nobody && id_header->kind[0] == MBOX_ID_MADE && id_header->fields > 1 &&
-		    id_header->kind[1] == MBOX_ID_OWN)
-			r->id = id_header->id[1];
-	} else {
-		uint8_t key[20];
-
-		mbox_header_end(&made_header, &(struct mbox_id){ 0 });
-		mbox_made_end(&made, key);
-		if (made_next(m, key, &r->id, e) == 0)
+	if (!mbox_header_end(h, &r->id)) {
+		mbox_made_end(&h->made, key);
+		if (made_find(m, key, MADE_NEW, &r->id, &place, e) < 0)
 			return -1;
+	} else if (nobody && h->kind[0] == MBOX_ID_MADE && h->fields > 1 && h->kind[1] == MBOX_ID_OWN) {
+		r->id = h->id[1]; /* the original gave a made ID to mails whose own it overlooked */
 	}
 	return more;
 }
@@ -1965,16 +1944,9 @@ uint32_t mbox_came_back(const struct mbox *m)
 
 /* ======== UIDs and identities ======== */
 
-static bool no_uid_lives(void *context, uint32_t uid)
-{
-	(void)context;
-	(void)uid;
-	return false;
-}
-
 void mbox_forget_uids(struct mbox *m)
 {
-	mbox_drop_uids(m, no_uid_lives, NULL);
+	mbox_drop_uids(m, NULL, NULL);
 	m->records_dirty = true;
 	for (uint32_t i = 0; i < m->now.records; i++)
 		if (m->entries[i].bits & ENTRY_LEFT) {
@@ -1992,7 +1964,7 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 	for (uint32_t at = 0; at < m->known; at++) {
 		uint32_t i = m->order[at];
 
-		if (live(context, m->entries[i].uid)) {
+		if (live != NULL && live(context, m->entries[i].uid)) {
 			m->order[kept++] = i;
 		} else {
 			set_uid(m, i, 0);
@@ -2199,7 +2171,7 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 		m->whole = m->flushed;
 	m->sum = (struct sum){ 0 };
 	m->wire = 0;
-	mbox_header_init(&m->header, NULL);
+	mbox_header_init(&m->header);
 	m->whole_header = true;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
@@ -2232,36 +2204,25 @@ static int insert_made_id(struct mbox *m, struct err *e)
 {
 	char line[sizeof "Message-ID: " + MBOX_MADE_MAX + 1] = "Message-ID: ";
 	struct mbox_id *id = &m->header.id[0];
-	struct mbox_header header;
-	struct mbox_made made;
 	uint32_t *place;
-	uint8_t key[20], *body;
-	off_t at = m->start + BODY_AT;
+	uint8_t key[20];
 	size_t length = strlen(line), got;
 	int64_t k;
 
-	if ((!m->whole_header || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
-		return -1;
-	mbox_header_init(&header, &made);
-	body = m->buffer + m->summed;
-	if (m->whole_header)
-		mbox_header_feed(&header, body, m->buffered - m->summed);
-	for (bool over = m->whole_header; !over && at < m->flushed; at += (off_t)got) {
-		if (read_all(m, m->fd, m->buffer, BUFFER_OCTETS, at, &got, e) != 0)
-			return -1;
-		over = got == 0 || mbox_header_feed(&header, m->buffer, got);
-	}
-	mbox_header_end(&header, id);
-	mbox_made_end(&made, key);
+	mbox_made_end(&m->header.made, key);
 	if ((k = made_unbound(m, key, id, &place, e)) > 0)
 		find_stored(m, place);
 	else if (k == 0)
-		k = made_next(m, key, id, e);
+		k = made_find(m, key, MADE_NEW, id, &place, e);
 	if (k <= 0)
+		return -1;
+	if ((!m->whole_header || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
 		return -1;
 	length += made_text(line + length, key, (uint32_t)k);
 	line[length++] = '\n';
 	if (m->whole_header) {
+		uint8_t *body = m->buffer + m->summed;
+
 		memmove(body + length, body, m->buffered - m->summed);
 		memcpy(body, line, length);
 		m->buffered += length;
@@ -2270,7 +2231,7 @@ static int insert_made_id(struct mbox *m, struct err *e)
 	/* A long header is in the file: move all of it, block by block. What is left goes behind it. */
 	m->sum = (struct sum){ 0 };
 	memcpy(m->buffer, line, length);
-	for (at = m->start + BODY_AT; at < m->flushed; at += (off_t)got) {
+	for (off_t at = m->start + BODY_AT; at < m->flushed; at += (off_t)got) {
 		if (read_all(m, m->fd, m->buffer + length, BUFFER_OCTETS - length, at, &got, e) != 0 ||
 		    write_all(m, m->fd, m->buffer, got, at, e) != 0)
 			return -1;
@@ -2678,9 +2639,9 @@ int mbox_open_read(struct mbox **out, const char *path, struct err *e)
 	}
 	if (form != INDEX_GOOD) {
 		snprintf(m->mended, sizeof m->mended, "the index %s",
-			 m->index < 0        ? "is missing" :
-			 form == INDEX_OLD ? "is of an older version" :
-					     "is damaged");
+			 m->index < 0        ? "is missing"
+			 : form == INDEX_OLD ? "is of an older version"
+					     : "is damaged");
 		m->now = (struct state){ .claim.unseen = UINT32_MAX };
 	}
 	m->written = m->now.records;
@@ -2730,6 +2691,8 @@ void mbox_made_id(struct mbox_id *id, const uint8_t key[20])
 static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
 {
 	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
+	char text[MBOX_MADE_MAX];
+	uint8_t key[20];
 
 	mail->offset = r->offset;
 	mail->octets = r->octets;
@@ -2740,35 +2703,16 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
 	memcpy(mail->name, h->text, n);
 	mail->name[h->fields > 0 ? n : 0] = '\0';
-	mail->base = r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
-}
-
-/* If the mail's ID looks like a made one, find out whether it is: its key is that of the mail's header. */
-static int mail_check_made(struct mbox *m, struct mbox_mail *mail, struct err *e)
-{
-	struct mbox_header header;
-	struct mbox_made made;
-	struct reader reader;
-	uint8_t key[20];
-	char text[MBOX_MADE_MAX];
-	int got;
-
+	mail->base =
+		r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
 	if (!is_made(mail->name, strlen(mail->name)))
-		return 0;
-	mbox_header_init(&header, &made);
-	reader_init(&reader, m, mail->offset + mail->head, mail->offset + mail->octets);
-	while ((got = reader_next(&reader, e)) > 0 && !mbox_header_feed(&header, reader.piece, reader.octets))
-		;
-	if (got < 0)
-		return -1;
-	mbox_header_end(&header, &mail->base);
-	mbox_made_end(&made, key);
+		return;
+	/* It looks like one that was made: it is, if its key is that of the mail's header. */
+	mbox_made_end(&h->made, key);
 	made_text(text, key, 1);
 	mail->made = memcmp(text, mail->name, 41) == 0;
-	mail->base = mail->id;
 	if (mail->made)
 		mbox_made_id(&mail->base, key);
-	return 0;
 }
 
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
@@ -2788,8 +2732,6 @@ int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 	if (scan_mail(&reader, &r, &header, e) < 0)
 		return -1;
 	mail_fill(mail, &r, &header);
-	if (mail_check_made(m, mail, e) != 0)
-		return -1;
 	*at += r.octets;
 	return 1;
 }
@@ -2810,7 +2752,8 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
 		bool lf = p[n - 1] == '\n';
 
 		at += (off_t)n;
-		if ((at == end && reader.line_start && n == 1 && lf) || /* the empty line behind each mail */
+		if ((at == end && reader.line_start && n == 1 &&
+		     lf) || /* the empty line behind each mail */
 		    (first && mail->made && n > 13 && memcmp(p, "Message-ID: ", 12) == 0 &&
 		     is_made((const char *)p + 12, n - 13)))
 			continue;
@@ -2845,12 +2788,14 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
 		}
 		open = !lf;
 		lf = lf && n > 0;
-		if (take(context, p, n - lf) != 0 || (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
+		if (take(context, p, n - lf) != 0 ||
+		    (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
 			return -1;
 	}
 	if (got < 0 || at < end)
 		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
-	if (prefix >= 0 && ((held && take(context, ">", 1) != 0) || take(context, from, (size_t)prefix) != 0))
+	if (prefix >= 0 &&
+	    ((held && take(context, ">", 1) != 0) || take(context, from, (size_t)prefix) != 0))
 		return -1;
 	return open && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0 ? -1 : 0;
 }
@@ -2919,16 +2864,18 @@ static const char *verify_octets(struct mbox *m, const struct record *r, unsigne
 		if (got == 0)
 			return "it is cut off";
 		if (at == 0) {
-			int digits = r->digits > 0 && got >= r->head ? parse_state(m->buffer + r->digits) : 0;
+			int digits = r->digits > 0 && got >= r->head ? parse_state(m->buffer + r->digits)
+								     : 0;
 			char head[BODY_AT];
 
 			if (got < 5 || memcmp(m->buffer, "From ", 5) != 0)
 				wrong = "no From line stands where it begins";
 			else if (got < r->head || (r->digits > 0 && (digits < 0 || r->digits < field ||
-								    memcmp(m->buffer + r->digits - field,
-									   status_field, field) != 0)))
+								     memcmp(m->buffer + r->digits - field,
+									    status_field, field) != 0)))
 				wrong = "its status line is damaged";
-			else if (r->digits == DIGITS_AT) { /* a head of ours: but for the time, it is known */
+			else if (r->digits ==
+				 DIGITS_AT) { /* a head of ours: but for the time, it is known */
 				int64_t when_sec = from_time(m->buffer, FROM_OCTETS);
 
 				head_text(head, when_sec, (unsigned)digits);
