@@ -6927,6 +6927,9 @@ static void sync_close(struct sync *y, bool complete)
 			log_warn("mails left out although they differ from those whose Message-ID they have: %lu; "
 				 "\"keep_duplicates\": true stores them",
 				 (unsigned long)info.different);
+		else if (complete && info.all_different > 0)
+			log_detail("%lu mails are left out that have the Message-ID of another mail",
+				   (unsigned long)info.all_different);
 	}
 	if (sync_is_barred(y) && !y->session->dry) { /* it leaves no archive */
 		mailbox_file(y->box, file);

@@ -384,6 +384,7 @@ enum entry_bits { /* what is kept of a record in memory, below the 22 bits of it
 		  ENTRY_DIRTY = 16,  /* differs from the record on disk */
 		  ENTRY_STATE = 32,  /* five bits: seen, answered, flagged, gone, forwarded */
 		  ENTRY_GONE = ENTRY_STATE * 8,
+		  ENTRY_DIFFERENT = ENTRY_STATE * 4, /* of another name: its size is that of another mail */
 		  ENTRY_KIND = ENTRY_OTHER | ENTRY_SUSPECT | ENTRY_TORN | ENTRY_LEFT,
 		  ENTRY_HASH_SHIFT = 10,
 		  ENTRY_HASH_BITS = 22,
@@ -1935,6 +1936,9 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .exists = true,
 				    .fits = true,
 				    .unbound = m->now.stored - m->now.gone - (m->known - m->now.others) };
+	for (uint32_t i = 0; i < m->now.records; i++)
+		info->all_different += rank_of(m, i) == RANK_NAME_BOUND &&
+				       m->entries[i].bits & ENTRY_DIFFERENT;
 }
 
 uint32_t mbox_came_back(const struct mbox *m)
@@ -1968,7 +1972,10 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 			m->order[kept++] = i;
 		} else {
 			set_uid(m, i, 0);
-			m->entries[i].bits |= m->entries[i].bits & ENTRY_OTHER ? 0 : ENTRY_LEFT;
+			if (m->entries[i].bits & ENTRY_OTHER)
+				m->entries[i].bits &= ~(uint32_t)ENTRY_DIFFERENT;
+			else
+				m->entries[i].bits |= ENTRY_LEFT;
 		}
 	}
 	if (kept == m->known)
@@ -2049,17 +2056,21 @@ static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t si
 static int bind_name(struct mbox *m, uint32_t *place, const struct record *last, uint32_t uid,
 		     uint64_t size, struct err *e)
 {
+	const bool different = !is_of_size(last, size);
 	struct record name = { .uid = uid,
+			       .state = different ? MBOX_FLAGGED : 0, /* as ENTRY_DIFFERENT */
 			       .kind = ENTRY_OTHER | (last->kind & RECORD_SCANNED),
 			       .id = last->id,
 			       .wire = last->wire };
+	uint32_t i = first_of(m, place);
 
-	m->different += !is_of_size(last, size);
+	m->different += different;
 	if (m->how & MBOX_LOOK)
 		return 0;
-	if (rank_of(m, first_of(m, place)) == RANK_NAME)
-		return give_uid(m, place, uid, e);
-	return record_append(m, &name, e);
+	if (rank_of(m, i) != RANK_NAME)
+		return record_append(m, &name, e);
+	m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
+	return give_uid(m, place, uid, e);
 }
 
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)

@@ -786,7 +786,10 @@ static void test_replaced(void)
 		check(info.different == (how == 0 ? 2 : 0), "one is different");
 		m = reopened(m, how);
 		mbox_tally(m, &info);
-		check(info.different == 0, "but once");
+		check(info.different == 0 && info.all_different == (how == 0 ? 2 : 0), "but once");
+		listed(m, "4");
+		mbox_tally(m, &info);
+		check(info.all_different == (how == 0), "one is left");
 		closed(m);
 
 		/* The fetched mail is the same as one that has a UID: another name, unless copies are kept. */
