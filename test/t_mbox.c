@@ -734,6 +734,15 @@ static void test_bind_made(void)
 	check(bound(m, 2, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 1, "the third is back, by its own name");
 	check(mbox_bind_made(m, 3, key, 0, &e) == 1 && m->now.gone == 0, "the second is back");
 	closed(reopened(m, 0));
+	/* A From field with a blank behind its name is quoted as a From line. */
+	mbox_made_init(&made);
+	mbox_made_feed(&made, "From : a@x", 10);
+	mbox_made_end(&made, key);
+	write_file(path, "From x\n>From : a@x\n\nb\n\n", 23);
+	unlink(index_file);
+	m = opened(0);
+	check(mbox_bind_made(m, 1, key, 0, &e) == 1, "a quoted From field");
+	closed(m);
 }
 
 /* Mails of the original with an ID that it overlooked are known by either. */
@@ -790,6 +799,9 @@ static void test_replaced(void)
 		listed(m, "4");
 		mbox_tally(m, &info);
 		check(info.all_different == (how == 0), "one is left");
+		check(bound_size(m, 7, "<a@x>", size1) == 1, "and one that is not different");
+		mbox_tally(m, &info);
+		check(info.all_different == 0, "none is left: %u", info.all_different);
 		closed(m);
 
 		/* The fetched mail is the same as one that has a UID: another name, unless copies are kept. */
