@@ -7880,6 +7880,8 @@ static void worker_over(void *context, struct sync *y)
 	} else {
 		log_detail("nothing new");
 	}
+	if (y->err.code == E_NONE) /* that is progress, also where no mail was new */
+		w->tries = 0;
 	counts_add(&w->slot->counts, c);
 	if (log_to.records && (c->stored + c->gone + c->back + c->failures > 0 || y->err.code != E_NONE))
 		worker_report(y);
