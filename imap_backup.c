@@ -6885,7 +6885,8 @@ static void sync_broken(struct sync *y, const struct command *c)
 		if (uid <= c->ranges[i].high)
 			break;
 	}
-	if (a->careful && low == high && low == a->broken_uid && a->poisons < POISON_MAX) {
+	if (a->careful && low == high && low == a->broken_uid && y->session->mails == 0 &&
+	    a->poisons < POISON_MAX) { /* as the first mail of its connection, too */
 		log_error("the mail with UID %lu breaks the connection again and again: left out in this run",
 			  (unsigned long)low);
 		a->poison[a->poisons++] = low;
@@ -7111,6 +7112,7 @@ static int session_run(struct session *s, struct err *e)
 {
 	struct imap *im = s->im;
 
+	s->mails = s->octets = 0;
 	im->on_uids = on_uids;
 	im->on_literal = on_literal;
 	im->on_octets = on_octets;
