@@ -5098,6 +5098,7 @@ struct mailbox {
 	char *name;     /* on the wire; owned */
 	char delimiter; /* '\0': none */
 	unsigned special; /* bits of special_uses */
+	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
 	bool alike;              /* another one spells the same name differently: see name_file() */
 	bool original_is_shared; /* the Python original put it where it put another one */
@@ -5510,6 +5511,13 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->context = l;
 	im->on_list = on_list;
 	im->on_status = on_status;
+	im->prefix[0] = im->delimiter = '\0';
+	if (im->capabilities & CAP_NAMESPACE) {
+		unsigned tag = imap_send(im, NULL, "NAMESPACE");
+
+		if (im->one_at_a_time)
+			imap_wait(im, tag);
+	}
 	snprintf(items, sizeof items, "(MESSAGES UIDNEXT UIDVALIDITY %s%s)",
 		 im->capabilities & CAP_CONDSTORE ? "HIGHESTMODSEQ" : "UNSEEN",
 		 sizes && im->capabilities & CAP_STATUS_SIZE ? " SIZE" : "");
@@ -5523,6 +5531,9 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	}
 	if (!with_status && im->s.err.code == E_NONE)
 		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""), e);
+	for (uint32_t i = 0; i < l->n; i++)
+		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
+			l->boxes[i].prefix = strlen(im->prefix);
 	mailboxes_select(l);
 	for (uint32_t i = 0; !with_status && i < l->n && im->s.err.code == E_NONE; i++) {
 		if (!l->boxes[i].wanted)
@@ -5544,13 +5555,22 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	return e->code == E_NONE ? 0 : -1;
 }
 
-/* Return true if the STATUS says anything that the archive does not know. What is unknown is news. */
-static bool mailbox_has_news(const struct imap_status *status, const struct mbox_info *info,
-			     bool keep_duplicates)
+/*
+ * What its index keeps of a mailbox for a restore to another server: the special uses, the delimiter, and
+ * how much of the name is the prefix that this server puts before all names.
+ */
+static uint32_t mailbox_traits(const struct mailbox *box)
 {
+	return (uint32_t)box->prefix << 16 | (uint32_t)(uint8_t)box->delimiter << 8 | box->special;
+}
+
+/* Return true if the server says anything that the archive does not know. What is unknown is news. */
+static bool mailbox_has_news(const struct mailbox *box, const struct mbox_info *info, bool keep_duplicates)
+{
+	const struct imap_status *status = &box->status;
 	const struct mbox_claim *claim = &info->claim;
 
-	if (!info->fits || !status->known || status->uidvalidity == 0 || status->uidnext == 0 ||
+	if (!info->fits || !status->known || claim->traits != mailbox_traits(box) || status->uidvalidity == 0 || status->uidnext == 0 ||
 	    status->uidvalidity != claim->uidvalidity || status->uidnext != claim->uidnext ||
 	    status->messages != claim->messages || (keep_duplicates && info->others > 0))
 		return true;
@@ -5704,7 +5724,7 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
-		if (!mailbox_has_news(&box->status, &info, l->config->keep_duplicates)) {
+		if (!mailbox_has_news(box, &info, l->config->keep_duplicates)) {
 			counts->unchanged++;
 			counts->others += info.others;
 			continue;
@@ -6617,7 +6637,8 @@ static enum sync_kind sync_due(struct sync *y)
 			if (!s->dry)
 				mbox_commit(y->m,
 					    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
-								  .unseen = UINT32_MAX },
+								  .unseen = UINT32_MAX,
+								  .traits = y->claim.traits },
 					    &y->err);
 			break;
 		}
@@ -6724,7 +6745,8 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 					.messages = im->exists,
 					.unseen = status->unseen,
 					.highestmodseq = im->highestmodseq,
-					.when_sec = time(NULL) };
+					.when_sec = time(NULL),
+					.traits = mailbox_traits(y->box) };
 	/* A UIDNEXT that went back is a mailbox made anew, or a server restored from its backup. */
 	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity ||
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
@@ -6734,7 +6756,8 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	}
 	if (y->empty && !y->session->dry)
 		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
-							.unseen = UINT32_MAX });
+							.unseen = UINT32_MAX,
+							.traits = y->claim.traits });
 	return 0;
 }
 
@@ -7609,12 +7632,9 @@ static int restore_run(struct restore *r, struct err *e)
 	uint32_t inbox = *mailboxes_find(r->list, BY_NAME, "INBOX");
 	int status;
 
-	r->im->prefix[0] = r->im->delimiter = '\0';
 	r->err = (struct err){ 0 };
 	r->reconnect = r->appending = r->locked = false;
 	r->bads = 0;
-	if (r->im->capabilities & CAP_NAMESPACE)
-		imap_wait(r->im, imap_send(r->im, NULL, "NAMESPACE"));
 	r->delimiter = r->im->delimiter;
 	if (r->delimiter == '\0' && inbox > 0)
 		r->delimiter = r->list->boxes[inbox - 1].delimiter;

@@ -206,6 +206,7 @@ struct mbox_claim {
 	uint32_t unseen;        /* UINT32_MAX: unknown */
 	uint64_t highestmodseq; /* RFC 7162 */
 	int64_t when_sec;       /* of that pass */
+	uint32_t traits;        /* what the mailbox is to its account, in imap_backup.c's words; 0: unknown */
 };
 
 struct mbox_info {

@@ -642,7 +642,7 @@ static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 {
 	const uint32_t numbers[] = {
 		s->writing,           s->records,       s->stored,         s->gone,         s->others,
-		s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen, 0
+		s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen, s->claim.traits
 	};
 
 	for (unsigned i = 0; i < 10; i++)
@@ -656,11 +656,11 @@ static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 
 static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 {
-	uint32_t n[9];
+	uint32_t n[10];
 
 	if (get_number(p + 72, 8) != sum_of(p, 72))
 		return false;
-	for (unsigned i = 0; i < 9; i++)
+	for (unsigned i = 0; i < 10; i++)
 		n[i] = (uint32_t)get_number(p + 4 * i, 4);
 	*s = (struct state){ .writing = n[0] != 0,
 			     .records = n[1],
@@ -673,6 +673,7 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 					.uidnext = n[6],
 					.messages = n[7],
 					.unseen = n[8],
+					.traits = n[9],
 					.highestmodseq = get_number(p + 40, 8),
 					.when_sec = (int64_t)get_number(p + 48, 8) };
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;

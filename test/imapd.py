@@ -115,6 +115,7 @@ class Session:
     segment = 0                  # octets a write to the socket, 0: as many as there are
     cut = None                   # (octets, 'rst', 'fin' or 'silence'): what happens after so many
     lag = 0                      # seconds to wait when nothing is there to be read: counts round trips
+    prefix, delimiter = '', '/'  # of the personal namespace, where NAMESPACE is offered
     status_space = False         # a blank at the end of STATUS answers, as Exchange writes it
 
     def __init__(self, server, sock, number):
@@ -322,6 +323,10 @@ class Session:
 
     def cmd_ID(self, tag, args):
         self.line('* ID (%s %s)' % (self.string('name'), self.string('imapd.py')))
+        self.ok(tag)
+
+    def cmd_NAMESPACE(self, tag, args):
+        self.line('* NAMESPACE ((%s %s)) NIL NIL' % (self.string(self.prefix), self.string(self.delimiter)))
         self.ok(tag)
 
     def cmd_ENABLE(self, tag, args):

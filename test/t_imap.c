@@ -1280,12 +1280,14 @@ static void test_listing(void)
 
 static void test_news(void)
 {
-	static const struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 9, .messages = 3, .unseen = 1 };
+	static const struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 9, .messages = 3, .unseen = 1,
+						 .traits = MBOX_NAME_MAX << 16 | 0xFE << 8 | 1 };
 	static const struct imap_status status = { .known = true, .messages = 3, .uidnext = 9, .uidvalidity = 7,
 						   .unseen = 1 };
 
-	for (int i = 0; i < 14; i++) {
+	for (int i = 0; i < 17; i++) {
 		struct mbox_info info = { .claim = claim, .fits = true, .others = 2 };
+		struct mailbox box = { .delimiter = '\xFE', .special = 1, .prefix = MBOX_NAME_MAX };
 		struct imap_status s = status;
 		bool news = i > 3;
 
@@ -1303,9 +1305,13 @@ static void test_news(void)
 		case 11: s.highestmodseq = 1; break;
 		case 12: info.fits = false; break;
 		case 13: s.uidvalidity++; break;
+		case 14: box.delimiter = '.'; break;
+		case 15: box.special = 2; break;
+		case 16: box.prefix = 0; break;
 		}
-		check(mailbox_has_news(&s, &info, false) == news, "news %d", i);
-		check(mailbox_has_news(&s, &info, true), "news %d with copies left out", i);
+		box.status = s;
+		check(mailbox_has_news(&box, &info, false) == news, "news %d", i);
+		check(mailbox_has_news(&box, &info, true), "news %d with copies left out", i);
 	}
 }
 

@@ -184,12 +184,8 @@ def test_restore_leaves_out_what_is_gone(t):
 class Target(imapd.Session):
     """A server to restore to. refuse: {word of a mail: answer}; the tenth BAD ends the session."""
     capabilities = imapd.FULL + ' NAMESPACE'
-    prefix, delimiter, refuse = '', '/', {}
+    refuse = {}
     bads = 0
-
-    def cmd_NAMESPACE(self, tag, args):
-        self.line('* NAMESPACE (("%s" "%s")) NIL NIL' % (self.prefix, self.delimiter))
-        self.ok(tag)
 
     def cmd_SELECT(self, tag, args):
         self.cmd_EXAMINE(tag, args)
