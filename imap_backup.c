@@ -5787,28 +5787,34 @@ static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, c
 	return length;
 }
 
-/* One archive of an account, and what it is called by its file name. */
+/* One archive of an account, and the mailbox that it is of. */
 struct archive {
 	const struct account *account;
 	char path[PATH_MAX_OCTETS + 300];
-	char text[NAME_OCTETS]; /* the mailbox's name for a person */
-	char name[NAME_OCTETS]; /* on the wire, with '/' as the delimiter */
+	struct mailbox box;     /* its name, delimiter, special uses and prefix: of the index, else of the file name */
+	char name[NAME_OCTETS]; /* that is the box's */
+	char text[NAME_OCTETS]; /* the same for a person */
 	struct mbox *m;
 };
 
-/* The name that name_file() made a file name of, on a wire with this delimiter. */
-static void archive_name(const char *file, char delimiter, char out[NAME_OCTETS])
+/* Say which mailbox the archive is of: what the index keeps, or the name that name_file() made a file's of. */
+static void archive_name(struct archive *a, const char *file)
 {
+	const uint32_t traits = a->m != NULL ? mbox_claimed(a->m)->traits : 0;
 	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
 	char part[NAME_OCTETS];
 
+	a->box = (struct mailbox){ .name = a->name,
+				   .delimiter = traits != 0 ? (char)(traits >> 8 & 0xFF) : '/',
+				   .special = traits & 0xFF,
+				   .prefix = traits >> 16 };
 	for (size_t i = 0; i <= end && length + 2 < NAME_OCTETS; i++) {
 		unsigned octet;
 
 		if (i == end || file[i] == '.') {
-			length += mutf7_encode(out + length, NAME_OCTETS - length - 1, part, n, delimiter);
+			length += mutf7_encode(a->name + length, NAME_OCTETS - length - 1, part, n, '/');
 			if (i < end)
-				out[length++] = delimiter;
+				a->name[length++] = '/';
 			n = 0;
 		} else if (file[i] == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
 			part[n++] = (char)octet;
@@ -5817,7 +5823,10 @@ static void archive_name(const char *file, char delimiter, char out[NAME_OCTETS]
 			part[n++] = file[i];
 		}
 	}
-	out[length] = '\0';
+	a->name[length] = '\0';
+	if (traits != 0)
+		snprintf(a->name, sizeof a->name, "%s", mbox_name(a->m));
+	name_text(a->text, a->name, a->box.delimiter);
 }
 
 static int text_compare(const void *a, const void *b)
@@ -5876,24 +5885,20 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 	if (n > 0)
 		qsort(files, n, sizeof *files, text_compare);
 	for (size_t i = 0; i < n; i++) {
-		struct mailbox box = { .name = a->name, .delimiter = '/' };
 		struct err e = { 0 };
 
 		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
-		archive_name(files[i], '/', a->name);
-		name_text(a->text, a->name, '/');
+		mbox_open_read(&a->m, a->path, &e);
+		archive_name(a, files[i]);
 		free(files[i]);
-		if (o->mailboxes != NULL && !name_matches(o->mailboxes, &box))
-			continue;
-		log_context(account->email, a->text);
-		one = 3;
-		if (mbox_open_read(&a->m, a->path, &e) == 0) {
-			one = take(context, a);
-			mbox_close(a->m, NULL, &e);
-		} else {
-			log_error("%s", e.text);
-			one = e.code == E_LOCKED ? 3 : 1;
+		one = 0;
+		if (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box)) {
+			log_context(account->email, a->text);
+			one = a->m != NULL ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
+			if (a->m == NULL)
+				log_error("%s", e.text);
 		}
+		mbox_close(a->m, NULL, &e);
 		status = status == 1 || one == 0 ? status : one;
 	}
 	free(files);
@@ -7198,7 +7203,7 @@ struct restore {
 		off_t at;
 		char id[129];
 	} sent[IMAP_FLIGHT_MAX];
-	char target[2 * NAME_OCTETS], quoted[IMAP_LINE_MAX];
+	char target[2 * NAME_OCTETS], quoted[2 * MBOX_NAME_MAX + 20];
 	bool try_create, created;
 	bool reconnect; /* so many BADs that another would end the session */
 	bool appending; /* the commands on the wire are APPENDs */
@@ -7515,40 +7520,46 @@ static int restore_create(struct restore *r)
 	return imap_wait(r->im, imap_send(r->im, NULL, "SUBSCRIBE %s", r->quoted)) == NULL ? -1 : 0;
 }
 
-/* What the archive's mailbox is called at the target. */
-static void restore_name(struct restore *r, const struct archive *a)
+/* Append a name's parts to the target's, encoded anew, with the target's delimiter behind each. */
+static void restore_add_name(struct restore *r, const char *name, char delimiter)
 {
-	const char *name = a->name, *file = strrchr(a->path, '/') + 1, *wire = mbox_name(a->m);
-	char text[NAME_OCTETS], part[NAME_OCTETS];
-	size_t length = strlen(file), n = 0;
-	const char *into = r->options->into, *rest;
-	bool raw, hashed = length >= 14 && file[length - 14] == '~' && wire[0] != '\0';
-	char from = '/', d = r->delimiter;
+	char part[NAME_OCTETS];
+	size_t n = strlen(r->target), length;
+	bool raw;
 
-	if (hashed) {
-		name = wire;
-		from = strchr(wire, '/') != NULL ? '/' : '.';
-	}
-	if (r->strip && strncasecmp(name, "INBOX", 5) == 0 && name[5] == from)
-		name += 6;
-	r->target[0] = '\0';
-	if (strcmp(name, "INBOX") != 0 || into != NULL)
-		n = (size_t)snprintf(r->target, sizeof r->target, "%s", r->im->prefix);
-	for (rest = into; rest != NULL && *rest != '\0'; rest += strspn(rest, "/")) {
-		size_t octets = strcspn(rest, "/");
-
-		n += mutf7_encode(r->target + n, NAME_OCTETS - n - 1, rest, octets, d);
-		r->target[n++] = d;
-		rest += octets;
-	}
-	for (rest = name; name_part(&rest, from, part, sizeof part, &length, &raw);) {
-		n += mutf7_encode(r->target + n, sizeof r->target - n - 2, part, length, d);
-		if (rest != NULL && n + 2 < sizeof r->target)
-			r->target[n++] = d;
+	while (n + 20 < sizeof r->target && name_part(&name, delimiter, part, sizeof part, &length, &raw)) {
+		if (length == 0)
+			continue;
+		n += mutf7_encode(r->target + n, sizeof r->target - n - 2, part, length, r->delimiter);
+		r->target[n++] = r->delimiter;
 	}
 	r->target[n] = '\0';
+}
+
+/* Find out where the archive's mails go: the target's mailbox of the same special use, or name. */
+static void restore_name(struct restore *r, const struct archive *a)
+{
+	const char *name = a->name, *into = r->options->into;
+	const struct mailbox *box = r->list->boxes, *end = box + r->list->n;
+	unsigned special = into == NULL ? a->box.special & ~word_bit(special_uses, "\\ALL") : 0;
+	char text[NAME_OCTETS];
+
+	while (box < end && !(box->selectable && box->special & special))
+		box++;
+	name += a->box.prefix > 0 ? a->box.prefix : r->strip && strncmp(a->text, "INBOX/", 6) == 0 ? 6 : 0;
+	r->target[0] = '\0';
+	if (box < end) {
+		strcpy(r->target, box->name);
+	} else {
+		if (strcasecmp(name, "INBOX") != 0 || into != NULL)
+			strcpy(r->target, r->im->prefix);
+		if (into != NULL)
+			restore_add_name(r, into, '/');
+		restore_add_name(r, name, a->box.delimiter);
+		r->target[strlen(r->target) - 1] = '\0';
+	}
 	imap_quote(r->im, r->quoted, sizeof r->quoted, r->target);
-	name_text(text, r->target, d);
+	name_text(text, r->target, r->delimiter);
 	log_info("%s -> %s", a->text, text);
 }
 
@@ -7557,7 +7568,7 @@ static int archive_is_below(void *context, struct archive *a)
 {
 	struct restore *r = context;
 
-	if (strcmp(a->name, "INBOX") != 0 && strncmp(a->name, "INBOX/", 6) != 0)
+	if (strcmp(a->text, "INBOX") != 0 && strncmp(a->text, "INBOX/", 6) != 0)
 		r->strip = false;
 	return 0;
 }
@@ -7577,6 +7588,10 @@ static int archive_restore(void *context, struct archive *a)
 	for (const char *p = a->path; *p != '\0'; p++)
 		r->archive = (r->archive ^ (uint8_t)*p) * UINT64_C(1099511628211);
 	restore_name(r, a);
+	if (strlen(r->target) > MBOX_NAME_MAX) {
+		log_error("there its name would have more than %d octets", MBOX_NAME_MAX);
+		return 1;
+	}
 	listed = *mailboxes_find(r->list, BY_NAME, r->target) > 0;
 	r->created = false;
 	if (!listed && !dry && (got = restore_create(r)) != 0)

@@ -205,7 +205,7 @@ class Target(imapd.Session):
 
     def cmd_APPEND(self, tag, args):
         name, flags, when, size, data = re.match(
-            r'(?s)(\S+) \((.*?)\) "(\d\d-.*?)" \{(\d+)\+?\}\r\n(.*)', args).groups()
+            r'(?s)("[^"]*"|\S+) \((.*?)\) "(\d\d-.*?)" \{(\d+)\+?\}\r\n(.*)', args).groups()
         data = (data.encode('utf-8', 'surrogateescape') + b'\r\n' * 9)[:int(size)]   # they were stripped
         for word, answer in self.refuse.items():
             if word in data:
@@ -217,11 +217,11 @@ class Target(imapd.Session):
         self.ok(tag)
 
 
-def restore_to(t, boxes, status=0, **odd):
+def restore_to(t, boxes, status=0, options=(), **odd):
     with imapd.Server(boxes, session=type('Odd', (Target,), odd)) as server:
         t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
                   'port': server.port, 'ssl': False})
-        got = t.backup('--restore', '--yes', status=status)
+        got = t.backup('--restore', '--yes', *options, status=status)
         faults = [f for f in server.faults if not re.match(
             'a backup must not say: (SELECT|FETCH|CREATE|SUBSCRIBE|APPEND) ', f)]
         assert not faults, faults
@@ -257,3 +257,45 @@ def test_restore_below_a_prefix(t):
         restore_to(t, boxes, prefix='INBOX.', delimiter='.', capabilities=capabilities)
         assert sorted(boxes) == ['INBOX', 'INBOX.A.B_c'], boxes
         assert [m.data for m in boxes['INBOX.A.B_c'].mails] == [m.data for m in held['A/B.c']]
+
+
+def test_restore_to_another_provider(t):
+    """Another prefix and delimiter, other names of what is special, a cut file name; with and without indexes."""
+    name = 'a' * 100 + '.' + 'b' * 100
+    source = {'INBOX': imapd.Mailbox(few(1), delimiter='.')}
+    for i, (box, attributes) in enumerate([('Gesendet', '\\Sent'), ('Entw&APw-rfe', '\\Drafts'), ('Spam', '\\Junk'),
+                                           ('A.B', ''), (name, '')]):
+        source['INBOX.' + box] = imapd.Mailbox(few(2, 's%d' % i), attributes=attributes, delimiter='.')
+    session = type('Source', (Target,), dict(prefix='INBOX.', delimiter='.'))
+    with imapd.Server(source, session=session) as server:
+        account = {'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
+                   'port': server.port, 'ssl': False}
+        t.config(account)
+        t.backup()
+        assert not server.faults, server.faults
+
+    def target():
+        return {'INBOX': imapd.Mailbox(), **{n: imapd.Mailbox(attributes=a) for n, a in [
+            ('Sent Items', '\\Sent'), ('Drafts', '\\Drafts'), ('[Gmail]', '\\Noselect \\Junk'), ('Bulk', '\\Junk')]}}
+
+    boxes = target()
+    restore_to(t, boxes)
+    ids = {n: sorted(archive.own_id(m.data) for m in b.mails) for n, b in boxes.items()}
+    want = {n: sorted(archive.own_id(m.data) for m in b.mails) for n, b in source.items()}
+    pairs = [('INBOX', 'INBOX'), ('Gesendet', 'Sent Items'), ('Entw&APw-rfe', 'Drafts'), ('Spam', 'Bulk'),
+             ('A.B', 'A/B'), (name, name.replace('.', '/'))]
+    for old, new in pairs:
+        assert ids.pop(new) == want[old if old == 'INBOX' else 'INBOX.' + old] != [], (old, new)
+    assert ids == {'[Gmail]': []}, ids
+    boxes = target()
+    restore_to(t, boxes, options=('--into', 'Old'))   # one to one
+    assert len(boxes['Old/Gesendet'].mails) == 2 and not boxes['Sent Items'].mails, boxes
+    boxes = target()
+    restore_to(t, boxes, options=('-m', '\\Sent', '-m', 'b*'))
+    assert {n for n, b in boxes.items() if b.mails} == {'Sent Items', name.replace('.', '/')}, boxes
+    for file in os.listdir(t.archive()):
+        if file.endswith('.index'):
+            os.unlink(os.path.join(t.archive(), file))
+    boxes = target()
+    restore_to(t, boxes)
+    assert len(boxes['Gesendet'].mails) == len(boxes['A/B'].mails) == 2, boxes
