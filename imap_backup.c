@@ -118,6 +118,8 @@ enum {
 	ALERTS_MAX = 8,              /* shown, of one connection */
 	POISON_MAX = 32,             /* mails of one mailbox that break the connection */
 	POISON_ROW = 4,              /* of these one after the other: it is not the mails */
+	SAMPLE_PART = 100,           /* one mail of so many is compared with the server's, ... */
+	SAMPLE_MIN = 20,             /* ... but so many at least, of each mailbox */
 	VAGUE_SEC = 5,               /* where a server is unavailable, but does not say for how long */
 	VAGUE_MAX = 8,               /* single mails one after the other that are so: it is not the mails */
 	SILENT_SEC = 10,             /* without a greeting in the clear, a hint is given */
@@ -5091,6 +5093,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 struct counts {
 	uint64_t mailboxes, unchanged, stored, gone, back, octets, failures;
 	uint64_t others, others_new; /* duplicates left out: in all, and by this run for the first time */
+	uint64_t compared;           /* mails with the server's, octet by octet */
 };
 
 /* One mailbox of an account, as the server lists it. */
@@ -5333,6 +5336,7 @@ struct mailboxes {
 	const struct json *only; /* -m: patterns, or NULL */
 	const char *folder;      /* of the archives */
 	struct imap *im;         /* while it lists */
+	bool all;                /* whatever STATUS says, each is opened */
 	bool folds;              /* the file system takes "a" and "A" for the same name */
 	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
 	uint32_t n, room, todo;
@@ -5724,7 +5728,7 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
-		if (!mailbox_has_news(box, &info, l->config->keep_duplicates)) {
+		if (!l->all && !mailbox_has_news(box, &info, l->config->keep_duplicates)) {
 			counts->unchanged++;
 			counts->others += info.others;
 			continue;
@@ -5891,8 +5895,8 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 		mbox_open_read(&a->m, a->path, &e);
 		archive_name(a, files[i]);
 		free(files[i]);
-		one = 0;
-		if (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box)) {
+		one = stop_due();
+		if (one == 0 && (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box))) {
 			log_context(account->email, a->text);
 			one = a->m != NULL ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
 			if (a->m == NULL)
@@ -5904,6 +5908,23 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 	free(files);
 	free(a);
 	return status;
+}
+
+/* Hand the parent, for --json, a record of a mailbox: its name, its archive's file, and what the format says. */
+PRINTF(3, 4) static void report_box(const char *name, const char *file, const char *format, ...)
+{
+	char json[RECORD_MAX - 8] = "{\"name\":";
+	size_t n = strlen(json);
+	va_list arguments;
+
+	n += json_escape(json + n, 2800, name);
+	n += (size_t)sprintf(json + n, ",\"file\":");
+	n += json_escape(json + n, 700, file);
+	va_start(arguments, format);
+	n += (size_t)vsnprintf(json + n, sizeof json - n - 2, format, arguments);
+	va_end(arguments);
+	strcpy(json + n, "}");
+	report_record('B', json);
 }
 
 /* -- verify -- */
@@ -5923,16 +5944,20 @@ static int archive_verify(void *context, struct archive *a)
 	struct mbox_verified sum;
 	struct err e = { 0 };
 
-	(void)context;
 	if (mbox_verify(a->m, on_finding, NULL, &sum, &e) != 0) {
 		log_error("%s", e.text);
 		return 1;
 	}
+	((struct counts *)context)->failures += sum.damaged;
 	log_visible(visible, sizeof visible, a->text, strlen(a->text));
-	printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
-	       (unsigned long)sum.mails, (unsigned long)sum.gone,
-	       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
-	return sum.damaged > 0;
+	if (!log_to.records)
+		printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
+		       (unsigned long)sum.mails, (unsigned long)sum.gone,
+		       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
+	report_box(a->text, strrchr(a->path, '/') + 1,
+		   ",\"mails\":%lu,\"gone\":%lu,\"octets\":%llu,\"damaged\":%lu", (unsigned long)sum.mails,
+		   (unsigned long)sum.gone, (unsigned long long)sum.octets, (unsigned long)sum.damaged);
+	return 0;
 }
 
 /* -- export -- */
@@ -6008,8 +6033,8 @@ static int archive_export(void *context, struct archive *a)
 	return failed != 0 || e.code != E_NONE;
 }
 
-/* Verify or export. Returns the exit status. */
-static int archives_run(const struct config *c, const struct options *o)
+/* Export. Returns the exit status. */
+static int archives_export(const struct config *c, const struct options *o)
 {
 	struct export x = { .o = o };
 	struct mbox_header header;
@@ -6030,8 +6055,7 @@ static int archives_run(const struct config *c, const struct options *o)
 		for (unsigned i = 0; i < c->n_accounts; i++) {
 			if (!account_is_wanted(o, &c->accounts[i]))
 				continue;
-			one = archives_walk(c, o, &c->accounts[i],
-					    o->mode == RUN_VERIFY ? archive_verify : archive_export, &x);
+			one = archives_walk(c, o, &c->accounts[i], archive_export, &x);
 			status = status == 1 || one == 0 ? status : one;
 		}
 		log_context("", "");
@@ -6101,9 +6125,11 @@ struct attempt {
 
 /* What a FETCH response has brought so far, and how it is taken in. */
 struct incoming {
-	enum { GETS_NOTHING, GETS_ID, GETS_MADE, GETS_MAIL, GOT_MAIL } gets; /* of the literal in hand */
+	enum { GETS_NOTHING, GETS_ID, GETS_MADE, GETS_MAIL, GOT_MAIL, GETS_SAMPLE } gets; /* of the literal in hand */
 	struct mbox_header header; /* GETS_ID */
 	struct mbox_made made;     /* GETS_MADE */
+	br_sha256_context hash;    /* GETS_SAMPLE: of the mail with LF for CRLF, as it is archived ... */
+	uint8_t last;              /* ... and its last octet */
 	struct imap_fetch apart;   /* the last response without a mail: flags and date may come so */
 	struct imap_fetch mail;    /* GOT_MAIL: it is whole, but its INTERNALDATE may yet come */
 	uint32_t told;             /* flags of known mails */
@@ -6121,6 +6147,7 @@ struct sync {
 	uint32_t others;              /* duplicates that were left out when it was opened */
 	bool empty;                   /* the archive was: nothing can be known already */
 	bool rekeyed;                 /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	bool sampled;                 /* what is fetched now is compared with what is stored */
 	bool complete;                /* the listing was: what is not in it has gone */
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
 	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
@@ -6138,6 +6165,7 @@ struct session {
 	struct mailboxes *list; /* for the archives' places */
 	struct imap *im;
 	bool dry;           /* say what would be done */
+	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
 	uint64_t mails, octets; /* that came, to guess the size of a batch */
 	struct sync *first; /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
@@ -6206,7 +6234,7 @@ static bool sync_asked(const struct sync *y, uint32_t uid)
 
 static bool sync_wants(const struct sync *y, uint32_t uid)
 {
-	return uid != 0 && mbox_next_uid(y->m, uid) != uid && sync_asked(y, uid);
+	return uid != 0 && (y->sampled || mbox_next_uid(y->m, uid) != uid) && sync_asked(y, uid);
 }
 
 /* A mail, or its header, has come: the line is not broken by it, nor by those before it. */
@@ -6255,6 +6283,97 @@ static int sync_store(struct sync *y)
 	return stop_due() ? err_set(&y->err, E_STOPPED, "stopped by a signal") : 0;
 }
 
+/* -- comparing with the server -- */
+
+/* Take in octets of a mail that is compared; the CR that may belong to a line end is held back. */
+static void sample_feed(struct incoming *in, const uint8_t *p, size_t n)
+{
+	for (; n > 0; p++, n--) {
+		if (in->last == '\r' && *p != '\n')
+			br_sha256_update(&in->hash, "\r", 1);
+		if (*p != '\r')
+			br_sha256_update(&in->hash, p, 1);
+		in->last = *p;
+	}
+}
+
+/* Return 1 if a stored mail has this hash, 0 if not, or -1 with y->err. */
+static int sample_is(struct sync *y, const struct mbox_mail *mail, const uint8_t theirs[br_sha256_SIZE])
+{
+	uint8_t ours[br_sha256_SIZE];
+	br_sha256_context hash;
+
+	br_sha256_init(&hash);
+	if (mbox_read(y->m, mail, false, take_hash, &hash, &y->err) != 0)
+		return -1;
+	br_sha256_out(&hash, ours);
+	return memcmp(ours, theirs, sizeof ours) == 0;
+}
+
+/* A mail of the sample has come: is it what is stored? */
+static int sample_end(struct sync *y, uint32_t uid)
+{
+	struct incoming *in = &y->in;
+	uint8_t theirs[br_sha256_SIZE];
+	struct mbox_mail mail, twin;
+	off_t at = mbox_place(y->m, uid), next = 0;
+	int same;
+
+	in->gets = GETS_NOTHING;
+	if (!sync_wants(y, uid) || at < 0)
+		return 0;
+	sync_passed(y, uid, true);
+	if (in->last == '\r')
+		br_sha256_update(&in->hash, "\r", 1);
+	if (in->last != '\n')
+		br_sha256_update(&in->hash, "\n", 1);
+	br_sha256_out(&in->hash, theirs);
+	same = mbox_walk(y->m, &at, &mail, &y->err) < 0 ? -1 : sample_is(y, &mail, theirs);
+	/* Nobody knows which is which of mails that no Message-ID tells apart. */
+	while (same == 0 && mail.made && mbox_walk(y->m, &next, &twin, &y->err) > 0)
+		if (memcmp(&twin.base, &mail.base, sizeof twin.base) == 0)
+			same = sample_is(y, &twin, theirs);
+	y->counts.compared++;
+	if (same == 0) {
+		y->counts.failures++;
+		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu", (long long)mail.offset,
+			  mail.name, (unsigned long)uid);
+	}
+	if (stop_due())
+		err_set(&y->err, E_STOPPED, "stopped by a signal");
+	return y->err.code != E_NONE ? -1 : 0;
+}
+
+/*
+ * All that is stored was found at the server by its Message-ID, or is gone; 'want' is what only the server has.
+ * Of that, what the last complete backup should have is damage. Then choose at random what to compare.
+ */
+static int sync_sample(struct sync *y)
+{
+	const uint32_t should = y->claim.uidvalidity == y->old.uidvalidity ? y->old.uidnext : 0;
+	uint32_t left = 0, due, uid;
+
+	set_sort(&y->want);
+	for (uid = 1; (uid = set_next(&y->want, uid)) != 0 && uid < UINT32_MAX; uid++) {
+		y->counts.stored += uid >= should;
+		if (uid < should && sync_add(y, &y->failed, uid) != 0)
+			return -1;
+	}
+	set_clear(&y->want);
+	y->sampled = true;
+	for (uid = 1; (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++)
+		left += mbox_place(y->m, uid) >= 0;
+	due = left / SAMPLE_PART > SAMPLE_MIN ? left / SAMPLE_PART : SAMPLE_MIN;
+	for (uid = 1; due > 0 && (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++) {
+		if (mbox_place(y->m, uid) < 0 || (uint32_t)rand() % left-- >= due)
+			continue;
+		due--;
+		if (sync_add(y, &y->want, uid) != 0)
+			return -1;
+	}
+	return 0;
+}
+
 static int on_literal(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
@@ -6275,6 +6394,10 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		if (mbox_begin(y->m, fetch->has_date ? fetch->date_sec : 0, &y->err) != 0)
 			return -1;
 		y->in.gets = GETS_MAIL;
+	} else if (fetch->octets > 0 && y->sampled) {
+		br_sha256_init(&y->in.hash);
+		y->in.last = '\n';
+		y->in.gets = GETS_SAMPLE;
 	}
 	return y->in.gets != GETS_NOTHING;
 }
@@ -6290,7 +6413,9 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 		y->session->progress(y->session->context, 0, n);
 		return mbox_write(y->m, octets, n, &y->err);
 	}
-	if (y->in.gets == GETS_ID)
+	if (y->in.gets == GETS_SAMPLE)
+		sample_feed(&y->in, octets, n);
+	else if (y->in.gets == GETS_ID)
 		mbox_header_feed(&y->in.header, octets, n);
 	else
 		mbox_made_feed(&y->in.made, octets, n);
@@ -6347,6 +6472,8 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	}
 	if (y->in.gets == GETS_ID || y->in.gets == GETS_MADE)
 		return sync_bind(y, fetch);
+	if (y->in.gets == GETS_SAMPLE)
+		return sample_end(y, fetch->uid);
 	if (y->in.gets == GOT_MAIL) {
 		fetch_merge(&y->in.mail, fetch);
 		if (sync_store(y) != 0)
@@ -6548,7 +6675,7 @@ static int sync_plan(struct sync *y)
 			    sync_add(y, sync_is_poison(y, uid) ? &y->failed : into, uid) != 0)
 				return -1;
 		}
-	if (y->rekeyed && y->old.uidvalidity != 0)
+	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
 		log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
 	y->stage = y->rekeyed ? SYNC_BIND : SYNC_FETCH;
 	return 0;
@@ -6566,8 +6693,9 @@ static void sync_count_failures(struct sync *y)
 	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
 	ranges_text(visible, y->listing.ranges, n);
 	y->counts.failures += set_count(&y->listing);
-	log_error("%llu mails listed that could not be fetched: UID %s%s",
-		  (unsigned long long)set_count(&y->listing), visible, y->listing.n > n ? " ..." : "");
+	log_error("%llu mails listed that %s: UID %s%s", (unsigned long long)set_count(&y->listing),
+		  y->session->compare ? "the last backup should have, and has not" : "could not be fetched",
+		  visible, y->listing.n > n ? " ..." : "");
 }
 
 /* Everything that is listed is stored, known, or failed: mark what has gone. */
@@ -6616,7 +6744,7 @@ static enum sync_kind sync_due(struct sync *y)
 			return KIND_NONE;
 		case SYNC_BIND:
 		case SYNC_FETCH: {
-			bool mails = y->stage == SYNC_FETCH && !s->dry;
+			bool mails = y->stage == SYNC_FETCH && (!s->dry || y->sampled);
 			bool asks = y->ask.n > 0 || y->ask_made.n > 0;
 
 			if (y->attempt.careful && y->pending > 0)
@@ -6633,12 +6761,16 @@ static enum sync_kind sync_due(struct sync *y)
 			if (y->stage == SYNC_FETCH) {
 				y->counts.stored += s->dry ? set_count(&y->want) : 0;
 				set_clear(&y->listing);
+				for (size_t i = 0; s->compare && i < y->failed.n; i++)
+					set_add(&y->listing, y->failed.ranges[i].low, y->failed.ranges[i].high);
 				y->stage = SYNC_RECHECK;
 				break;
 			}
 			/* The new UIDVALIDITY is committed together with all known UIDs. */
 			y->rekeyed = false;
 			y->stage = SYNC_FETCH;
+			if (s->compare)
+				sync_sample(y);
 			if (!s->dry)
 				mbox_commit(y->m,
 					    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
@@ -6952,7 +7084,7 @@ static void sync_close(struct sync *y, bool complete)
 		if (mbox_close(y->m, complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
 			       &closing) != 0)
 			sync_fail(y, &closing);
-		if (complete && info.different > 0)
+		if (complete && info.different > 0 && !y->session->compare)
 			log_warn("mails left out although they differ from those whose Message-ID they have: %lu; "
 				 "\"keep_duplicates\": true stores them",
 				 (unsigned long)info.different);
@@ -6998,9 +7130,15 @@ static int sync_open(struct sync *y)
 	y->others = info.others;
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
-	y->foresee = sync_foresees(y);
+	y->foresee = s->compare ? 0 : sync_foresees(y);
 	y->list_to = UINT32_MAX;
 	y->flags = (struct range){ 1, 0 };
+	y->sampled = false;
+	if (s->compare) {
+		mbox_forget_uids(y->m);
+		y->rekeyed = !y->empty;
+		y->counts = (struct counts){ 0 };
+	}
 	if (y->old.uidvalidity != 0)
 		y->flags.high = mbox_last_uid(y->m);
 	y->stage = SYNC_LIST;
@@ -7761,6 +7899,12 @@ struct worker { /* a process's own */
 	pid_t helpers[CONFIG_PROCESSES_MAX]; /* by their slots; 0: none */
 };
 
+/* Return true if the mode needs neither a server nor a password. */
+static bool run_is_offline(const struct options *o)
+{
+	return (o->mode == RUN_LIST && o->dry) || (o->mode == RUN_VERIFY && !o->online);
+}
+
 /* Memory that is shared with the processes forked later, zeroed. */
 static void *allocate_shared(size_t n)
 {
@@ -7857,32 +8001,26 @@ static void worker_show(struct worker *w)
 		w->slot->hand[w->slot->in_hand++] = name_hash(y->box->name);
 }
 
-/* Begin a record of a mailbox: its name and file, without the closing brace. */
-static void report_box(const struct mailbox *box, char json[RECORD_MAX - 8])
-{
-	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8], name[2800], quoted[600];
-
-	name_text(text, box->name, box->delimiter);
-	mailbox_file(box, file);
-	json_escape(name, sizeof name, text);
-	json_escape(quoted, sizeof quoted, file);
-	snprintf(json, RECORD_MAX - 8, "{\"name\":%s,\"file\":%s", name, quoted);
-}
-
+/* Hand the parent what is known of a mailbox that is over. */
 static void worker_report(const struct sync *y)
 {
 	const struct counts *c = &y->counts;
-	char json[RECORD_MAX - 8];
-	size_t n;
+	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8];
 
-	report_box(y->box, json);
-	n = strlen(json);
-	snprintf(json + n, sizeof json - n,
-		 ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu}",
-		 (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
-		 (unsigned long long)c->others, (unsigned long long)c->octets,
-		 (unsigned long long)c->failures);
-	report_record('B', json);
+	name_text(text, y->box->name, y->box->delimiter);
+	mailbox_file(y->box, file);
+	if (y->session->compare)
+		report_box(text, file,
+			   ",\"new\":%llu,\"left\":%llu,\"compared\":%llu,\"octets\":%llu,\"failures\":%llu",
+			   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->compared,
+			   (unsigned long long)c->octets, (unsigned long long)c->failures);
+	else
+		report_box(text, file,
+			   ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,"
+			   "\"failures\":%llu",
+			   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
+			   (unsigned long long)c->others, (unsigned long long)c->octets,
+			   (unsigned long long)c->failures);
 }
 
 /* Say what failed; but of a full disk, which many processes may meet, once. */
@@ -7910,6 +8048,10 @@ static void worker_over(void *context, struct sync *y)
 	} else if (y->err.code != E_NONE) {
 		worker_complain(w, &y->err);
 		w->board->over = w->board->over || y->err.code == E_FULL;
+	} else if (w->session.compare) {
+		log_info("the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
+			 (unsigned long long)c->stored, (unsigned long long)c->gone,
+			 (unsigned long long)c->compared, (unsigned long long)c->failures);
 	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
 		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
 			 w->session.dry ? "would be fetched" : "new", (unsigned long long)c->gone,
@@ -7920,7 +8062,7 @@ static void worker_over(void *context, struct sync *y)
 	if (y->err.code == E_NONE) /* that is progress, also where no mail was new */
 		w->tries = 0;
 	counts_add(&w->slot->counts, c);
-	if (log_to.records && (c->stored + c->gone + c->back + c->failures > 0 || y->err.code != E_NONE))
+	if (c->stored + c->gone + c->back + c->compared + c->failures > 0 || y->err.code != E_NONE)
 		worker_report(y);
 	w->states[y->box - w->list.boxes] = BOX_OVER;
 	worker_show(w);
@@ -8247,16 +8389,9 @@ static void account_print_list(const struct worker *w)
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
 		if (log_to.records) {
-			char json[RECORD_MAX - 8];
-			size_t at;
-
-			report_box(box, json);
-			at = strlen(json);
-			snprintf(json + at, sizeof json - at,
-				 ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu}",
-				 (unsigned long)box->status.messages, (unsigned long long)box->status.octets,
-				 (unsigned long)info.stored, (unsigned long)info.gone);
-			report_record('B', json);
+			report_box(text, file, ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu",
+				   (unsigned long)box->status.messages, (unsigned long long)box->status.octets,
+				   (unsigned long)info.stored, (unsigned long)info.gone);
 			continue;
 		}
 		list_print(text, &box->status, &info, file);
@@ -8362,6 +8497,7 @@ static int account_list(struct worker *w, struct err *e)
 		counts.mailboxes = mailboxes_select(l);
 		account_print_check(w);
 	} else if (o->mode != RUN_RESTORE) {
+		l->all = o->mode == RUN_VERIFY;
 		mailboxes_plan(l, o->dry || o->mode != RUN_BACKUP, &counts);
 	}
 	if (o->mode == RUN_LIST)
@@ -8369,7 +8505,7 @@ static int account_list(struct worker *w, struct err *e)
 	if (!first) /* it was counted before */
 		counts.mailboxes = counts.unchanged = counts.failures = 0;
 	counts_add(&w->slot->counts, &counts);
-	if (o->mode != RUN_BACKUP)
+	if (o->mode != RUN_BACKUP && o->mode != RUN_VERIFY)
 		l->todo = 0;
 	w->states = allocate_shared((l->todo + 1) * sizeof *w->states);
 	for (uint32_t i = 0; i < l->todo; i++) {
@@ -8567,7 +8703,8 @@ static void account_run(struct run *run, struct board *b)
 	w->session = (struct session){ .config = run->config,
 				       .list = &w->list,
 				       .im = &w->im,
-				       .dry = run->options->dry,
+				       .dry = run->options->dry || run->options->mode == RUN_VERIFY,
+				       .compare = run->options->mode == RUN_VERIFY,
 				       .begin = worker_begin,
 				       .progress = worker_progress,
 				       .over = worker_over,
@@ -8581,8 +8718,16 @@ static void account_run(struct run *run, struct board *b)
 		if (other != account && other->password != NULL)
 			wipe((void *)(uintptr_t)other->password, strlen(other->password));
 	}
-	if (run->options->mode == RUN_LIST && run->options->dry) {
+	if (run->options->mode == RUN_LIST && run->options->dry)
 		account_print_archives(w);
+	if (run->options->mode == RUN_VERIFY) {
+		int status = archives_walk(run->config, run->options, account, archive_verify, &w->slot->counts);
+
+		w->slot->counts.failures += status == 1 && w->slot->counts.failures == 0;
+		b->locked = status == 3;
+		session_speak(&w->session, NULL);
+	}
+	if (run_is_offline(run->options)) {
 		fflush(stdout);
 		_exit(0);
 	}
@@ -9142,7 +9287,7 @@ static int run_prepare(struct run *run)
 		run->n_boards++;
 		b->account = account;
 		if (account->password == NULL && account->password_command == NULL &&
-		    account->oauth == NULL && !(o->mode == RUN_LIST && o->dry))
+		    account->oauth == NULL && !run_is_offline(o))
 			account->password = password_prompt(account->email);
 		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
 		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
@@ -9225,7 +9370,7 @@ static int run_summary(const struct run *run)
 		log_info("%s", line);
 	}
 	if (run->stopping)
-		log_warn("stopped by a signal; what was fetched is kept, the rest is not backed up");
+		log_warn("stopped by a signal; what is done is kept, the rest is not done");
 	return failed ? 1 : locked ? 3 : 0;
 }
 
@@ -9385,14 +9530,10 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 		return 2;
 	if ((status = accounts_check(&config, options)) != 0)
 		return status;
-	if ((options->mode == RUN_VERIFY && !options->online) || options->mode == RUN_EXPORT)
-		return archives_run(&config, options);
+	if (options->mode == RUN_EXPORT)
+		return archives_export(&config, options);
 	if (options->mode == RUN_RESTORE && !options->dry && !options->yes && !restore_confirmed(&config, options))
 		return 1;
-	if (options->mode > RUN_CHECK && options->mode != RUN_RESTORE && options->mode != RUN_AUTHORIZE) {
-		log_error("this is not possible yet");
-		return 2;
-	}
 	if (options->mode == RUN_CHECK)
 		config.retries = 0;
 	run->config = &config;

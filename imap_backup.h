@@ -374,6 +374,9 @@ void mbox_made_id(struct mbox_id *id, const uint8_t key[20]);
 /* The mailbox's name on the wire, or "" if the index does not tell it. */
 const char *mbox_name(const struct mbox *m);
 
+/* Return where the mail with this UID stands in the mbox, or -1; for an archive of mbox_open(), too. */
+off_t mbox_place(struct mbox *m, uint32_t uid);
+
 /* Find the mail at *at, and move *at behind it. Returns 1, 0 at the end, or -1. */
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e);
 

@@ -2066,10 +2066,8 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 	uint32_t i = first_of(m, place);
 
 	m->different += different;
-	if (m->how & MBOX_LOOK)
-		return 0;
 	if (rank_of(m, i) != RANK_NAME)
-		return record_append(m, &name, e);
+		return m->how & MBOX_LOOK ? 0 : record_append(m, &name, e);
 	m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
 	return give_uid(m, place, uid, e);
 }
@@ -2662,6 +2660,16 @@ int mbox_open_read(struct mbox **out, const char *path, struct err *e)
 fail:
 	mbox_close(m, NULL, e);
 	return -1;
+}
+
+off_t mbox_place(struct mbox *m, uint32_t uid)
+{
+	const uint32_t *i = record_by_uid(m, uid);
+	struct record r;
+
+	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER || record_get(m, *i, &r, &(struct err){ 0 }) != 0)
+		return -1;
+	return r.offset;
 }
 
 const char *mbox_name(const struct mbox *m)

@@ -1,5 +1,6 @@
 """What comes back out of an archive: verify, export, restore."""
 import collections
+import json
 import mailbox
 import os
 import random
@@ -125,6 +126,8 @@ def test_restore_round_trip(t):
     held = fill(t, sample.boxes(mails=120))
     t.config()
     t.backup()
+    got = t.backup('--verify', '--online')
+    assert len(re.findall('0 have gone; [1-9].* compared .*, 0 damaged', got.err)) == sum(1 for m in held.values() if m), got.err
     other = t.user + 'b'
     t.config(t.account(username=other))
     got = t.backup('--restore', status=1)
@@ -299,3 +302,43 @@ def test_restore_to_another_provider(t):
     boxes = target()
     restore_to(t, boxes)
     assert len(boxes['Gesendet'].mails) == len(boxes['A/B'].mails) == 2, boxes
+
+
+def test_verify_online(t):
+    """What the server has is compared by Message-IDs, and a sample octet by octet; nothing is written."""
+    mails = few(60) + few(2) + [sample.Mail(d, '', sample.T0) for d in (
+        b'', b'X: y', b'no header\r\n\r\n>From \n\x00\r', b'Subject: s\r\n\r\nFrom x\r\n>', b'Subject: s\r\n\r\n\r\n\r\n')]
+    box = imapd.Mailbox(mails)
+    other = imapd.Mailbox(few(3, 'o'))
+    with imapd.Server({'INBOX': box, 'Other': other}) as server:
+        t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
+                  'port': server.port, 'ssl': False})
+        lost = box.mails.pop(30)
+        t.backup()
+        before = archive.digests(t.dest)
+        got = t.backup('--verify', '--online')
+        assert re.search(r'INBOX: the server has 0 new mails, 0 have gone; (20|19) compared .*, 0 damaged', got.err), got.err
+        assert 'Other: the server has 0 new mails, 0 have gone; 3 compared' in got.err, got.err
+        other.add(few(4, 'o')[3].data)
+        other.expunge(1)
+        got = t.backup('--verify', '--online')
+        assert 'Other: the server has 1 new mails, 1 have gone; 2 compared' in got.err, got.err
+        box.mails.insert(30, lost)
+        got = t.backup('--verify', '--online', status=1)
+        assert 'the last backup should have, and has not: UID 31' in got.err and ', 1 damaged' in got.err, got.err
+        got = json.loads(t.backup('--verify', '--online', '--json', status=1).out)
+        entries = got['accounts'][0]['boxes']
+        assert [e for e in entries if e['name'] == 'Other' and 'compared' in e][0]['new'] == 1, entries
+        assert sum(e.get('failures', 0) for e in entries) == 1 == got['accounts'][0]['failures'], entries
+        assert sum(e.get('mails', 0) for e in entries) == 3 + len(archive.read(t.mbox('INBOX'))), entries
+        assert archive.digests(t.dest) == before
+        assert all('[HEADER' in c.text or 'FETCH' not in c.text or 'PEEK[]' in c.text for c in server.commands)
+        # A copy that rotted before its index was made anew: only the server knows.
+        del box.mails[30]
+        box.mails[20:] = []
+        t.backup()
+        for m in box.mails:   # in what the server shows
+            m.data += b'more\r\n' if m.uid == 5 else b''
+        got = t.backup('--verify', '--online', status=1)
+        assert "it differs from the server's, UID 5" in got.err and got.err.count('damaged:') == 1, got.err
+        assert not server.faults, server.faults
