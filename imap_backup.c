@@ -1641,22 +1641,23 @@ static bool cert_decode(struct cert *c)
 	return c->key != NULL;
 }
 
-/* Write a distinguished name's values for a person, or only its common name. Returns out. */
+/* Write a distinguished name's values for a person, as far as they fit, or only its common name. Returns out. */
 static char *cert_name(struct der name, bool common, char *out, size_t size)
 {
 	struct der set, pair, oid, value;
 	size_t n = 0;
 
+	*out = '\0';
 	while (der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair)) {
 		if (!der_next(&pair, DER_OID, &oid) || !der_next(&pair, 0, &value) ||
 		    (common && !der_same(oid, "\x55\x04\x03", 3)))
 			continue;
-		if (n > 0)
-			n += (size_t)snprintf(out + n, size - n, ", ");
-		for (; value.at < value.end && n + 3 < size; value.at++)
+		for (const char *comma = n > 0 ? ", " : ""; *comma != '\0' && n + 1 < size; comma++)
+			out[n++] = *comma;
+		for (; value.at < value.end && n + 1 < size; value.at++)
 			out[n++] = (char)(*value.at != 0 ? *value.at : '?');
+		out[n] = '\0';
 	}
-	out[n] = '\0';
 	return out;
 }
 

@@ -133,6 +133,21 @@ static bool fills(struct stream *s, char octet)
 	return stream_fill(s) == 0 && *s->at++ == octet && s->at == s->end;
 }
 
+/* A name of so many attributes, of which some do not fit: it is cut, and nothing behind it is written. */
+static void check_name_cut(unsigned attributes)
+{
+	static const uint8_t attribute[] = { 0x31, 11, 0x30, 9, DER_OID, 3, 0x55, 4, 10, 0x0C, 2, 'a', 'b' };
+	uint8_t der[50 * sizeof attribute];
+	char out[22] = "";
+
+	for (unsigned i = 0; i < attributes; i++)
+		memcpy(der + i * sizeof attribute, attribute, sizeof attribute);
+	memset(out + 10, '#', 12);
+	cert_name((struct der){ der, der + attributes * sizeof attribute }, false, out, 10);
+	check(strncmp(out, "ab, ab, ab", 9) == 0 && out[9] == '\0' && out[10] == '#' && out[11] == '#' &&
+	      out[12] == '#', "a name of %u attributes: %.22s", attributes, out);
+}
+
 int main(void)
 {
 	struct account account = { .host = "t.", .pins = 1 };
@@ -142,6 +157,8 @@ int main(void)
 	char text[400];
 	pid_t pid;
 
+	for (unsigned n = 3; n <= 50; n++)
+		check_name_cut(n);
 	clock_sec = time(NULL);
 	br_sha256_init(&hash);
 	br_sha256_update(&hash, certificate, sizeof certificate);
