@@ -67,7 +67,6 @@
 
 #define VERSION "1.0"
 
-
 /*
  * Limits. What a server or a file contains never decides how much memory is taken: it is decided
  * here (and, for the archive, by MBOX_MAILS_MAX).
@@ -2871,8 +2870,8 @@ enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
 
 struct imap_result { /* of a command */
 	enum imap_condition condition;
-	char code[32];       /* the response code's name, upper case, or "" (RFC 5530) */
-	uint64_t numbers[2]; /* that follow it */
+	char code[32];  /* the response code's name, upper case, or "" (RFC 5530) */
+	uint32_t below; /* UIDs below this one were not looked at (MESSAGELIMIT, RFC 9738); or 0 */
 	char text[200];
 };
 
@@ -2930,17 +2929,17 @@ struct imap {
 	const char *secret[3]; /* borrowed during the login: what is sent, in the forms that are */
 	char challenge[200];   /* the text of the last continuation request */
 	bool refused, expired; /* the access token was; and ended the session because it is over */
-	bool over;             /* the response in hand: its line end was consumed too early */
+	uint64_t depth;        /* of lists, in the response in hand: a line end within one may be a blank */
+	bool over;             /* the response in hand has ended within a list: its line end is consumed */
 	bool takes_forwarded;  /* $Forwarded, says PERMANENTFLAGS */
 	char prefix[200], delimiter; /* of the personal namespace (RFC 2342) */
-	uint64_t append_limit; /* octets of a mail (RFC 7889); 0: not told */
-	uint32_t limited_uid; /* the lowest UID that was looked at, as MESSAGELIMIT says (RFC 9738); or 0 */
+	uint64_t append_limit;       /* octets of a mail (RFC 7889); 0: not told */
+	uint32_t below;              /* as in the result of the next command that is answered */
 
-	void *wire;      /* the owner of the last EXAMINE that was sent */
-	bool selected;   /* a mailbox is; then, as EXAMINE and what came since said: */
-	uint32_t exists; /* UINT32_MAX: unknown */
-	uint32_t uidvalidity, uidnext;
-	uint64_t highestmodseq;
+	void *wire;             /* the owner of the last EXAMINE that was sent */
+	bool selected;          /* a mailbox is; then, as EXAMINE and what came since said: */
+	uint32_t exists;        /* UINT32_MAX: unknown */
+	struct imap_status box; /* UIDVALIDITY, UIDNEXT, HIGHESTMODSEQ */
 
 	/* For the callbacks; each returns -1 to give up the connection. With EXAMINE, its owner. */
 	void *context;
@@ -2963,9 +2962,26 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
 /* -- reading tokens -- */
 
 /*
- * Blanks are passed over in front of every token, wherever they stand and however many there are. A
- * carriage return is one, so that a bare line feed ends a line as well.
+ * What servers get wrong is forgiven here, for all responses alike. Blanks are passed over in front of every
+ * token, wherever they stand and however many there are; a carriage return is one, so that a bare line feed
+ * ends a line as well. In a list (im->depth) a line end is one too, if more of the list follows: some servers
+ * send an empty line behind a literal. What a word is made of depends on where it stands. Errors stick: after
+ * one there are no more octets, so that whoever reads asks only at the end.
  */
+enum { BLANK = 1, ENDS_KEYWORD = 2, ENDS_NAME = 4, ENDS_ATOM = 8, ENDS_TEXT = 16 };
+static const uint8_t octet_class[256] = {
+	[' '] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
+	['\t'] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
+	['\r'] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
+	['\n'] = ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM | ENDS_TEXT,
+	[')'] = ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
+	['('] = ENDS_NAME | ENDS_ATOM,
+	['['] = ENDS_ATOM, /* "BODY[", "[UIDNEXT 5]" */
+	[']'] = ENDS_ATOM,
+	['{'] = ENDS_ATOM,
+	['"'] = ENDS_ATOM,
+	[','] = ENDS_ATOM, /* between UIDs */
+};
 
 /* Count octets that nobody may have asked for. Whoever finds an answer of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
@@ -2983,18 +2999,22 @@ static void imap_useful(struct imap *im, uint64_t octets)
 	im->noise -= octets < im->noise ? octets : im->noise;
 }
 
-/* Make at least one octet available. */
-static int imap_fill(struct imap *im)
+/* A callback has returned this: an error of the line wins, else the callback's is in its own hands. */
+static void imap_called(struct imap *im, int result)
 {
-	if (im->s.at < im->s.end)
-		return 0;
-	return stream_fill(&im->s) != 0 ? -1 : imap_noise(im, (uint64_t)(im->s.end - im->s.at));
+	if (result < 0)
+		stream_fail(&im->s, E_NET, "the connection was given up within an answer");
 }
 
-/* Return the next octet without consuming it; -1 at an error. */
+/* Return the next octet without consuming it; -1 if there is none any more. */
 static int imap_peek(struct imap *im)
 {
-	return im->s.at < im->s.end || imap_fill(im) == 0 ? *im->s.at : -1;
+	if (im->s.err.code != E_NONE)
+		return -1;
+	if (im->s.at == im->s.end &&
+	    (stream_fill(&im->s) != 0 || imap_noise(im, (uint64_t)(im->s.end - im->s.at)) != 0))
+		return -1;
+	return *im->s.at;
 }
 
 /* Consume the octet that imap_peek() has shown. */
@@ -3006,19 +3026,23 @@ static void imap_next(struct imap *im)
 		im->line[im->line_octets++] = (char)c;
 }
 
-static bool imap_is_blank(int c)
-{
-	return c == ' ' || c == '\t' || c == '\r';
-}
-
-/* Return the first octet of the next token, or the line feed, without consuming it; -1 at an error. */
+/*
+ * Return the first octet of the next token, or the line feed that ends the response, without consuming it;
+ * -1 at an error. Where the line ends within a list, what the next one begins with tells if it goes on.
+ */
 static int imap_blanks(struct imap *im)
 {
-	int c;
+	bool line_end = false;
+	int c = '\n';
 
-	while (imap_is_blank(c = imap_peek(im)))
+	if (im->over)
+		return c;
+	while ((c = imap_peek(im)) >= 0 && (octet_class[c] & BLANK || (c == '\n' && im->depth > 0))) {
+		line_end = line_end || c == '\n';
 		imap_next(im);
-	return c;
+	}
+	im->over = line_end && c >= 0 && strchr("*+Aa", c) != NULL;
+	return im->over ? '\n' : c;
 }
 
 /* Consume the octet c if the next token begins with it. */
@@ -3030,116 +3054,107 @@ static bool imap_is(struct imap *im, int c)
 	return true;
 }
 
-/*
- * Read an atom, or with 'keyword' all up to a blank or a closing parenthesis, whatever octets it is made
- * of; upper case; what is too long is read but cut. Returns its length. Brackets end an atom:
- * "BODY[", "[UIDNEXT 5]".
- */
-static size_t imap_word(struct imap *im, char out[IMAP_ATOM_MAX], bool keyword)
+/* Return true at the end of a response, or at an error. */
+static bool imap_at_end(struct imap *im)
 {
+	int c = imap_blanks(im);
+
+	return c == '\n' || c < 0;
+}
+
+/*
+ * Read up to an octet that ends such words, atoms and keywords in upper case. What is too long is read, but
+ * cut at size - 1; it is closed with NUL. Returns the length that it really has.
+ */
+static size_t imap_word(struct imap *im, unsigned ends, char *out, size_t size)
+{
+	bool upper = (ends & (ENDS_ATOM | ENDS_KEYWORD)) != 0;
 	size_t n = 0;
 
-	for (int c = imap_blanks(im);
-	     c >= 0 && c != '\n' && c != ')' && !imap_is_blank(c) &&
-	     (keyword || (c != '(' && c != '{' && c != '"' && c != '[' && c != ']'));
-	     c = imap_peek(im)) {
+	for (int c = imap_blanks(im); c >= 0 && !(octet_class[c] & ends); c = imap_peek(im), n++) {
 		imap_next(im);
-		if (n < IMAP_ATOM_MAX - 1)
-			out[n++] = (char)(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+		if (n < size - 1)
+			out[n] = (char)(upper && c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
 	}
-	out[n] = '\0';
+	out[n < size - 1 ? n : size - 1] = '\0';
 	return n;
 }
 
 static size_t imap_atom(struct imap *im, char out[IMAP_ATOM_MAX])
 {
-	return imap_word(im, out, false);
+	return imap_word(im, ENDS_ATOM, out, IMAP_ATOM_MAX);
 }
 
-/* A number; one that is none (mail.ru prints 9.37e+06, Zoho -1) or does not fit counts as 0, "unknown". */
-static uint64_t imap_number(struct imap *im)
+/* Read a number; one that is none (mail.ru prints 9.37e+06, Zoho -1) or exceeds 'most' is 0, "unknown". */
+static uint64_t imap_number(struct imap *im, uint64_t most)
 {
-	char text[IMAP_ATOM_MAX];
-	uint64_t number = 0;
-	const char *p;
+	char text[IMAP_ATOM_MAX], *end;
+	uint64_t number;
 
 	imap_atom(im, text);
-	for (p = text; *p >= '0' && *p <= '9' && number <= (UINT64_MAX >> 1) / 10; p++)
-		number = number * 10 + (uint64_t)(*p - '0');
-	return *p == '\0' ? number : 0;
-}
-
-static uint32_t imap_number32(struct imap *im)
-{
-	uint64_t number = imap_number(im);
-
-	return number <= UINT32_MAX ? (uint32_t)number : 0;
+	number = strtoumax(text, &end, 10);
+	return isdigit((unsigned char)text[0]) && *end == '\0' && number <= most ? number : 0;
 }
 
 /*
- * Read "{n}" or "{n+}" with the line end behind it, the length of a literal; the next octet is '{'.
- * Returns 1; 0 if there is no literal but something that begins like one, which then is passed over;
- * -1 at an error.
+ * Read "{n}" or "{n+}" with the line end behind it, the length of a literal; the next octet is '{'. Returns
+ * false if there is none, but something that begins like one: that is passed over.
  */
-static int imap_literal(struct imap *im, uint64_t *octets)
+static bool imap_literal(struct imap *im, uint64_t *octets)
 {
 	char text[IMAP_ATOM_MAX], *end;
+	int c;
 
 	imap_next(im);
 	imap_atom(im, text);
+	for (c = imap_peek(im); c >= 0 && octet_class[c] & BLANK; c = imap_peek(im))
+		imap_next(im);
 	*octets = strtoumax(text, &end, 10);
-	if (text[0] < '0' || text[0] > '9' || (strcmp(end, "+}") != 0 && strcmp(end, "}") != 0) ||
-	    !imap_is(im, '\n')) {
+	if (!isdigit((unsigned char)text[0]) || (strcmp(end, "+}") != 0 && strcmp(end, "}") != 0) ||
+	    c != '\n') {
 		*octets = 0;
-		return im->s.err.code != E_NONE ? -1 : 0;
+		return false;
 	}
-	if (*octets <= UINT32_MAX)
-		return 1;
-	return stream_fail(&im->s, E_PROTO,
-			   "the server announces a literal of %.*s octets; more than 4294967295 is no mail",
-			   (int)(end - text), text);
+	imap_next(im);
+	if (*octets > UINT32_MAX)
+		stream_fail(&im->s, E_PROTO,
+			    "the server announces a literal of %.*s octets; no mail has more "
+			    "than 4294967295",
+			    (int)(end - text), text);
+	return true;
 }
 
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
-static int imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
+static void imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
-	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
-		return imap_noise(im, octets);
-	while (octets > 0) {
-		size_t n;
+	while (octets > 0 && imap_peek(im) >= 0) {
+		size_t n = (size_t)(im->s.end - im->s.at);
 
-		if (imap_fill(im) != 0)
-			return -1;
-		n = (size_t)(im->s.end - im->s.at);
 		n = n < octets ? n : (size_t)octets;
-		if (fetch != NULL && im->on_octets(im->context, fetch, im->s.at, n) != 0)
-			return -1;
-		if (fetch != NULL)
+		if (fetch != NULL) {
+			imap_called(im, im->on_octets(im->context, fetch, im->s.at, n));
 			imap_useful(im, n);
+		}
 		im->s.at += n;
 		octets -= n;
 	}
-	return 0;
 }
 
-/*
- * Read a string in any form (atom, quoted, literal) into out, cut at size - 1 and closed with NUL.
- * Returns the length it really has, -1 at an error.
- */
-static int64_t imap_string(struct imap *im, char *out, size_t size)
+/* Read a string in any form (word, quoted, literal) into out, as imap_word() does. */
+static uint64_t imap_string(struct imap *im, char *out, size_t size)
 {
 	uint64_t n = 0, octets = 0;
 	int c = imap_blanks(im);
-	bool quoted = c == '"', literal = c == '{';
+	bool quoted = c == '"';
 
-	if (literal && imap_literal(im, &octets) < 0)
-		return -1;
+	if (!quoted && c != '{')
+		return imap_word(im, ENDS_NAME, out, size);
 	if (quoted)
 		imap_next(im);
-	for (; !literal || n < octets; n++) {
-		if ((c = imap_peek(im)) < 0)
-			return -1;
-		if (!literal && (c == '\r' || c == '\n' || (!quoted && (c == ' ' || c == '(' || c == ')'))))
+	else
+		imap_literal(im, &octets);
+	for (; (quoted || n < octets) && (c = imap_peek(im)) >= 0; n++) {
+		if (quoted && (c == '\r' || c == '\n')) /* it is not closed */
 			break;
 		imap_next(im);
 		if (quoted && c == '"')
@@ -3150,52 +3165,43 @@ static int64_t imap_string(struct imap *im, char *out, size_t size)
 			out[n] = (char)c;
 	}
 	out[n < size - 1 ? n : size - 1] = '\0';
-	return (int64_t)n;
+	return n;
 }
 
-/* Pass over one octet, or over a literal with all that is in it. */
-static int imap_pass(struct imap *im)
+/* Pass over an octet, or a string with all that is in it. */
+static void imap_pass(struct imap *im)
 {
+	char ignored[8];
 	uint64_t octets;
-	int c = imap_peek(im), literal;
+	int c = imap_peek(im);
 
-	if (c == '{') {
-		literal = imap_literal(im, &octets);
-		return literal > 0 ? imap_pour(im, octets, NULL) : literal;
-	}
-	if (c >= 0)
+	if (c == '"')
+		imap_string(im, ignored, sizeof ignored);
+	else if (c == '{' && imap_literal(im, &octets))
+		imap_pour(im, octets, NULL);
+	else if (c >= 0 && c != '{')
 		imap_next(im);
-	return c < 0 ? -1 : 0;
 }
 
 /*
- * Pass over a string, or a list with all that is in it, if one comes next. An atom is no value to us, but
- * the next word: it may as well be one, where a list has been closed too early.
+ * Read the next word of a list, upper case; what is no word, and lists within it, are passed over. Returns
+ * false behind the parenthesis that closes the list, and at the end of the response.
  */
-static int imap_skip(struct imap *im)
+static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
 {
-	uint64_t depth = 0;
+	int c;
 
-	do {
-		char ignored[8];
-		int c = imap_blanks(im);
-
-		if (c == '\n' || (depth == 0 && c != '(' && c != '"' && c != '{'))
-			return 0;
-		depth += c == '(';
-		depth -= c == ')';
-		if (c == '"' ? imap_string(im, ignored, sizeof ignored) < 0 : imap_pass(im) != 0)
-			return -1;
-	} while (depth > 0);
-	return 0;
-}
-
-/* Return true at the end of a response, or at an error. */
-static bool imap_at_end(struct imap *im)
-{
-	int c = im->over ? '\n' : imap_blanks(im);
-
-	return c == '\n' || c < 0;
+	while (!imap_at_end(im)) {
+		if (im->depth <= 1 && imap_atom(im, word) > 0)
+			return true;
+		c = imap_blanks(im);
+		im->depth += c == '(';
+		im->depth -= c == ')' && im->depth > 0;
+		imap_pass(im);
+		if (c == ')' && im->depth == 0)
+			return false;
+	}
+	return false;
 }
 
 /* Overwrite what a server echoes of the login, in any case of letters, also where the text cuts it. */
@@ -3214,16 +3220,16 @@ static void imap_scrub(const struct imap *im, char *text)
 		}
 }
 
-/* Pass over what is left of a response, literals included. */
-static int imap_line_end(struct imap *im)
+/* Pass over what is left of a response. */
+static void imap_line_end(struct imap *im)
 {
 	char visible[sizeof im->line + 100];
 
+	im->depth = 0;
 	while (!imap_at_end(im))
-		if (imap_pass(im) != 0)
-			return -1;
-	if (!im->over && !imap_is(im, '\n'))
-		return -1;
+		imap_pass(im);
+	if (!im->over)
+		imap_is(im, '\n');
 	if (im->trace && im->line_octets > 0) {
 		im->line[im->line_octets] = '\0';
 		imap_scrub(im, im->line);
@@ -3231,31 +3237,11 @@ static int imap_line_end(struct imap *im)
 		log_write(LOG_TRACE, "S: %s", visible);
 	}
 	im->line_octets = 0;
-	return 0;
-}
-
-/*
- * Read the next word of a list in parentheses, upper case. Returns false behind the closing one, at an
- * error, and where the response is over without one: a line end is passed over in front of more of
- * the list only (some servers send an empty line behind a literal).
- */
-static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
-{
-	while (imap_atom(im, word) == 0 && !imap_is(im, ')')) {
-		bool line_end = imap_peek(im) == '\n';
-
-		if (imap_pass(im) != 0)
-			return false;
-		im->over = line_end && strchr("*+Aa", imap_blanks(im)) != NULL;
-		if (im->over)
-			return false;
-	}
-	return *word != '\0';
 }
 
 /* -- reading responses -- */
 
-static int imap_capabilities(struct imap *im)
+static void imap_capabilities(struct imap *im)
 {
 	static const char words
 		[] = "STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID "
@@ -3276,67 +3262,61 @@ static int imap_capabilities(struct imap *im)
 	/* A server of both speaks IMAP4rev1 until the other is enabled, and says itself what it can. */
 	if ((im->capabilities & (CAP_REV1 | CAP_REV2)) == CAP_REV2)
 		im->capabilities |= CAP_IN_REV2;
-	return im->s.err.code != E_NONE ? -1 : 0;
+}
+
+static const char status_words[] = "MESSAGES UIDNEXT UIDVALIDITY UNSEEN HIGHESTMODSEQ SIZE";
+
+/* Note what the server tells under one of these words, in STATUS or in a response code. */
+static void status_note(struct imap_status *s, const char *word, uint64_t number)
+{
+	uint32_t *const small[] = { &s->messages, &s->uidnext, &s->uidvalidity, &s->unseen };
+	int place = word_place(status_words, word);
+
+	if (place >= 4)
+		*(place == 4 ? &s->highestmodseq : &s->octets) = number;
+	else if (place >= 0)
+		*small[place] = number <= UINT32_MAX ? (uint32_t)number : 0;
 }
 
 /* Read the text behind OK, NO, BAD, BYE, "[CODE numbers] words", and take in what the code tells. */
-static int imap_text(struct imap *im, struct imap_result *result)
+static void imap_text(struct imap *im, struct imap_result *result)
 {
-	size_t n = 0;
+	uint64_t numbers[2] = { 0, 0 };
 	char word[IMAP_ATOM_MAX];
-	uint32_t number;
+	unsigned n = 0;
 	int c;
 
 	result->code[0] = '\0';
-	result->numbers[0] = result->numbers[1] = 0;
 	if (imap_is(im, '[')) {
-		bool list = false; /* its brackets count for nothing: "[PERMANENTFLAGS (a] \*)] words" */
-		char flags[300] = "";
-		size_t n_flags = 0;
-		int last = 0;
-
 		imap_atom(im, word);
 		snprintf(result->code, sizeof result->code, "%.31s", word);
-		if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
-			return -1;
-		for (int i = 0; i < 2 && (c = imap_blanks(im)) >= '0' && c <= '9'; i++)
-			result->numbers[i] = imap_number(im);
-		for (; (c = imap_blanks(im)) != '\n' && (c != ']' || (list && last != ')')); last = c) {
-			list = list || c == '(';
-			if (n_flags < sizeof flags - 1)
-				flags[n_flags++] = (char)tolower(c);
-			if (c == '"' ? imap_string(im, word, sizeof word) < 0 : imap_pass(im) != 0)
-				return -1;
-		}
+		if (strcmp(word, "CAPABILITY") == 0)
+			imap_capabilities(im);
+		while (!imap_at_end(im) && (c = imap_blanks(im)) != ']')
+			if (isdigit(c) && n < 2)
+				numbers[n++] = imap_number(im, INT64_MAX);
+			else if (c != '(' || strcmp(result->code, "PERMANENTFLAGS") != 0)
+				imap_pass(im);
+			else /* "(a] \*)": brackets in it count for nothing */
+				while (imap_is(im, '(') ||
+				       imap_word(im, ENDS_KEYWORD, word, sizeof word) > 0)
+					im->takes_forwarded |= word_place("$Forwarded \\*", word) >= 0;
 		imap_is(im, ']');
-		if (strcmp(result->code, "PERMANENTFLAGS") == 0)
-			im->takes_forwarded = strstr(flags, "$forwarded") != NULL ||
-					      strstr(flags, "\\*") != NULL;
 	}
-	for (c = imap_blanks(im); c >= 0 && c != '\n'; c = imap_peek(im)) {
-		if (n < sizeof result->text - 1 && c != '\r')
-			result->text[n++] = (char)c;
-		imap_next(im);
-	}
-	result->text[n] = '\0';
+	imap_word(im, ENDS_TEXT, result->text, sizeof result->text);
+	result->text[strcspn(result->text, "\r")] = '\0';
 	imap_scrub(im, result->text);
 	imap_scrub(im, result->code);
+	status_note(&im->box, result->code, numbers[0]);
+	if (strcmp(result->code, "MESSAGELIMIT") == 0 && numbers[1] > 1 && numbers[1] <= UINT32_MAX)
+		im->below = (uint32_t)numbers[1];
+	if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
+		log_info("the server says: %s", result->text);
 	if (strstr(result->text, "AccessTokenExpired") != NULL && im->secret[0] == NULL) { /* Exchange */
 		im->expired = true;
-		return stream_fail(&im->s, E_NET, "the session ended: its access token has expired");
+		stream_fail(&im->s, E_NET, "the session ended: its access token has expired");
 	}
-	number = result->numbers[0] <= UINT32_MAX ? (uint32_t)result->numbers[0] : 0;
-	if (strcmp(result->code, "UIDVALIDITY") == 0)
-		im->uidvalidity = number;
-	else if (strcmp(result->code, "UIDNEXT") == 0)
-		im->uidnext = number;
-	else if (strcmp(result->code, "HIGHESTMODSEQ") == 0)
-		im->highestmodseq = result->numbers[0];
-	else if (strcmp(result->code, "MESSAGELIMIT") == 0)
-		im->limited_uid = result->numbers[1] <= UINT32_MAX ? (uint32_t)result->numbers[1] : 0;
-	else if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
-		log_info("the server says: %s", result->text);
-	return imap_line_end(im);
+	imap_line_end(im);
 }
 
 /*
@@ -3345,10 +3325,8 @@ static int imap_text(struct imap *im, struct imap_result *result)
  */
 static unsigned imap_wait_asked(const struct imap_result *result)
 {
-	static const char *const words[] = { "Too many simultaneous",
+	static const char *const words[] = { "Too many ",
 					     "Maximum number of connections",
-					     "Too many open connections",
-					     "Too many login",
 					     "Rate limit",
 					     "is throttled",
 					     "exceeded command or bandwidth",
@@ -3372,59 +3350,47 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 	return 0;
 }
 
-static const char date_gaps[] = ",:- \t\r\n";
-
-/* Read the next number of a date, of up to 'most' digits; -1 if there is none. */
-static long date_number(const char **p, int most)
-{
-	long number;
-
-	*p += strspn(*p, date_gaps);
-	number = isdigit((unsigned char)**p) ? 0 : -1;
-	for (; most > 0 && isdigit((unsigned char)**p); most--, (*p)++)
-		number = number * 10 + (**p - '0');
-	return number;
-}
-
 /*
  * Read a date: "17-Jul-1996 02:44:25 -0700" (INTERNALDATE, RFC 3501 9) or "Wed, 17 Jul 96 02:44 PDT"
  * (RFC 5322 3.3 and 4.3, without comments in it). False if there is no such time.
  */
 static bool parse_date(const char *text, int64_t *sec)
 {
-	static const char zones[] = "ECMP";
-	const char *p = text + strspn(text, date_gaps), *name;
-	long day, year, hour, minute, second, zone = 0, sign;
+	int day, year, hour, minute, second = 0, zone = 0, sign = 1, n = 0, place;
+	char date[64], name[16], *p = date;
 	unsigned month;
 
+	snprintf(date, sizeof date, "%s", text);
+	for (; *p != '\0' && *p != ':'; p++) /* what stands between the parts does not matter */
+		if (strchr(",-\t\r\n", *p) != NULL)
+			*p = ' ';
+	p = date + strspn(date, " ");
 	if (isalpha((unsigned char)*p)) /* the day of the week */
-		p += strcspn(p, date_gaps);
-	day = date_number(&p, 2);
-	p += strspn(p, date_gaps);
-	month = month_of(p);
-	p += strcspn(p, date_gaps);
-	year = date_number(&p, 4);
-	year += year >= 1000 || year < 0 ? 0 : year < 50 ? 2000 : 1900;
-	hour = date_number(&p, 2);
-	minute = date_number(&p, 2);
-	second = *p == ':' ? date_number(&p, 2) : 0;
+		p += strcspn(p, " ");
+	if (sscanf(p, "%2d %15[A-Za-z] %4d %2d:%2d%n", &day, name, &year, &hour, &minute, &n) < 5)
+		return false;
+	p += n;
+	if (*p == ':' && sscanf(p, ":%2d%n", &second, &n) < 1)
+		return false;
+	p += *p == ':' ? n : 0;
 	p += strspn(p, " \t\r\n");
-	sign = *p == '-' ? -1 : 1;
 	if (*p == '-' || *p == '+') {
-		p++;
-		zone = date_number(&p, 4);
-	} else if (*p != '\0' && (name = strchr(zones, *p)) != NULL && (p[1] == 'S' || p[1] == 'D') &&
-		   p[2] == 'T') {
-		sign = -1; /* EST is -0500, PDT -0700; other names tell nothing and count as UTC */
-		zone = 100 * (5 + (name - zones) - (p[1] == 'D'));
+		sign = *p == '-' ? -1 : 1;
+		if (sscanf(p + 1, "%4d", &zone) < 1)
+			return false;
+	} else if (sscanf(p, "%3[A-Za-z]", date) == 1 &&
+		   (place = word_place("EDT EST CDT CST MDT MST PDT PST", date)) >= 0) {
+		sign = -1; /* other names tell nothing, and count as UTC */
+		zone = 100 * (4 + (place + 1) / 2);
 	}
+	month = month_of(name);
+	year += year >= 1000 ? 0 : year < 50 ? 2000 : 1900;
 	if (month == 0 || day < 1 || year < 1900 || hour < 0 || hour > 23 || minute < 0 || minute > 59 ||
 	    second < 0 || second > 60 || zone < 0 || zone > 1400 || zone % 100 > 59 ||
-	    days_of(year, month, (unsigned)day) >= days_of(year + month / 12, month % 12 + 1, 1))
+	    days_of(year, month, (unsigned)day) >= days_of(year + (month == 12), month % 12 + 1, 1))
 		return false;
-	zone = zone / 100 * 3600 + zone % 100 * 60;
 	*sec = days_of(year, month, (unsigned)day) * 86400 + hour * 3600 + minute * 60 + second -
-	       sign * zone;
+	       sign * (zone / 100 * 3600 + zone % 100 * 60);
 	return true;
 }
 
@@ -3439,306 +3405,268 @@ static unsigned imap_flag(const char *word)
 /* Read what stands in the brackets of BODY[...]: which literal is this? */
 static enum imap_section imap_section(struct imap *im)
 {
-	char text[200];
+	char text[200] = "";
 	uint64_t ignored;
 	size_t n = 0;
-	int c;
 
-	while ((c = imap_blanks(im)) >= 0 && c != '\n' && c != ']')
+	while (!imap_at_end(im) &&
+	       !imap_is(im, ']')) { /* "<0>" may follow, a part: that is no value to us */
+		int c = toupper(imap_peek(im));
+
 		if (c == '{') { /* a field's name may be a literal; it comes with the next octets */
 			imap_literal(im, &ignored);
-		} else {
-			imap_next(im);
-			if (n < sizeof text - 1)
-				text[n++] = (char)toupper(c);
+			continue;
 		}
-	text[n] = '\0';
-	imap_is(im, ']'); /* "<0>" may follow, a part of it: then there is no value to us */
-	if (strncmp(text, "HEADER.FIELDS(", 14) == 0)
-		return strstr(text, "MESSAGE-ID") != NULL ? SECTION_ID
-		       : strstr(text, "SUBJECT") != NULL  ? SECTION_MADE
-							  : SECTION_NONE;
-	return n == 0 ? SECTION_MAIL : SECTION_NONE;
+		imap_next(im);
+		if (n < sizeof text - 1)
+			text[n++] = (char)c;
+	}
+	if (n == 0 || strncmp(text, "HEADER.FIELDS(", 14) != 0)
+		return n == 0 ? SECTION_MAIL : SECTION_NONE;
+	if (strstr(text, "MESSAGE-ID") != NULL)
+		return SECTION_ID;
+	return strstr(text, "SUBJECT") != NULL ? SECTION_MADE : SECTION_NONE;
 }
 
 /*
- * Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. Returns 1 for a
- * literal, 0, -1 at an error.
+ * Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. Returns true for
+ * a literal.
  */
-static int imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
+static bool imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
 {
-	int c, wanted = 0;
 	char text[IMAP_LINE_MAX];
 	uint64_t octets = 0;
-	int64_t n;
+	int c, wanted = 0;
 
 	imap_is(im, '~');
-	if ((c = imap_blanks(im)) == '{') {
-		if ((n = imap_literal(im, &octets)) <= 0)
-			return n < 0 ? -1 : imap_proto(im, "a literal without a length", "{number}");
-	} else if (c == '"') { /* short ones may come so */
-		if ((n = imap_string(im, text, sizeof text)) < 0)
-			return -1;
-		if (n >= (int64_t)sizeof text)
-			return imap_proto(im, "a mail as a long quoted string", "a literal");
-		octets = (uint64_t)n;
-	} else {
-		return 0;
-	}
+	c = imap_blanks(im);
+	if (c == '{' && !imap_literal(im, &octets))
+		imap_proto(im, "a literal without a length", "{number}");
+	if (c == '"' &&
+	    (octets = imap_string(im, text, sizeof text)) >= sizeof text) /* short ones may come so */
+		imap_proto(im, "a mail as a long quoted string", "a literal");
+	if ((c != '{' && c != '"') || im->s.err.code != E_NONE)
+		return false;
 	if (section != SECTION_NONE && fetch->section == SECTION_NONE) {
 		fetch->section = section;
 		fetch->octets = octets;
-		if ((wanted = im->on_literal(im->context, fetch)) < 0)
-			return -1;
+		wanted = im->on_literal(im->context, fetch);
+		imap_called(im, wanted);
 	}
 	if (c == '{')
-		return imap_pour(im, octets, wanted ? fetch : NULL) != 0 ? -1 : 1;
-	return wanted && octets > 0 ? im->on_octets(im->context, fetch, text, (size_t)octets) : 0;
+		imap_pour(im, octets, wanted > 0 ? fetch : NULL);
+	else if (wanted > 0 && octets > 0)
+		imap_called(im, im->on_octets(im->context, fetch, text, (size_t)octets));
+	return c == '{';
 }
 
 /*
  * Read "* 12 FETCH (UID 5 FLAGS (\Seen) BODY[] {3}...)". What follows a parenthesis that closes too early,
- * because a keyword contains it or the server is wrong, belongs to the same response. But a literal
- * must be followed by an item that we know, or by the end: else its length was wrong, and what follows
- * is its rest.
+ * because a keyword contains it or the server is wrong, belongs to the same response. But a literal must be
+ * followed by an item that we know, or by the end: else its length was wrong, and what follows is its rest.
  */
-static int imap_fetch_response(struct imap *im, uint32_t uid)
+static void imap_fetch_response(struct imap *im, uint32_t uid)
 {
+	static const char end[] = "the end of FETCH behind a literal";
 	struct imap_fetch fetch = { .uid = uid };
 	char word[IMAP_ATOM_MAX], text[64];
-	bool closed = false, doubtful = false; /* nothing that we know has followed the literal yet */
+	bool doubtful = false; /* nothing that we know has followed the literal yet */
 
-	while (!closed || !imap_at_end(im)) {
-		int result = 0;
+	while (!imap_at_end(im)) {
+		bool literal = false;
 
-		while (doubtful && imap_is(im, '\n'))
-			;
-		if (doubtful && imap_blanks(im) != ')' && !isalpha(imap_peek(im)))
-			return imap_proto(im, "something else", "the end of FETCH behind a literal");
-		if (!imap_item(im, word)) {
-			if (im->over || im->s.err.code != E_NONE)
-				break;
-			closed = true;
+		if (doubtful && imap_peek(im) != ')' && !isalpha(imap_peek(im)))
+			imap_proto(im, "something else", end);
+		if (!imap_item(im, word))
 			continue;
-		}
 		if (imap_is(im, '[')) {
 			enum imap_section section = imap_section(im);
 
-			result = imap_body(im, &fetch, strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
+			literal = imap_body(im, &fetch, strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
 		} else if (strcmp(word, "UID") == 0) {
-			fetch.uid = imap_number32(im);
+			fetch.uid = (uint32_t)imap_number(im, UINT32_MAX);
 		} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
 			fetch.has_flags = true;
-			while (imap_word(im, word, true) > 0)
+			while (imap_word(im, ENDS_KEYWORD, word, sizeof word) > 0)
 				fetch.flags |= imap_flag(word);
 			imap_is(im, ')');
 		} else if (strcmp(word, "RFC822.SIZE") == 0) {
-			fetch.size = imap_number(im);
+			fetch.size = imap_number(im, INT64_MAX);
 			fetch.has_size = true;
 		} else if (strcmp(word, "INTERNALDATE") == 0) {
-			result = imap_string(im, text, sizeof text) < 0 ? -1 : 0;
+			imap_string(im, text, sizeof text);
 			/* RFC 5322's form is nobody's INTERNALDATE: the Date header tells more then. */
-			fetch.has_date = result == 0 && strlen(text) >= 25 && (text[1] == '-' || text[2] == '-') &&
+			fetch.has_date = strlen(text) >= 25 && (text[1] == '-' || text[2] == '-') &&
 					 parse_date(text, &fetch.date_sec);
 		} else if (doubtful && strcmp(word, "MODSEQ") != 0) {
-			return imap_proto(im, word, "the end of FETCH behind a literal");
+			imap_proto(im, word, end);
 		} else {
 			fetch.flags |= imap_flag(word); /* behind a keyword that closed the flags */
-			result = imap_skip(im);
 		}
-		if (result < 0)
-			return -1;
-		doubtful = result > 0;
+		doubtful = literal;
 	}
-	if (im->s.err.code != E_NONE || im->on_fetch(im->context, &fetch) != 0)
-		return -1;
-	return imap_line_end(im);
-}
-
-/* Read a UID; returns 0 at an error. */
-static uint32_t imap_uid(struct imap *im)
-{
-	uint64_t uid = 0;
-
-	for (int c = imap_blanks(im); c >= '0' && c <= '9' && uid <= UINT32_MAX; c = imap_peek(im)) {
-		uid = uid * 10 + (unsigned)(c - '0');
-		imap_next(im);
-	}
-	if (uid > 0 && uid <= UINT32_MAX)
-		return (uint32_t)uid;
-	imap_proto(im, uid > 0 ? "a number over 4294967295" : "something else", "a UID");
-	return 0;
-}
-
-/* Read a set of UIDs: "1:5,9". */
-static int imap_uid_set(struct imap *im)
-{
-	do {
-		uint32_t low = imap_uid(im), high = low;
-
-		if (low == 0 || (imap_is(im, ':') && (high = imap_uid(im)) == 0))
-			return -1;
-		if (im->on_uids(im->context, low < high ? low : high, low < high ? high : low) != 0)
-			return -1;
-	} while (imap_is(im, ','));
-	return 0;
+	if (doubtful && im->over)
+		imap_proto(im, "the next response", end);
+	if (im->s.err.code == E_NONE)
+		imap_called(im, im->on_fetch(im->context, &fetch));
+	imap_line_end(im);
 }
 
 /*
  * Read "* SEARCH 1 2 5", where a CONDSTORE server may add (MODSEQ n), or if 'extended'
  * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731).
  */
-static int imap_search(struct imap *im, bool extended)
+static void imap_search(struct imap *im, bool extended)
 {
-	char word[IMAP_ATOM_MAX] = "ALL";
+	char word[IMAP_ATOM_MAX], *end;
+	bool all = !extended;
 
+	im->depth = 1; /* the lists are within this one */
 	while (!imap_at_end(im)) {
-		bool list = imap_peek(im) == '(';
+		uintmax_t low, high;
 
-		if (list ? imap_skip(im) != 0 : extended && imap_atom(im, word) == 0 && imap_pass(im) != 0)
-			return -1;
-		if (!list && strcmp(word, "ALL") == 0 && imap_uid_set(im) != 0)
-			return -1;
+		if (!imap_item(im, word))
+			continue;
+		if (extended && !isdigit((unsigned char)word[0]))
+			all = strcmp(word, "ALL") == 0;
+		else if (all) {
+			low = high = strtoumax(word, &end, 10);
+			if (*end == ':')
+				high = strtoumax(end + 1, &end, 10);
+			if (low == 0 || high == 0 || low > UINT32_MAX || high > UINT32_MAX || *end != '\0')
+				imap_proto(im, word, "a UID");
+			else
+				imap_called(im,
+					    im->on_uids(im->context, (uint32_t)(low < high ? low : high),
+							(uint32_t)(low < high ? high : low)));
+		}
 	}
-	return imap_line_end(im);
+	imap_line_end(im);
 }
 
 /* Read "* LIST (\HasNoChildren) "/" INBOX". */
-static int imap_list_response(struct imap *im)
+static void imap_list_response(struct imap *im)
 {
-	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4];
+	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4], *end;
 	bool selectable = true;
 	unsigned attributes = 0;
-	int64_t n = 0;
+	uint64_t n;
 	int c;
 
-	while (imap_item(im, word)) {
-		if (strcmp(word, "\\NOSELECT") == 0 || strcmp(word, "\\NONEXISTENT") == 0)
-			selectable = false;
-		attributes |= word_bit(special_uses, word);
-	}
-	if (im->over)
-		return imap_proto(im, "a line's end", "a mailbox's name");
-	if (imap_string(im, delimiter, sizeof delimiter) < 0)
-		return -1;
+	im->depth = 1;
+	if (imap_is(im, '('))
+		while (imap_word(im, ENDS_KEYWORD, word, sizeof word) > 0) {
+			selectable = selectable && word_place("\\Noselect \\NonExistent", word) < 0;
+			attributes |= word_bit(special_uses, word);
+		}
+	if (!imap_is(im, ')'))
+		imap_proto(im, "something else", "a list of attributes");
+	imap_string(im, delimiter, sizeof delimiter);
 	if (strcasecmp(delimiter, "NIL") == 0)
 		delimiter[0] = '\0'; /* there is no hierarchy */
-	if ((c = imap_blanks(im)) == '"' || c == '{') {
+	c = imap_blanks(im);
+	if (c == '"' || c == '{') {
 		n = imap_string(im, name, sizeof name);
 	} else { /* whatever it may be made of; RFC 5258 adds ("THINGS" ...) behind a name */
-		for (; c >= 0 && c != '\n'; c = imap_peek(im)) {
-			if (c == '"' && n >= 2 && memcmp(name + n - 2, " (", 2) == 0) {
-				n -= 2;
-				break;
-			}
-			if (n < (int64_t)sizeof name - 1)
-				name[n++] = (char)c;
-			imap_next(im);
-		}
-		while (n > 0 && (name[n - 1] == ' ' || name[n - 1] == '\r'))
-			n--;
-		name[n] = '\0';
+		n = imap_word(im, ENDS_TEXT, name, sizeof name);
+		if ((end = strstr(name, " (\"")) == NULL)
+			end = name + strlen(name);
+		while (end > name && (end[-1] == ' ' || end[-1] == '\r'))
+			end--;
+		if (strlen(name) == n)
+			n = (size_t)(end - name);
+		*end = '\0';
 	}
-	if (n < 0 || im->s.err.code != E_NONE)
-		return -1;
-	if (im->on_list(im->context, name, (size_t)n, delimiter[0], selectable, attributes) != 0)
-		return -1;
-	return imap_line_end(im);
+	if (im->s.err.code == E_NONE)
+		imap_called(im, im->on_list(im->context, name, (size_t)n, delimiter[0], selectable,
+					    attributes));
+	imap_line_end(im);
 }
 
 /*
  * Read "* STATUS INBOX (MESSAGES 231 UIDNEXT 44292)". It only saves work: a STATUS that makes no sense, as
  * that of an unquoted name with blanks, is passed over, and the mailbox will be opened.
  */
-static int imap_status_response(struct imap *im)
+static void imap_status_response(struct imap *im)
 {
 	struct imap_status status = { .unseen = UINT32_MAX, .known = true };
-	uint32_t *const small[] = { &status.messages, &status.uidnext, &status.uidvalidity,
-				    &status.unseen };
-	uint64_t *const large[] = { &status.highestmodseq, &status.octets };
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX];
+	bool list;
 
-	if (imap_string(im, name, sizeof name) < 0)
-		return -1;
-	if (!imap_is(im, '('))
-		return imap_line_end(im);
-	while (imap_item(im, word)) {
-		int place = word_place("MESSAGES UIDNEXT UIDVALIDITY UNSEEN HIGHESTMODSEQ SIZE", word);
+	im->depth = 1;
+	imap_string(im, name, sizeof name);
+	list = imap_blanks(im) == '(';
+	im->depth = 0;
+	while (list && imap_item(im, word))
+		if (word_place(status_words, word) >= 0)
+			status_note(&status, word, imap_number(im, INT64_MAX));
+	if (list && imap_at_end(im) && im->s.err.code == E_NONE && im->on_status != NULL)
+		imap_called(im, im->on_status(im->context, name, &status));
+	imap_line_end(im);
+}
 
-		if (place >= 4)
-			*large[place - 4] = imap_number(im);
-		else if (place >= 0)
-			*small[place] = imap_number32(im);
-		else if (imap_skip(im) != 0)
-			return -1;
+static void imap_namespace(struct imap *im)
+{
+	char delimiter[4];
+
+	if (imap_is(im, '(') && imap_is(im, '(')) {
+		imap_string(im, im->prefix, sizeof im->prefix);
+		imap_string(im, delimiter, sizeof delimiter);
+		im->delimiter = strcasecmp(delimiter, "NIL") == 0 ? '\0' : delimiter[0];
 	}
-	if (imap_at_end(im) && im->s.err.code == E_NONE && im->on_status != NULL &&
-	    im->on_status(im->context, name, &status) != 0)
-		return -1;
-	return imap_line_end(im);
+	imap_line_end(im);
 }
 
-/* The server says goodbye: a reason to wait, or merely the end of this connection. */
-static int imap_bye(struct imap *im, const struct imap_result *result)
+/* Read "* OK text" and its like. */
+static void imap_condition(struct imap *im, const char *word)
 {
-	unsigned sec = imap_wait_asked(result);
+	struct imap_result result;
+	unsigned sec;
 
+	imap_text(im, &result);
+	im->preauth = im->preauth || (word[0] == 'P' && !im->greeted);
+	/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
+	if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
+		im->one_at_a_time = true;
+	if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
+		im->flight = 20;
+	im->greeted = true;
+	if (strcmp(word, "BYE") != 0 || im->s.err.code != E_NONE)
+		return;
+	/* A reason to wait, or merely the end of this connection. */
+	sec = imap_wait_asked(&result);
 	stream_fail(&im->s, sec > 0 ? E_WAIT : E_NET, "the server ended the connection: %s",
-		    result->text[0] != '\0' ? result->text : "no reason given");
+		    result.text[0] != '\0' ? result.text : "no reason given");
 	im->s.err.wait_sec = sec;
-	return -1;
 }
 
-static int imap_untagged(struct imap *im)
+static void imap_untagged(struct imap *im)
 {
-	struct imap_result result = { 0 };
+	uint32_t number = isdigit(imap_blanks(im)) ? (uint32_t)imap_number(im, UINT32_MAX) : 0;
 	char word[IMAP_ATOM_MAX];
-	int c = imap_blanks(im);
 
-	if (c == '[') /* home.pl: "* [COPYUID ...]" */
-		return imap_text(im, &result);
-	if (c >= '0' && c <= '9') {
-		uint32_t number = imap_number32(im);
-
-		imap_atom(im, word);
-		if ((strcmp(word, "FETCH") == 0 || strcmp(word, "UIDFETCH") == 0) && im->on_fetch != NULL)
-			return imap_fetch_response(im, word[0] == 'U' ? number : 0);
+	imap_atom(im, word); /* "": home.pl: "* [COPYUID ...]" */
+	if (word_place("OK NO BAD PREAUTH BYE", word) >= 0 || *word == '\0') {
+		imap_condition(im, word);
+	} else if (word_place("FETCH UIDFETCH", word) >= 0 && im->on_fetch != NULL) {
+		imap_fetch_response(im, word[0] == 'U' ? number : 0);
+	} else if (strcmp(word, "LIST") == 0 && im->on_list != NULL) {
+		imap_list_response(im);
+	} else if (strcmp(word, "STATUS") == 0) {
+		imap_status_response(im);
+	} else if (word_place("SEARCH ESEARCH", word) >= 0 && im->on_uids != NULL) {
+		imap_search(im, word[0] == 'E');
+	} else if (strcmp(word, "NAMESPACE") == 0) {
+		imap_namespace(im);
+	} else {
 		if (strcmp(word, "EXISTS") == 0)
 			im->exists = number;
 		else if (strcmp(word, "EXPUNGE") == 0 && im->exists > 0 && im->exists != UINT32_MAX)
 			im->exists--;
-		return imap_line_end(im);
+		else if (strcmp(word, "CAPABILITY") == 0)
+			imap_capabilities(im);
+		imap_line_end(im);
 	}
-	imap_atom(im, word);
-	if (word_place("OK NO BAD PREAUTH BYE", word) >= 0) {
-		im->preauth = im->preauth || (word[0] == 'P' && !im->greeted);
-		if (imap_text(im, &result) != 0)
-			return -1;
-		/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
-		if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
-			im->one_at_a_time = true;
-		if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
-			im->flight = 20;
-		im->greeted = true;
-		return word[1] == 'Y' ? imap_bye(im, &result) : 0;
-	}
-	if (strcmp(word, "LIST") == 0 && im->on_list != NULL)
-		return imap_list_response(im);
-	if (strcmp(word, "STATUS") == 0)
-		return imap_status_response(im);
-	if ((strcmp(word, "SEARCH") == 0 || strcmp(word, "ESEARCH") == 0) && im->on_uids != NULL)
-		return imap_search(im, word[0] == 'E');
-	if (strcmp(word, "CAPABILITY") == 0 && imap_capabilities(im) != 0)
-		return -1;
-	if (strcmp(word, "NAMESPACE") == 0 && imap_is(im, '(') && imap_is(im, '(')) {
-		char delimiter[4];
-
-		if (imap_string(im, im->prefix, sizeof im->prefix) < 0 ||
-		    imap_string(im, delimiter, sizeof delimiter) < 0)
-			return -1;
-		im->delimiter = strcasecmp(delimiter, "NIL") == 0 ? '\0' : delimiter[0];
-	}
-	return imap_line_end(im);
 }
 
 /*
@@ -3757,58 +3685,33 @@ static void imap_turn(struct imap *im)
 	im->context = oldest->owner;
 	im->selected = false;
 	im->exists = UINT32_MAX;
-	im->uidvalidity = im->uidnext = 0;
-	im->highestmodseq = 0;
+	im->box = (struct imap_status){ 0 };
 }
 
-/* Read one response. Returns 0, 1 if it was a continuation request, -1 at an error. */
-static int imap_response(struct imap *im)
+/* Take in the answer to a command, whose tag this is. */
+static void imap_tagged(struct imap *im, const char *word)
 {
-	struct command *command;
-	struct imap_result *result;
-	struct imap_result ignored;
-	char word[IMAP_ATOM_MAX], *end;
-	unsigned long tag;
+	char *end = NULL, found[IMAP_ATOM_MAX + 30], condition[IMAP_ATOM_MAX];
+	unsigned long tag = word[0] == 'A' && isdigit((unsigned char)word[1]) ? strtoul(word + 1, &end, 10)
+									      : 0;
+	struct command *command = &im->ring[tag % IMAP_FLIGHT_MAX];
+	struct imap_result *result = &command->result;
 
-	im->line_octets = 0;
-	im->over = false;
-	imap_turn(im);
-	while (imap_is(im, '\n')) /* an empty line */
-		;
-	if (imap_is(im, '*'))
-		return imap_untagged(im);
-	if (imap_is(im, '+')) {
-		if (imap_text(im, &ignored) != 0)
-			return -1;
-		memcpy(im->challenge, ignored.text, sizeof im->challenge);
-		return 1;
-	}
-	if (imap_peek(im) == '[') /* Office 365: a code without a status */
-		return imap_text(im, &ignored);
-	imap_atom(im, word);
-	if (im->s.err.code != E_NONE)
-		return -1;
-	tag = word[0] == 'A' && isdigit((unsigned char)word[1]) ? strtoul(word + 1, &end, 10) : 0;
-	command = &im->ring[tag % IMAP_FLIGHT_MAX];
-	result = &command->result;
 	if (tag == 0 || *end != '\0' || tag > im->tag || tag + IMAP_FLIGHT_MAX <= im->tag ||
 	    result->condition != IMAP_PENDING) {
-		char found[60];
-
 		snprintf(found, sizeof found, "a line that begins with \"%.30s\"", word);
-		return imap_proto(im, found, "\"*\", \"+\" or the tag of a command");
+		imap_proto(im, found, "\"*\", \"+\" or the tag of a command");
+		return;
 	}
-	imap_atom(im, word);
-	if (imap_text(im, result) != 0)
-		return -1;
-	if (word_place("OK NO BAD", word) < 0)
-		return imap_proto(im, word, "OK, NO or BAD");
-	result->condition = word[0] == 'O' ? IMAP_OK : word[0] == 'N' ? IMAP_NO : IMAP_BAD;
-	if (im->limited_uid != 0 && result->code[0] == '\0') { /* it was told untagged */
-		strcpy(result->code, "MESSAGELIMIT");
-		result->numbers[1] = im->limited_uid;
-	}
-	im->limited_uid = 0;
+	imap_atom(im, condition);
+	imap_text(im, result);
+	if (im->s.err.code == E_NONE && word_place("OK NO BAD", condition) < 0)
+		imap_proto(im, condition, "OK, NO or BAD");
+	if (im->s.err.code != E_NONE)
+		return;
+	result->condition = (enum imap_condition)(IMAP_OK + word_place("OK NO BAD", condition));
+	result->below = im->below;
+	im->below = 0;
 	im->in_flight -= command->octets;
 	im->pipelines = im->pipelines || command->ahead;
 	im->noise = 0;
@@ -3818,13 +3721,37 @@ static int imap_response(struct imap *im)
 	       im->ring[(im->done + 1) % IMAP_FLIGHT_MAX].result.condition != IMAP_PENDING)
 		im->done++;
 	if (tag != im->compress_tag)
-		return 0;
+		return;
 	im->compress_tag = 0;
 	if (result->condition == IMAP_OK)
 		stream_compress(&im->s);
 	else
 		log_detail("the server does not compress: %s", result->text);
-	return 0;
+}
+
+/* Read one response. Returns 0, 1 if it was a continuation request, -1 at an error. */
+static int imap_response(struct imap *im)
+{
+	struct imap_result challenge;
+	char word[IMAP_ATOM_MAX];
+	bool asks = false;
+
+	im->line_octets = im->depth = 0;
+	im->over = false;
+	imap_turn(im);
+	while (imap_is(im, '\n')) /* an empty line */
+		;
+	if (imap_is(im, '*')) {
+		imap_untagged(im);
+	} else if ((asks = imap_is(im, '+')) ||
+		   imap_blanks(im) == '[') { /* Office 365: a code without a status */
+		imap_text(im, &challenge);
+		memcpy(im->challenge, challenge.text, sizeof im->challenge);
+	} else {
+		imap_atom(im, word);
+		imap_tagged(im, word);
+	}
+	return im->s.err.code != E_NONE ? -1 : asks;
 }
 
 /* -- sending commands -- */
@@ -3840,13 +3767,9 @@ static struct command *imap_answer(struct imap *im)
 	if (im->taken == im->tag)
 		return NULL;
 	while (oldest->result.condition == IMAP_PENDING) {
-		int r = imap_response(im);
-
-		if (r > 0)
+		if (imap_response(im) > 0)
 			imap_proto(im, "a continuation request", "an answer");
-		else if (r < 0) /* an error of the line wins; a callback's is in its own hands */
-			stream_fail(&im->s, E_NET, "the connection was given up within an answer");
-		if (r != 0)
+		if (im->s.err.code != E_NONE)
 			return NULL;
 	}
 	im->taken++;
@@ -3920,8 +3843,7 @@ static bool imap_was_cut_ahead(const struct imap *im)
 static bool imap_needs_literal(const char *text, bool strictly)
 {
 	for (; *text != '\0'; text++)
-		if (*text == '\r' || *text == '\n' || (unsigned char)*text >= 0x80 ||
-		    (!strictly && (*text == '"' || *text == '\\')))
+		if ((unsigned char)*text >= 0x80 || strchr(strictly ? "\r\n" : "\r\n\"\\", *text) != NULL)
 			return true;
 	return false;
 }
@@ -3981,19 +3903,17 @@ static int imap_know_capabilities(struct imap *im)
 }
 
 /* Wait for "+ ", then send a line. The command's own answer may come instead. */
-static int imap_continue(struct imap *im, unsigned tag, const char *line)
+static void imap_continue(struct imap *im, unsigned tag, const char *line)
 {
 	const struct imap_result *result = &im->ring[tag % IMAP_FLIGHT_MAX].result;
 	int got = 0;
 
-	while (result->condition == IMAP_PENDING && (got = imap_response(im)) == 0)
+	while (im->s.err.code == E_NONE && result->condition == IMAP_PENDING &&
+	       (got = imap_response(im)) == 0)
 		;
-	if (got == 0)
-		return 0;
-	if (got < 0 || stream_write(&im->s, line, strlen(line)) != 0 ||
-	    stream_write(&im->s, "\r\n", 2) != 0)
-		return -1;
-	return stream_flush(&im->s);
+	if (got > 0 && stream_write(&im->s, line, strlen(line)) == 0 &&
+	    stream_write(&im->s, "\r\n", 2) == 0)
+		stream_flush(&im->s);
 }
 
 /* Return true if the server can compress, was not asked yet, and the config does not say no. */
@@ -4050,72 +3970,131 @@ static void base64_decode(char *text)
 	*out = '\0';
 }
 
-/* Begin SASL, with the response at once where that may be (RFC 4959). Returns the tag, 0 at an error. */
-static unsigned imap_authenticate(struct imap *im, const char *mechanism, const char *response)
-{
-	char shown[40];
-	unsigned tag;
+/* How to log in, the best first. */
+static const struct mechanism {
+	const char *name;
+	unsigned capability;
+	bool token;
+	const char *reply; /* to the error that comes before a token is refused */
+} mechanisms[] = {
+	{ "XOAUTH2", CAP_XOAUTH2, true, "" }, /* all that Exchange takes */
+	{ "OAUTHBEARER", CAP_OAUTHBEARER, true, "AQ==" },
+	{ "PLAIN", CAP_AUTH_PLAIN, false, NULL },
+	{ "LOGIN", 0, false, NULL }, /* the command: needs no capability, but may be disabled */
+};
 
-	snprintf(shown, sizeof shown, "AUTHENTICATE %s ***", mechanism);
-	if (im->capabilities & CAP_SASL_IR && strlen(response) < IMAP_LINE_MAX * 4)
-		return imap_send(im, shown, "AUTHENTICATE %s %s", mechanism, response);
-	tag = imap_send(im, NULL, "AUTHENTICATE %s", mechanism);
-	return tag != 0 && imap_continue(im, tag, response) == 0 ? tag : 0;
+/*
+ * Write what SASL's mechanism wants to hear: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where the name is a
+ * "saslname" (RFC 5801 4). Returns its length.
+ */
+static size_t sasl_response(char *out, size_t size, const struct mechanism *m,
+			    const struct account *account, const char *user, const char *secret)
+{
+	char name[1510], *to = name;
+	int n;
+
+	for (const char *p = user; *p != '\0'; p++)
+		to += sprintf(to, *p == ',' || *p == '=' ? "=%02X" : "%c", *p);
+	*to = '\0';
+	if (m->capability == CAP_XOAUTH2)
+		n = snprintf(out, size, "user=%s\1auth=Bearer %s\1\1", user, secret);
+	else if (m->capability == CAP_OAUTHBEARER)
+		n = snprintf(out, size, "n,a=%s,\1host=%s\1port=%u\1auth=Bearer %s\1\1", name,
+			     account->host, account->port, secret);
+	else
+		n = snprintf(out, size, "%c%s%c%s", 0, user, 0, secret);
+	return (size_t)n;
 }
 
 /* Send LOGIN, with literals for what cannot be quoted. Returns the tag, 0 at an error. */
 static unsigned imap_login_plainly(struct imap *im, const char *user, const char *password,
 				   char quoted[1510])
 {
-	char first[1510], second[600];
+	char first[1510];
 	unsigned tag;
 
 	if (!imap_needs_literal(user, true) && !imap_needs_literal(password, true))
 		return imap_send(im, "LOGIN ***", "LOGIN %s %s", imap_quote(im, first, sizeof first, user),
 				 imap_quote(im, quoted, 1510, password));
 	tag = imap_send(im, NULL, "LOGIN {%zu}", strlen(user));
-	snprintf(second, sizeof second, "%s {%zu}", user, strlen(password));
-	if (tag == 0 || imap_continue(im, tag, second) != 0 || imap_continue(im, tag, password) != 0)
-		return 0;
+	snprintf(first, sizeof first, "%s {%zu}", user, strlen(password));
+	imap_continue(im, tag, first);
+	imap_continue(im, tag, password);
 	return tag;
 }
 
-/* Write a user's name as a "saslname" (RFC 5801 4). Returns out. */
-static const char *imap_saslname(char out[1510], const char *user)
+/* Begin SASL, with the response at once where that may be (RFC 4959). Returns the tag, 0 at an error. */
+static unsigned imap_authenticate(struct imap *im, const struct mechanism *m, const char *response)
 {
-	char *to = out;
+	char shown[40];
+	unsigned tag;
 
-	for (; *user != '\0'; user++)
-		to += *user == ',' || *user == '=' ? sprintf(to, "=%02X", *user) : sprintf(to, "%c", *user);
-	return out;
+	im->mechanism = m->name;
+	snprintf(shown, sizeof shown, "AUTHENTICATE %s ***", m->name);
+	if (im->capabilities & CAP_SASL_IR && strlen(response) < IMAP_LINE_MAX * 4) {
+		tag = imap_send(im, shown, "AUTHENTICATE %s %s", m->name, response);
+	} else {
+		tag = imap_send(im, NULL, "AUTHENTICATE %s", m->name);
+		imap_continue(im, tag, response);
+	}
+	if (m->reply != NULL)
+		imap_continue(im, tag, m->reply);
+	return tag;
+}
+
+/* Return true if AUTHENTICATE was refused for another reason than the password, so that LOGIN may do. */
+static bool imap_is_unwilling(const struct imap *im, const struct imap_result *result)
+{
+	return result->condition != IMAP_OK && !(im->capabilities & CAP_LOGINDISABLED) &&
+	       imap_wait_asked(result) == 0 &&
+	       (result->condition == IMAP_BAD || word_place("CANNOT", result->code) == 0 ||
+		*result->code == '\0');
+}
+
+/* Tell that the login was refused, and what helps where it is known. */
+static void imap_login_refused(struct imap *im, const struct imap_result *result, bool token)
+{
+	struct err *e = &im->s.err;
+	const char *status;
+	size_t used;
+
+	imap_refused(e, result, "login");
+	imap_scrub(im, e->text);
+	if (e->code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
+		e->code = E_ACCOUNT; /* also where the text says "try again later" */
+	im->refused = token && e->code == E_ACCOUNT;
+	used = strlen(e->text);
+	base64_decode(im->challenge);
+	if (token && (status = strstr(im->challenge, "\"status\"")) != NULL) {
+		status += 8 + strspn(status + 8, ": \"");
+		snprintf(e->text + used, sizeof e->text - used, " (status %.*s)",
+			 (int)strcspn(status, "\",}"), status);
+	} else if (!token && e->code == E_ACCOUNT) {
+		snprintf(e->text + used, sizeof e->text - used,
+			 "; perhaps it wants an app password, or another \"username\"");
+	}
 }
 
 /*
- * Log in with a password: AUTHENTICATE PLAIN (RFC 4616), else LOGIN, which is also tried where PLAIN is
- * refused for another reason than the password; or with an access token: XOAUTH2 where it is offered (all
- * that Exchange takes), else OAUTHBEARER (RFC 7628). A refusal is E_ACCOUNT unless it asks to wait.
+ * Log in with a password, or an access token, by the best mechanism that the server has. Where PLAIN is refused for
+ * another reason than the password, LOGIN is tried. A refusal is E_ACCOUNT unless it asks to wait.
  */
 static int imap_login(struct imap *im, const char *user, const char *secret, bool token)
 {
-	const char *host = im->s.account->host, *mechanism = NULL, *status;
-	const size_t size = 3 * strlen(user) + strlen(secret) + strlen(host) + 100;
+	const size_t size = 3 * strlen(user) + strlen(secret) + strlen(im->s.account->host) + 100;
+	const struct mechanism *m = mechanisms, *login = &mechanisms[3];
 	const struct imap_result *result = NULL;
-	struct imap_result first;
+	struct imap_result first = { .condition = IMAP_PENDING };
 	char *plain, *coded, quoted[1510] = "";
 	struct err *e = &im->s.err;
-	size_t used;
-	unsigned tag;
-	int n = 0;
 
-	if (im->capabilities & (token ? CAP_XOAUTH2 : CAP_AUTH_PLAIN))
-		mechanism = token ? "XOAUTH2" : "PLAIN";
-	else if (token && im->capabilities & CAP_OAUTHBEARER)
-		mechanism = "OAUTHBEARER";
-	else if (token)
+	while (m < login && (m->token != token || !(im->capabilities & m->capability)))
+		m++;
+	if (m == login && token)
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "the server takes no login by OAuth (it offers neither "
 				   "XOAUTH2 nor OAUTHBEARER)");
-	else if (im->capabilities & CAP_LOGINDISABLED)
+	if (m == login && im->capabilities & CAP_LOGINDISABLED)
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "the server allows no login with a password here (LOGINDISABLED)");
 	if (strlen(user) > 500 || strlen(secret) > (token ? TOKEN_MAX : 500))
@@ -4123,57 +4102,30 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 				   token ? "token" : "password", token ? TOKEN_MAX : 500);
 	plain = allocate(size);
 	coded = allocate(size / 3 * 4 + 8);
-	if (mechanism != NULL && *mechanism == 'P')
-		n = snprintf(plain, size, "%c%s%c%s", 0, user, 0, secret);
-	else if (mechanism != NULL && *mechanism == 'X')
-		n = snprintf(plain, size, "user=%s\1auth=Bearer %s\1\1", user, secret);
-	else if (mechanism != NULL)
-		n = snprintf(plain, size, "n,a=%s,\1host=%s\1port=%u\1auth=Bearer %s\1\1",
-			     imap_saslname(quoted, user), host, im->s.account->port, secret);
-	base64(coded, plain, (size_t)n, false);
+	base64(coded, plain, sasl_response(plain, size, m, im->s.account, user, secret), false);
 	im->capabilities_known = false; /* others will hold; many servers tell them at once */
-	im->mechanism = mechanism != NULL ? mechanism : "LOGIN";
 	im->secret[0] = secret;
 	im->secret[1] = coded;
 	im->secret[2] = token ? NULL : quoted;
-	tag = mechanism != NULL ? imap_authenticate(im, mechanism, coded)
-				: imap_login_plainly(im, user, secret, quoted);
-	/* Before a token is refused, an error comes that wants an answer. */
-	if (token && tag != 0 && imap_continue(im, tag, *mechanism == 'X' ? "" : "AQ==") != 0)
-		tag = 0;
-	result = tag != 0 ? imap_wait(im, tag) : NULL;
-	if (result != NULL && !token && mechanism != NULL && !(im->capabilities & CAP_LOGINDISABLED) &&
-	    result->condition != IMAP_OK && imap_wait_asked(result) == 0 &&
-	    (result->condition == IMAP_BAD || *result->code == '\0' ||
-	     strcmp(result->code, "CANNOT") == 0)) {
-		first = *result;
-		im->mechanism = "LOGIN";
-		tag = imap_login_plainly(im, user, secret, quoted);
-		result = tag != 0 ? imap_wait(im, tag) : NULL;
-		if (result == NULL && e->code == E_NET) { /* it had enough: the first answer counts */
-			*e = (struct err){ 0 };
-			result = &first;
+	if (m < login) {
+		result = imap_wait(im, imap_authenticate(im, m, coded));
+		if (result != NULL && !token && imap_is_unwilling(im, result)) {
+			first = *result;
+			m = login;
 		}
 	}
-	if (result != NULL && result->condition != IMAP_OK) {
-		imap_refused(e, result, "login");
-		imap_scrub(im, e->text);
-		if (e->code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
-			e->code = E_ACCOUNT; /* also where the text says "try again later" */
-		im->refused = token && e->code == E_ACCOUNT;
-		used = strlen(e->text);
-		base64_decode(im->challenge);
-		if (token && (status = strstr(im->challenge, "\"status\"")) != NULL) {
-			status += 8 + strspn(status + 8, ": \"");
-			snprintf(e->text + used, sizeof e->text - used, " (status %.*s)",
-				 (int)strcspn(status, "\",}"), status);
-		} else if (!token && e->code == E_ACCOUNT) {
-			snprintf(e->text + used, sizeof e->text - used,
-				 "; perhaps it wants an app password, or another \"username\"");
+	if (m == login) {
+		im->mechanism = m->name;
+		result = imap_wait(im, imap_login_plainly(im, user, secret, quoted));
+		if (result == NULL && first.condition != IMAP_PENDING && e->code == E_NET) {
+			*e = (struct err){ 0 }; /* it had enough: the first answer counts */
+			result = &first;
 		}
 	}
 	if (result == NULL)
 		imap_scrub(im, e->text);
+	else if (result->condition != IMAP_OK)
+		imap_login_refused(im, result, token);
 	memset(im->secret, 0, sizeof im->secret);
 	wipe(plain, size);
 	wipe(coded, size / 3 * 4 + 8);
@@ -4248,8 +4200,8 @@ static void imap_await_greeting(struct imap *im)
 }
 
 /* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
-static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time, const char *password,
-		     const struct trust *trust, unsigned timeout_sec)
+static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time,
+		     const char *password, const struct trust *trust, unsigned timeout_sec)
 {
 	unsigned tag;
 
@@ -5099,8 +5051,8 @@ struct counts {
 
 /* One mailbox of an account, as the server lists it. */
 struct mailbox {
-	char *name;     /* on the wire; owned */
-	char delimiter; /* '\0': none */
+	char *name;       /* on the wire; owned */
+	char delimiter;   /* '\0': none */
 	unsigned special; /* bits of special_uses */
 	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
@@ -5264,9 +5216,12 @@ static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimi
 		br_sha256_init(&context);
 		br_sha256_update(&context, hashed, alike ? strlen(name) : length);
 		br_sha256_out(&context, hash);
-		for (size_t i = 0; i <= MBOX_FILE_MAX - 9 && i <= length; i += n) { /* at a character, or an escape */
+		for (size_t i = 0; i <= MBOX_FILE_MAX - 9 && i <= length;
+		     i += n) { /* at a character, or an escape */
 			cut = i;
-			n = escaped[i] == '%' ? 3 : utf8_char((const uint8_t *)escaped + i, length - i + 1, NULL);
+			n = escaped[i] == '%'
+				    ? 3
+				    : utf8_char((const uint8_t *)escaped + i, length - i + 1, NULL);
 			n = n > 0 ? n : 1;
 		}
 		length = cut + (size_t)snprintf(escaped + cut, 10, "~%02x%02x%02x%02x", hash[0], hash[1],
@@ -5313,7 +5268,8 @@ static bool name_matches(const struct json *patterns, const struct mailbox *box)
 		return false;
 	name_text(text, box->name, box->delimiter);
 	for (const struct json *p = patterns->child; p != NULL; p = p->next) {
-		const char *rest = box->name, *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
+		const char *rest = box->name,
+			   *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
 
 		for (n = 0; n < sizeof part - 1 && pattern[n] != '\0'; n++)
 			part[n] = (char)toupper((unsigned char)pattern[n]);
@@ -5344,7 +5300,7 @@ struct mailboxes {
 	uint32_t listed; /* LIST responses */
 	size_t name_octets;
 	uint32_t *table[3]; /* owned: of 2 * room places each, by enum mailbox_key */
-	struct err odd;  /* the first mailbox that cannot be backed up for its name */
+	struct err odd;     /* the first mailbox that cannot be backed up for its name */
 };
 
 static void mailboxes_free(struct mailboxes *l)
@@ -5494,7 +5450,8 @@ static uint32_t mailboxes_select(struct mailboxes *l)
 
 		box->wanted = box->selectable && (l->only == NULL || name_matches(l->only, box)) &&
 			      (only == NULL || name_matches(only, box)) &&
-			      !name_matches(l->config->ignore, box) && !name_matches(l->account->ignore, box);
+			      !name_matches(l->config->ignore, box) &&
+			      !name_matches(l->account->ignore, box);
 		n += box->wanted;
 	}
 	return n;
@@ -5612,7 +5569,8 @@ static void mailbox_adopt_original(const struct mailboxes *l, const struct mailb
 		return;
 	other = *mailboxes_find(l, BY_FILE, original);
 	if (box->original_is_shared || (other > 0 && &l->boxes[other - 1] != box))
-		log_warn("%s may be the archive of \"%s\" or of another mailbox: left alone", from, box->name);
+		log_warn("%s may be the archive of \"%s\" or of another mailbox: left alone", from,
+			 box->name);
 	else if (rename(from, to) == 0)
 		log_info("%s: renamed, it is now %s", from, own);
 	else
@@ -5779,9 +5737,9 @@ static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, c
 			out[length++] = '&';
 		shifted = true;
 		for (int half = code > 0xFFFF ? 0 : 1; half < 2; half++) {
-			uint32_t unit = code <= 0xFFFF ? code :
-					half == 0      ? 0xD800 + ((code - 0x10000) >> 10) :
-							 0xDC00 + ((code - 0x10000) & 0x3FF);
+			uint32_t unit = code <= 0xFFFF ? code
+					: half == 0    ? 0xD800 + ((code - 0x10000) >> 10)
+						       : 0xDC00 + ((code - 0x10000) & 0x3FF);
 
 			bits = bits << 16 | unit;
 			for (pending += 16; pending >= 6; pending -= 6)
@@ -5963,7 +5921,8 @@ static int archive_verify(void *context, struct archive *a)
 
 /* -- export -- */
 
-struct export {
+struct export
+{
 	const struct options *o;
 	struct mbox_id id; /* of the one mail */
 	unsigned found;
@@ -6019,8 +5978,8 @@ static int archive_export(void *context, struct archive *a)
 	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
 		if (x->o->all) {
 			if (!x->o->gone || mail.state & MBOX_GONE)
-				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE, take_output,
-						   NULL, &e);
+				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE,
+						   take_output, NULL, &e);
 		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
 			if (!x->write)
 				failed = export_compare(x, a, &mail, &e);
@@ -6168,7 +6127,7 @@ struct session {
 	bool dry;           /* say what would be done */
 	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
 	uint64_t mails, octets; /* that came, to guess the size of a batch */
-	struct sync *first; /* the mailboxes in hand, in the order in which they were begun. Owned */
+	struct sync *first;     /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
 	struct sync *(*begin)(void *context, bool ahead);
 	void (*progress)(void *context, uint64_t mails, uint64_t octets); /* that came */
@@ -6204,7 +6163,8 @@ static bool sync_lists(const struct sync *y)
 	const struct imap *im = y->session->im;
 	const struct command *c = &im->ring[(im->done + 1) % IMAP_FLIGHT_MAX];
 
-	return im->done < im->tag && c->owner == y && (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
+	return im->done < im->tag && c->owner == y &&
+	       (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
 }
 
 static int on_uids(void *context, uint32_t low, uint32_t high)
@@ -6544,10 +6504,10 @@ static int sync_send_examine(struct sync *y)
 		return sync_send(y, KIND_EXAMINE, "EXAMINE %s%s",
 				 imap_quote(im, quoted, sizeof quoted, y->box->name), condstore);
 	snprintf(quoted, sizeof quoted, "%s%s", y->box->name, condstore);
-	if (sync_send(y, KIND_EXAMINE, "EXAMINE {%zu}", strlen(y->box->name)) != 0 ||
-	    imap_continue(im, im->tag, quoted) != 0)
-		return sync_fail(y, &im->s.err);
-	return 0;
+	if (sync_send(y, KIND_EXAMINE, "EXAMINE {%zu}", strlen(y->box->name)) != 0)
+		return -1;
+	imap_continue(im, im->tag, quoted);
+	return im->s.err.code != E_NONE ? sync_fail(y, &im->s.err) : 0;
 }
 
 /* Ask which of these UIDs, a sequence set, the mailbox has. */
@@ -6597,8 +6557,9 @@ static bool sync_holds_back(const struct sync *y)
 
 	for (unsigned tag = im->taken + 1; tag <= im->tag; tag++)
 		batches += im->ring[tag % IMAP_FLIGHT_MAX].kind == KIND_MAILS;
-	return batches >= 2 && batches * batch >= COMPRESS_OCTETS && im->s.connect_ms >= COMPRESS_CONNECT_MS &&
-	       im->s.in < 4 * COMPRESS_OCTETS && imap_may_compress(im);
+	return batches >= 2 && batches * batch >= COMPRESS_OCTETS &&
+	       im->s.connect_ms >= COMPRESS_CONNECT_MS && im->s.in < 4 * COMPRESS_OCTETS &&
+	       imap_may_compress(im);
 }
 
 /* Where STATUS is to be believed, the first UID that it lets expect: new, or of an archive without UIDs. */
@@ -6606,8 +6567,8 @@ static uint32_t sync_foresees(const struct sync *y)
 {
 	const struct imap_status *status = &y->box->status;
 
-	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time || y->attempt.careful ||
-	    y->attempt.poisons > 0)
+	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time ||
+	    y->attempt.careful || y->attempt.poisons > 0)
 		return 0;
 	if (!y->empty && y->old.uidvalidity == status->uidvalidity)
 		return y->old.uidnext < status->uidnext ? y->old.uidnext : 0;
@@ -6740,7 +6701,8 @@ static enum sync_kind sync_due(struct sync *y)
 				return s->im->wire != y ? KIND_EXAMINE : KIND_NONE;
 			if (y->list_to != 0 || y->flags.high != 0)
 				return y->list_to != 0 ? KIND_LISTING : KIND_FLAGS;
-			if (y->foresee != 0 && y->awaited > 0 && !(sync_fetches_all(y) && sync_holds_back(y)))
+			if (y->foresee != 0 && y->awaited > 0 &&
+			    !(sync_fetches_all(y) && sync_holds_back(y)))
 				return sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
 			return KIND_NONE;
 		case SYNC_BIND:
@@ -6824,7 +6786,8 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 	case KIND_FLAGS:
 		changed[0] = '\0';
 		if (y->since > 0)
-			snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
+			snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)",
+				 (unsigned long long)y->since);
 		n = y->flags.high;
 		y->flags.high = 0;
 		return sync_send(y, kind, "UID FETCH %lu:%lu (FLAGS)%s", (unsigned long)y->flags.low,
@@ -6866,27 +6829,28 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 {
 	const struct imap *im = y->session->im;
 	const struct imap_status *status = &y->box->status;
-	uint32_t uidnext = im->uidnext != 0 ? im->uidnext : status->uidnext;
+	uint32_t uidnext = im->box.uidnext != 0 ? im->box.uidnext : status->uidnext;
 
-	if (result->condition == IMAP_BAD && imap_needs_literal(y->box->name, false) && !y->attempt.literal) {
+	if (result->condition == IMAP_BAD && imap_needs_literal(y->box->name, false) &&
+	    !y->attempt.literal) {
 		y->attempt.literal = true;
 		return err_set(&y->err, E_FORMAT, "the server does not take the name as a quoted string");
 	}
 	if (result->condition != IMAP_OK)
 		return imap_refused(&y->err, result, "opening the mailbox");
-	if (sync_is_open(y) && im->uidvalidity != y->claim.uidvalidity)
+	if (sync_is_open(y) && im->box.uidvalidity != y->claim.uidvalidity)
 		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
 	if (sync_is_open(y))
 		return 0;
-	y->claim = (struct mbox_claim){ .uidvalidity = im->uidvalidity,
+	y->claim = (struct mbox_claim){ .uidvalidity = im->box.uidvalidity,
 					.uidnext = uidnext,
 					.messages = im->exists,
 					.unseen = status->unseen,
-					.highestmodseq = im->highestmodseq,
+					.highestmodseq = im->box.highestmodseq,
 					.when_sec = time(NULL),
 					.traits = mailbox_traits(y->box) };
 	/* A UIDNEXT that went back is a mailbox made anew, or a server restored from its backup. */
-	if (im->uidvalidity == 0 || im->uidvalidity != y->old.uidvalidity ||
+	if (im->box.uidvalidity == 0 || im->box.uidvalidity != y->old.uidvalidity ||
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
@@ -6899,21 +6863,12 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	return 0;
 }
 
-/* Where only the newest mails were looked at (RFC 9738), the first UID below them; else 0. */
-static uint32_t sync_below(const struct imap_result *result)
-{
-	return strcmp(result->code, "MESSAGELIMIT") == 0 && result->numbers[1] > 1 &&
-			       result->numbers[1] <= UINT32_MAX
-		       ? (uint32_t)result->numbers[1]
-		       : 0;
-}
-
 /* The listing has come. It is asked for again, more simply, where it cannot be right. */
 static int sync_listed(struct sync *y, const struct imap_result *result)
 {
 	const struct imap *im = y->session->im;
 	bool refused = result->condition != IMAP_OK;
-	uint32_t below = sync_below(result);
+	uint32_t below = result->below;
 
 	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
 		return imap_refused(&y->err, result, "listing the mails");
@@ -6943,7 +6898,7 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 /* Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. */
 static int sync_flagged(struct sync *y, const struct imap_result *result)
 {
-	uint32_t below = sync_below(result);
+	uint32_t below = result->below;
 
 	if (result->condition == IMAP_OK) { /* RFC 9738: go on below */
 		y->flags.high = below > 0 ? below - 1 : 0;
@@ -6968,7 +6923,8 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 	if (sec == VAGUE_SEC && c->single)
 		y->attempt.vague++;
 	/* Yahoo is "unavailable" for ever to a batch that holds a broken mail: wait once, then ask singly. */
-	if (sec > 0 && (sec != VAGUE_SEC || (c->single ? y->attempt.vague > VAGUE_MAX : !y->attempt.doubtful))) {
+	if (sec > 0 &&
+	    (sec != VAGUE_SEC || (c->single ? y->attempt.vague > VAGUE_MAX : !y->attempt.doubtful))) {
 		y->attempt.doubtful = true;
 		return imap_refused(&y->err, result, "fetching mails");
 	}
@@ -6993,7 +6949,7 @@ static int sync_rechecked(struct sync *y, const struct command *c)
 {
 	if (c->result.condition != IMAP_OK)
 		return imap_refused(&y->err, &c->result, "listing the mails");
-	y->counts.failures += sync_below(&c->result) > 0;
+	y->counts.failures += c->result.below > 0;
 	return 0;
 }
 
@@ -7006,14 +6962,15 @@ static int sync_answered(struct sync *y, const struct command *c)
 	y->awaited -= c->kind == KIND_LISTING || c->kind == KIND_FLAGS;
 	if (y->err.code != E_NONE || sync_store(y) != 0)
 		return -1;
-	if (c->kind != KIND_EXAMINE && im->selected && im->uidvalidity != y->claim.uidvalidity)
+	if (c->kind != KIND_EXAMINE && im->selected && im->box.uidvalidity != y->claim.uidvalidity)
 		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
 	switch (c->kind) {
 	case KIND_EXAMINE:
 		return sync_examined(y, &c->result);
 	case KIND_LISTING:
 	case KIND_FLAGS:
-		if ((c->kind == KIND_LISTING ? sync_listed(y, &c->result) : sync_flagged(y, &c->result)) != 0)
+		if ((c->kind == KIND_LISTING ? sync_listed(y, &c->result) : sync_flagged(y, &c->result)) !=
+		    0)
 			return -1;
 		/* Before the batches that were foreseen are looked at: what these leave undone is then known. */
 		return y->stage == SYNC_LIST && sync_is_listed(y) ? sync_plan(y) : 0;
@@ -7048,8 +7005,9 @@ static void sync_broken(struct sync *y, const struct command *c)
 	}
 	if (a->careful && low == high && low == a->broken_uid && y->session->mails == 0 &&
 	    a->poisons < POISON_MAX) { /* as the first mail of its connection, too */
-		log_error("the mail with UID %lu breaks the connection again and again: left out in this run",
-			  (unsigned long)low);
+		log_error(
+			"the mail with UID %lu breaks the connection again and again: left out in this run",
+			(unsigned long)low);
 		a->poison[a->poisons++] = low;
 		a->row++;
 		a->careful = false;
@@ -7082,7 +7040,8 @@ static void sync_close(struct sync *y, bool complete)
 		y->counts.back += complete ? mbox_came_back(y->m) : 0;
 		y->counts.others_new += info.others > y->others ? info.others - y->others : 0;
 		y->counts.others = info.others;
-		if (mbox_close(y->m, complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
+		if (mbox_close(y->m,
+			       complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
 			       &closing) != 0)
 			sync_fail(y, &closing);
 		if (complete && info.different > 0 && !y->session->compare)
@@ -7190,8 +7149,8 @@ static void session_finish(struct session *s, struct sync *y)
 /* Return true if the mailbox knows of something to ask for, now or after the answers to come. */
 static bool sync_has_more(const struct sync *y)
 {
-	return y->attempt.careful || y->foresee != 0 || y->ask.n > 0 || y->ask_made.n > 0 || y->want.n > 0 ||
-	       y->again.n > 0 || y->failed.n > 0;
+	return y->attempt.careful || y->foresee != 0 || y->ask.n > 0 || y->ask_made.n > 0 ||
+	       y->want.n > 0 || y->again.n > 0 || y->failed.n > 0;
 }
 
 /* Have every mailbox send what it can, the first one first; begin others as long as the wire has room. */
@@ -7327,10 +7286,10 @@ struct restore {
 	void (*progress)(void *context, uint64_t mails, uint64_t octets);
 	void *context;
 	struct counts counts;
-	struct err err;     /* why the whole cannot go on */
-	bool locked;        /* an archive was */
-	char delimiter;     /* the target's */
-	bool strip;         /* every archive but INBOX's lay below INBOX: the source's prefix */
+	struct err err;      /* why the whole cannot go on */
+	bool locked;         /* an archive was */
+	char delimiter;      /* the target's */
+	bool strip;          /* every archive but INBOX's lay below INBOX: the source's prefix */
 	struct mbox_id *ids; /* owned: what the target's mailbox has, sorted */
 	uint8_t *used;       /* owned: one for each of these: a mail of ours has met it */
 	size_t n, room;
@@ -7433,7 +7392,8 @@ static int restore_on_fetch(void *context, const struct imap_fetch *fetch)
 	if (r->n == MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	if (r->n == r->room) {
-		struct mbox_id *more = allocate((r->room = r->room > 0 ? 2 * r->room : 1024) * sizeof *more);
+		struct mbox_id *more = allocate((r->room = r->room > 0 ? 2 * r->room : 1024) *
+						sizeof *more);
 
 		if (r->n > 0)
 			memcpy(more, r->ids, r->n * sizeof *more);
@@ -7591,9 +7551,9 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 {
 	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	struct imap *im = r->im;
-	unsigned limit = im->capabilities & CAP_LITERAL_PLUS  ? APPEND_AHEAD_MAX :
-			 im->capabilities & CAP_LITERAL_MINUS ? 4096 :
-								0,
+	unsigned limit = im->capabilities & CAP_LITERAL_PLUS    ? APPEND_AHEAD_MAX
+			 : im->capabilities & CAP_LITERAL_MINUS ? 4096
+								: 0,
 		 tag, state = mail->state;
 	int64_t when_sec = mail->when_sec;
 	uint64_t octets = 0;
@@ -7828,7 +7788,7 @@ static int restore_run(struct restore *r, struct err *e)
  * pauses for long puts it back; whoever reaps a process that died puts it back for that. A process ends
  * when its parent does.
  */
-struct slot {               /* of a worker */
+struct slot {                   /* of a worker */
 	struct counts counts;   /* of the mailboxes that are over */
 	uint64_t mails, octets; /* that came, for the progress line */
 	uint64_t in, out;       /* octets on the wire, of connections that are closed */
@@ -7870,7 +7830,7 @@ struct run {
 	int places[2];
 	struct report { /* with --json: of each board */
 		struct pile errors, boxes;
-	} *reports;
+	} * reports;
 	bool stopping;
 	int64_t began_ms, drawn_ms, rate_ms;
 	uint64_t rate_octets, rate; /* octets a second, smoothed */
@@ -8272,8 +8232,8 @@ static bool worker_pause(struct worker *w, const struct err *e)
 {
 	unsigned pause = backoff_ms(w->tries, e);
 
-	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10, w->tries,
-		 w->run->config->retries);
+	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10,
+		 w->tries, w->run->config->retries);
 	if (pause > PLACE_SEC * 1000) {
 		w->board->not_before_ms = now_ms() + pause;
 		return false;
@@ -8383,7 +8343,8 @@ static void account_print_list(const struct worker *w)
 		if (!box->wanted) {
 			log_visible(visible, sizeof visible, text, strlen(text));
 			if (!log_to.records)
-				printf("  %-22s %s\n", visible, box->selectable ? "(ignored)" : "(holds no mail)");
+				printf("  %-22s %s\n", visible,
+				       box->selectable ? "(ignored)" : "(holds no mail)");
 			continue;
 		}
 		mailbox_file(box, file);
@@ -8447,7 +8408,8 @@ static void account_print_check(const struct worker *w)
 		mailboxes += w->list.boxes[i].wanted;
 		mails += w->list.boxes[i].wanted ? w->list.boxes[i].status.messages : 0;
 	}
-	printf("\n    %llu mailboxes, %llu mails\n", (unsigned long long)mailboxes, (unsigned long long)mails);
+	printf("\n    %llu mailboxes, %llu mails\n", (unsigned long long)mailboxes,
+	       (unsigned long long)mails);
 }
 
 static int account_restore(struct worker *w, struct err *e)
@@ -8490,8 +8452,9 @@ static int account_list(struct worker *w, struct err *e)
 		counts.failures++;
 	}
 	if (mailboxes_select(l) == 0 && o->mode != RUN_RESTORE) {
-		log_error("none of its %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
-			  (unsigned long)l->n);
+		log_error(
+			"none of its %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
+			(unsigned long)l->n);
 		counts.failures++;
 	}
 	if (o->mode == RUN_CHECK) {
@@ -8673,7 +8636,8 @@ static int account_ask_command(struct worker *w, struct err *e)
 		err_set(e, E_ACCOUNT, "\"password_command\" did not end within %u seconds",
 			w->run->config->timeout_sec);
 	else if (status != 0 || text[0] == '\0')
-		err_set(e, E_ACCOUNT, "\"password_command\" %s", status != 0 ? "failed" : "printed nothing");
+		err_set(e, E_ACCOUNT, "\"password_command\" %s",
+			status != 0 ? "failed" : "printed nothing");
 	else
 		w->password = copy_text(text);
 	wipe(text, sizeof text);
@@ -8777,7 +8741,7 @@ static void account_run(struct run *run, struct board *b)
 
 /* -- the parent -- */
 
-struct child { /* an account's process */
+struct child {          /* an account's process */
 	pid_t pid;      /* 0: none */
 	int alive;      /* a pipe that closes when the process and its helpers are gone; their stdout */
 	unsigned tries; /* to start it */
@@ -8796,8 +8760,8 @@ static void child_report(struct child *child, struct report *report, const char 
 			continue;
 		}
 		if (child->octets > 1)
-			pile_add(child->record[0] == 'E' ? &report->errors : &report->boxes, child->record + 1,
-				 child->octets - 1);
+			pile_add(child->record[0] == 'E' ? &report->errors : &report->boxes,
+				 child->record + 1, child->octets - 1);
 		child->octets = 0;
 	}
 }
@@ -8926,7 +8890,8 @@ static void run_draw(struct run *run)
 		columns = size.ws_col;
 	snprintf(line, sizeof line, "\r\033[K%s%llu mails %s%s%s %s", percent, (unsigned long long)mails,
 		 log_octets(octets, all), rate, left, hand);
-	ignored = write(STDERR_FILENO, line, 4 + log_fit(line + 4, (unsigned)columns - 1, &(unsigned){0}));
+	ignored = write(STDERR_FILENO, line,
+			4 + log_fit(line + 4, (unsigned)columns - 1, &(unsigned){ 0 }));
 	(void)ignored;
 }
 
@@ -8997,7 +8962,8 @@ static void run_all(struct run *run)
 			ssize_t got = fds[i].revents != 0 ? read(fds[i].fd, text, sizeof text) : -1;
 
 			if (got > 0 && run->options->json)
-				child_report(polled[i], &run->reports[polled[i] - children], text, (size_t)got);
+				child_report(polled[i], &run->reports[polled[i] - children], text,
+					     (size_t)got);
 			else if (got > 0)
 				fwrite(text, 1, (size_t)got, stdout);
 			else if (got == 0)
@@ -9468,10 +9434,10 @@ static int run_authorize(const struct run *run)
 }
 
 /* Print what a run has done as one JSON object (README: JSON). */
-static void run_print_json(const struct run *run, const struct options *o, const struct pile *errors, int status,
-			   time_t began)
+static void run_print_json(const struct run *run, const struct options *o, const struct pile *errors,
+			   int status, time_t began)
 {
-	static const char *const modes[] = { "backup", "list",	 "check",    "verify",
+	static const char *const modes[] = { "backup",  "list",   "check",    "verify",
 					     "restore", "export", "authorize" };
 	int64_t now = now_ms();
 	char when[32] = "";
@@ -9495,11 +9461,13 @@ static void run_print_json(const struct run *run, const struct options *o, const
 		       "\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu,"
 		       "\"errors\":[%.*s],\"boxes\":[%.*s]}",
 		       i > 0 ? "," : "", email,
-		       b->began_ms > 0 ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000 : 0.0,
+		       b->began_ms > 0
+			       ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000
+			       : 0.0,
 		       (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-		       (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
-		       (unsigned long long)c->others, (unsigned long long)sum.in,
-		       (unsigned long long)c->failures, (int)report->errors.n,
+		       (unsigned long long)c->stored, (unsigned long long)c->gone,
+		       (unsigned long long)c->back, (unsigned long long)c->others,
+		       (unsigned long long)sum.in, (unsigned long long)c->failures, (int)report->errors.n,
 		       report->errors.text != NULL ? report->errors.text : "", (int)report->boxes.n,
 		       report->boxes.text != NULL ? report->boxes.text : "");
 	}
@@ -9554,7 +9522,7 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	status = 1;
 	run_tell(run, config.start_url);
 	if (options->mode == RUN_CHECK ? (well = destination_check(&config), true)
-				      : !config.require_mount || destination_mounted(&config)) {
+				       : !config.require_mount || destination_mounted(&config)) {
 		run_all(run);
 		status = run_summary(run);
 		if (!well)
@@ -9577,7 +9545,8 @@ int main(int argc, char **argv)
 	int status;
 
 	run.began_ms = now_ms();
-	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) /* also what is wrong with the options */
+	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0;
+	     i++) /* also what is wrong with the options */
 		if (strcmp(argv[i], "--json") == 0)
 			log_to.errors = &errors;
 	status = run_main(&run, &options, argc, argv);

@@ -724,7 +724,7 @@ static void serve(struct imap *im, const char *text, size_t n, size_t pieces)
 }
 
 /*
- * What the callbacks see of responses, and how it ends: "|" after each; the code and numbers of the
+ * What the callbacks see of responses, and how it ends: "|" after each; the code of the
  * command A1; then the error's text, if it is another than that the server hung up.
  */
 static void test_responses(void)
@@ -732,8 +732,8 @@ static void test_responses(void)
 	static const struct { const char *text, *seen, *error; } rows[] = {
 		{ "* OK hi\r\nA1 OK done\r\n", "OK", NULL },
 		{ "A1 NO [THROTTLED] later\r\n", "NO THROTTLED", NULL },
-		{ "a1 bad [uidnext 5 x] y\n", "BAD UIDNEXT 5 0", NULL },
-		{ "A1 OK [APPENDUID 1 2]\r\n", "OK APPENDUID 1 2", NULL },
+		{ "a1 bad [uidnext 5 x] y\n", "BAD UIDNEXT", NULL },
+		{ "A1 OK [APPENDUID 1 2]\r\n", "OK APPENDUID", NULL },
 		{ "A1 OK [BADCHARSET (\"a]b\" {1}\r\n] x)] t\r\n", "OK BADCHARSET", NULL },
 		{ "* [COPYUID 1 2 3]\r\n[X]\r\nA1 OK\r\n", "OK", NULL },
 		{ "A2 OK\r\n", "", "a line that begins with \"A2\"" },
@@ -759,12 +759,12 @@ static void test_responses(void)
 		{ "* LIST () \".\" \"\"\r\n", "list 0  .|", NULL },
 		{ "* LIST () \"/\" a\tb c\r\n", "list 5 a\tb c /|", NULL },
 		{ "* LIST (\\HasNoChildren) \"\\\\\" A (b)\\Year 1 \r\n", "list 12 A (b)\\Year 1 \\|", NULL },
-		{ "* LIST () \"/\" a b (\"CHILDINFO\" ({3}\r\n\r\n)))\r\n* LIST () \"/\" \"x\" y (z)\r\n",
+		{ "* LIST () \"/\" a b (\"CHILDINFO\" (\"SUBSCRIBED\"))\r\n* LIST () \"/\" \"x\" y (z)\r\n",
 		  "list 3 a b /|list 1 x /|", NULL },
 		{ "*  LIST  ( \\All \\Archive\\x  \\sent \\Trash )  \"/\"  \" x\"  \r\n", "list 2  x / 31|", NULL },
 		{ "* LIST (\\Archive \\Drafts \\Junk) NIL Nil\r\n", "list 3 Nil 0 e|", NULL },
-		{ "* LIST (\\NonExistent\r\n* OK\r\n", "", "a line's end where a mailbox's name" },
-		{ "* LIST \"/\" INBOX\r\n* OK\r\n", "", "a line's end where a mailbox's name" },
+		{ "* LIST (\\NonExistent\r\n* OK\r\n", "", "where a list of attributes was" },
+		{ "* LIST \"/\" INBOX\r\n* OK\r\n", "", "where a list of attributes was" },
 		{ "* LSUB () \"/\" x\r\n* XLIST ({2}\r\n)) x)\r\nA1 OK\r\n", "OK", NULL },
 
 		{ "* STATUS {1}\r\nx (MESSAGES 2 UIDNEXT 3 UIDVALIDITY 4 UNSEEN 5 HIGHESTMODSEQ 6 SIZE 7) \r\n",
@@ -782,10 +782,10 @@ static void test_responses(void)
 		{ "* STATUS x (MESSAGES 2 UIDNEXT 3\r\n* OK\r\n", "status x 2 3 0 0 0 0|", NULL },
 
 		{ "* SEARCH\r\n* SEARCH 1 2 4294967295 (MODSEQ 5)\r\n", "1:1|2:2|4294967295:4294967295|", NULL },
-		{ "* SEARCH 4294967296\r\n", "", "a number over 4294967295" },
-		{ "* SEARCH 99999999999999999999999999\r\n", "", "a number over 4294967295" },
+		{ "* SEARCH 4294967296\r\n", "", "where a UID was" },
+		{ "* SEARCH 99999999999999999999999999\r\n", "", "where a UID was" },
 		{ "* SEARCH 0\r\n", "", "where a UID was" },
-		{ "* SEARCH x\r\n", "", "something else where a UID" },
+		{ "* SEARCH x\r\n", "", "sent X where a UID" },
 		{ "*  SEARCH  1  2 \t 3  \r\n", "1:1|2:2|3:3|", NULL },
 		{ "* ESEARCH (TAG \"A7\") UID ALL 1:5,9,8:7\r\n", "1:5|9:9|7:8|", NULL },
 		{ "* ESEARCH (TAG \"A7\") UID COUNT 5 MODSEQ 9\r\n", "", NULL },
@@ -824,7 +824,7 @@ static void test_responses(void)
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nxy)\r\n", "1 1<x", "sent Y where the end of FETCH" },
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n-y)\r\n", "1 1<x", "something else where the end of FETCH" },
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\n* 4 FETCH (UID 8)\r\n", "1 1<x", "where the end of FETCH" },
-		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\nA1 OK\r\n", "1 1<x", "A1 where the end of FETCH" },
+		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx\r\nA1 OK\r\n", "1 1<x", "where the end of FETCH" },
 		{ "* 3 FETCH (UID 7 BODY[] {1}\r\nx) y\r\n", "1 1<x", "Y where the end of FETCH" },
 		{ "* 3 FETCH (UID 7) BODY[] {1}\r\nx\r\n* SEARCH 5\r\n", "1 1<x> fetch 7|5:5|", NULL },
 		{ "* 3 FETCH (BODY[] {1}\r\nx FLAGS (a(b) c \\Seen) UID 7)\r\n", "1 1<x> fetch 7 flags 1|", NULL },
@@ -873,9 +873,7 @@ static void test_responses(void)
 			result = &im.ring[1].result;
 			tell("%s", conditions[result->condition]);
 			if (result->condition != IMAP_PENDING && result->code[0] != '\0')
-				tell(result->numbers[0] != 0 ? " %s %llu %llu" : " %s", result->code,
-				     (unsigned long long)result->numbers[0],
-				     (unsigned long long)result->numbers[1]);
+				tell(" %s", result->code);
 			check(strcmp(told, rows[i].seen) == 0, "%s (%zu): %s", rows[i].text, pieces, told);
 			check(strstr(im.s.err.text, rows[i].error != NULL ? rows[i].error : "closed by the server")
 			      != NULL, "%s (%zu): %s", rows[i].text, pieces, im.s.err.text);
@@ -893,7 +891,7 @@ static void test_unasked(void)
 
 	serve(&im, text, sizeof text - 1, 1);
 	im.tag = 1;
-	check(imap_wait(&im, 1) != NULL && im.exists == 8 && im.highestmodseq == 5,
+	check(imap_wait(&im, 1) != NULL && im.exists == 8 && im.box.highestmodseq == 5,
 	      "unasked: %s", im.s.err.text);
 	stream_close(&im.s);
 }
@@ -1040,12 +1038,12 @@ static void test_beside(void)
 
 	serve(&im, text, sizeof text - 1, 1);
 	im.exists = UINT32_MAX;
-	im.uidnext = 9;
+	im.box.uidnext = 9;
 	check(imap_response(&im) == 0 && im.exists == UINT32_MAX, "EXPUNGE of unknown: %u", im.exists);
 	while (imap_response(&im) >= 0)
 		;
-	check(im.exists == 4 && im.limited_uid == 23221 && im.uidnext == 0 && im.uidvalidity == 7, "%u %u %u %u",
-	      im.exists, im.limited_uid, im.uidnext, im.uidvalidity);
+	check(im.exists == 4 && im.below == 23221 && im.box.uidnext == 0 && im.box.uidvalidity == 7, "%u %u %u %u",
+	      im.exists, im.below, im.box.uidnext, im.box.uidvalidity);
 	stream_close(&im.s);
 }
 
