@@ -8981,70 +8981,92 @@ static void run_all(struct run *run)
  * done), or is damaged; 2 the command line or the configuration is wrong, nothing was done; 3 nothing
  * failed, but another run holds an account's archive.
  */
-static const char
-	usage[] = "usage: imap_backup [options] [config.json]\n"
-		  "       imap_backup --host HOST --user EMAIL --to FOLDER [options]\n"
-		  "\n"
-		  "Backs up all mailboxes of IMAP accounts into mbox files. Or:\n"
-		  "  --list                 show accounts, mailboxes, messages, and their files\n"
-		  "  --check                try configuration, connection, certificate and login\n"
-		  "  --verify [--online]    compare the archives with their indexes (and the server)\n"
-		  "  --restore [--yes] [--include-gone] [--into MAILBOX]\n"
-		  "                         put archived mail back on the server\n"
-		  "  --export MESSAGE-ID    write one archived mail to standard output\n"
-		  "  --export-all [--gone]  write all mails (or what left the server) as one mbox\n"
-		  "  --authorize NAME [--paste]   sign in for an entry of \"oauth2\"\n"
-		  "\n"
-		  "  -a, --account EMAIL    only this account (may be repeated)\n"
-		  "  -m, --mailbox NAME     only this mailbox (may be repeated; wildcards * and ?)\n"
-		  "  -n, --dry-run          say what would be done\n"
-		  "  -q, --quiet            warnings and errors only (for cron)\n"
-		  "  -v, --verbose          more; -vv shows the protocol, never secrets\n"
-		  "      --json             tell what was done as JSON on standard output\n"
-		  "  -h, --help             this\n"
-		  "  -V, --version          version and libraries\n"
-		  "\n"
-		  "The configuration is ./config.json unless named. Without one, for one account:\n"
-		  "  --host HOST --user EMAIL --to FOLDER   and, if need be,\n"
-		  "  --port PORT            993; 143 for STARTTLS\n"
-		  "  --password-command COMMAND   else IMAP_BACKUP_PASSWORD in the environment,\n"
-		  "                         else it is asked\n"
-		  "\n"
-		  "Exit status: 0 all is done or well, 1 something failed or is damaged, 2 wrong\n"
-		  "options or configuration, 3 another run is at work.\n";
+enum { /* modes that an option goes with, as bits; 0: all */
+	VERIFY = 1 << RUN_VERIFY,
+	RESTORE = 1 << RUN_RESTORE,
+	AUTHORIZE = 1 << RUN_AUTHORIZE,
+	EXPORT_ALL = 1 << (RUN_AUTHORIZE + 1), /* which is no mode of its own */
+	WITH_ACCOUNTS = AUTHORIZE - 1 + EXPORT_ALL,
+	WITH_NEWS = AUTHORIZE - 1 - (1 << RUN_EXPORT)
+};
+
+#define TO(field) offsetof(struct options, field)
+
+/* In the order of the help, which is printed from it. */
+static const struct option_row {
+	enum { TAKE_MODE, TAKE_FLAG, TAKE_TEXT, TAKE_ACCOUNT, TAKE_MAILBOX, TAKE_LEVEL, TAKE_HELP } how;
+	char letter; /* '\0': none */
+	const char *name, *argument;
+	size_t at; /* the mode; or the place of a flag (int) or text in struct options */
+	unsigned modes;
+	const char *help;
+} option_rows[] = {
+	{ TAKE_MODE, 0, "list", NULL, RUN_LIST, 0, "show accounts, mailboxes, messages, and their files" },
+	{ TAKE_MODE, 0, "check", NULL, RUN_CHECK, 0, "try configuration, connection, certificate, login" },
+	{ TAKE_MODE, 0, "verify", NULL, RUN_VERIFY, 0, "compare the archives with their indexes ..." },
+	{ TAKE_FLAG, 0, "online", NULL, TO(online), VERIFY, "... and with the server" },
+	{ TAKE_MODE, 0, "restore", NULL, RUN_RESTORE, 0, "put archived mail back on the server ..." },
+	{ TAKE_FLAG, 0, "yes", NULL, TO(yes), RESTORE, "... without asking" },
+	{ TAKE_FLAG, 0, "include-gone", NULL, TO(include_gone), RESTORE, "... mail that left it, too" },
+	{ TAKE_TEXT, 0, "into", "MAILBOX", TO(into), RESTORE, "... all below this mailbox" },
+	{ TAKE_MODE, 0, "export", "MESSAGE-ID", RUN_EXPORT, 0, "write one archived mail to stdout" },
+	{ TAKE_MODE, 0, "export-all", NULL, RUN_EXPORT, 0, "write all archived mail as one mbox ..." },
+	{ TAKE_FLAG, 0, "gone", NULL, TO(gone), EXPORT_ALL, "... or only what left the server" },
+	{ TAKE_MODE, 0, "authorize", "NAME", RUN_AUTHORIZE, 0, "sign in for an entry of \"oauth2\" ..." },
+	{ TAKE_FLAG, 0, "paste", NULL, TO(paste), AUTHORIZE, "... with an address that is pasted" },
+	{ .help = "" },
+	{ TAKE_ACCOUNT, 'a', "account", "EMAIL", 0, WITH_ACCOUNTS, "only this account (both may be repeated)" },
+	{ TAKE_MAILBOX, 'm', "mailbox", "NAME", 0, WITH_ACCOUNTS, "only this mailbox (wildcards * and ?)" },
+	{ TAKE_FLAG, 'n', "dry-run", NULL, TO(dry), WITH_NEWS, "say what would be done" },
+	{ TAKE_LEVEL, 'q', "quiet", NULL, 0, 0, "warnings and errors only (for cron)" },
+	{ TAKE_LEVEL, 'v', "verbose", NULL, 0, 0, "more; -vv shows the protocol, never secrets" },
+	{ TAKE_FLAG, 0, "json", NULL, TO(json), WITH_NEWS, "tell what was done as JSON on stdout" },
+	{ TAKE_HELP, 'h', "help", NULL, 0, 0, "this" },
+	{ TAKE_HELP, 'V', "version", NULL, 0, 0, "version and libraries" },
+	{ .help = "\nThe configuration is ./config.json unless named. Without one, for one account:" },
+	{ TAKE_TEXT, 0, "host", "HOST", TO(host), WITH_ACCOUNTS, "the server" },
+	{ TAKE_TEXT, 0, "user", "EMAIL", TO(user), WITH_ACCOUNTS, "who logs in" },
+	{ TAKE_TEXT, 0, "to", "FOLDER", TO(to), WITH_ACCOUNTS, "where the archives go" },
+	{ TAKE_TEXT, 0, "port", "PORT", TO(port), WITH_ACCOUNTS, "993; 143 for STARTTLS" },
+	{ TAKE_TEXT, 0, "password-command", "CMD", TO(password_command), WITH_ACCOUNTS,
+	  "else the environment's IMAP_BACKUP_PASSWORD, else asked" },
+};
+
+enum {
+	OPTION_ROWS = sizeof option_rows / sizeof *option_rows,
+	OPTION_QUICK = OPTION_ROWS - 5 /* from here on they stand for a configuration */
+};
 
 #define usage_error(...) (log_error(__VA_ARGS__), fputs("try: imap_backup --help\n", stderr), 2)
 
-/* Check that options fit the mode (named by its option; NULL: a backup). Returns -1, or the exit status. */
-static int options_check(const struct options *o, const char *mode)
+static void options_help(void)
 {
-	const unsigned verify = 1u << RUN_VERIFY, restore = 1u << RUN_RESTORE, export = 1u << RUN_EXPORT;
-	const unsigned authorize = 1u << RUN_AUTHORIZE;
-	bool quick = o->host != NULL || o->port != NULL || o->user != NULL || o->to != NULL ||
-		     o->password_command != NULL;
-	const struct {
-		const char *word;
-		bool given;
-		unsigned modes; /* that it goes with */
-	} limits[] = {
-		{ "--online", o->online, verify },
-		{ "--yes", o->yes, restore },
-		{ "--include-gone", o->include_gone, restore },
-		{ "--into", o->into != NULL, restore },
-		{ "--gone", o->gone, o->all ? export : 0 },
-		{ "--paste", o->paste, authorize },
-		{ "--json", o->json, ~(export | authorize) },
-		{ "--dry-run", o->dry, ~(export | authorize) },
-		{ "--account", o->accounts > 0, ~authorize },
-		{ "--mailbox", o->mailboxes != NULL, ~authorize },
-		{ "--host", quick, ~authorize },
-	};
+	puts("usage: imap_backup [options] [config.json]\n\n"
+	     "Backs up all mailboxes of IMAP accounts into mbox files. Or:");
+	for (const struct option_row *row = option_rows; row < option_rows + OPTION_ROWS; row++) {
+		if (row->name == NULL) {
+			puts(row->help);
+			continue;
+		}
+		printf(row->letter != 0 ? "  -%c, " : "      ", row->letter);
+		printf("--%s %*s%s\n", row->name, (int)strlen(row->name) - 21,
+		       row->argument != NULL ? row->argument : "", row->help);
+	}
+	puts("\nExit status: 0 all is done or well, 1 something failed or is damaged, 2 wrong\n"
+	     "options or configuration, 3 another run is at work.");
+}
 
-	for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
-		if (limits[i].given && !(limits[i].modes & 1u << o->mode))
-			return usage_error("%s does not go together with %s%s", limits[i].word,
-					   mode != NULL ? "--" : "a ", mode != NULL ? mode : "backup");
-	if (!quick)
+/* Check that the options fit the mode and each other. 'given': bits of rows. Returns -1, or the exit status. */
+static int options_check(const struct options *o, const struct option_row *mode, unsigned given)
+{
+	unsigned bit = o->all ? (unsigned)EXPORT_ALL : 1u << o->mode;
+
+	for (unsigned i = 0; i < OPTION_ROWS; i++)
+		if (given & 1u << i && option_rows[i].modes != 0 && !(option_rows[i].modes & bit))
+			return usage_error("--%s does not go together with %s%s", option_rows[i].name,
+					   mode != NULL ? "--" : "a ",
+					   mode != NULL ? mode->name : "backup");
+	if (given >> OPTION_QUICK == 0)
 		return -1;
 	if (o->host == NULL || o->user == NULL || o->to == NULL)
 		return usage_error("a run without a configuration file needs --host, --user and --to");
@@ -9059,106 +9081,80 @@ static int options_check(const struct options *o, const char *mode)
 /* Take the options. Returns -1 to go on, else the exit status. */
 static int options_parse(struct options *o, int argc, char **argv)
 {
-	enum { INTO = 1, HOST, PORT, USER, TO, COMMAND }; /* options without a letter */
-	const char **const texts[] = {
-		[INTO] = &o->into, [HOST] = &o->host, [PORT] = &o->port,
-		[USER] = &o->user, [TO] = &o->to,     [COMMAND] = &o->password_command
-	};
-	int mode = RUN_BACKUP, letter, which = 0;
-	const struct option words[] = {
-		{ "list", no_argument, &mode, RUN_LIST },
-		{ "check", no_argument, &mode, RUN_CHECK },
-		{ "verify", no_argument, &mode, RUN_VERIFY },
-		{ "restore", no_argument, &mode, RUN_RESTORE },
-		{ "export", required_argument, &mode, RUN_EXPORT },
-		{ "export-all", no_argument, &mode, RUN_EXPORT },
-		{ "authorize", required_argument, &mode, RUN_AUTHORIZE },
-		{ "online", no_argument, &o->online, 1 },
-		{ "yes", no_argument, &o->yes, 1 },
-		{ "include-gone", no_argument, &o->include_gone, 1 },
-		{ "gone", no_argument, &o->gone, 1 },
-		{ "paste", no_argument, &o->paste, 1 },
-		{ "json", no_argument, &o->json, 1 },
-		{ "into", required_argument, NULL, INTO },
-		{ "host", required_argument, NULL, HOST },
-		{ "port", required_argument, NULL, PORT },
-		{ "user", required_argument, NULL, USER },
-		{ "to", required_argument, NULL, TO },
-		{ "password-command", required_argument, NULL, COMMAND },
-		{ "account", required_argument, NULL, 'a' },
-		{ "mailbox", required_argument, NULL, 'm' },
-		{ "dry-run", no_argument, NULL, 'n' },
-		{ "quiet", no_argument, NULL, 'q' },
-		{ "verbose", no_argument, NULL, 'v' },
-		{ "help", no_argument, NULL, 'h' },
-		{ "version", no_argument, NULL, 'V' },
-		{ NULL, 0, NULL, 0 },
-	};
-	struct json *patterns = NULL, *last = NULL;
-	const char *mode_word = NULL;
+	struct json *patterns = NULL;
+	struct option words[OPTION_ROWS + 1] = { { 0 } };
+	char letters[2 * OPTION_ROWS + 2] = ":", *end = letters + 1;
+	const struct option_row *row, *mode = NULL;
+	unsigned given = 0, n = 0;
+	int status, letter, found = 0;
 
+	for (row = option_rows; row < option_rows + OPTION_ROWS; row++) {
+		if (row->name != NULL)
+			words[n++] = (struct option){ row->name, row->argument != NULL, &found,
+						      (int)(row - option_rows) };
+		if (row->letter != 0)
+			end += sprintf(end, "%c%s", row->letter, row->argument != NULL ? ":" : "");
+	}
 	o->account = allocate((size_t)argc * sizeof *o->account);
 	opterr = 0;
-	while ((letter = getopt_long(argc, argv, ":a:m:nqvhV", words, &which)) != -1)
-		switch (letter) {
-		case 0:
-			if (words[which].flag != &mode)
-				break;
-			if (mode_word != NULL &&
-			    (strcmp(mode_word, words[which].name) != 0 || optarg != NULL))
-				return usage_error("only one of --%s and --%s", mode_word,
-						   words[which].name);
-			mode_word = words[which].name;
-			o->what = optarg;
-			break;
-		case 'a':
-			o->account[o->accounts++] = optarg;
-			break;
-		case 'm':
-			if (patterns == NULL)
-				last = patterns = allocate((size_t)(argc + 1) * sizeof *patterns);
-			else
-				last->next = last + 1;
-			*++last = (struct json){ .type = JSON_STRING, .text = optarg };
-			patterns->child = patterns + 1;
-			o->mailboxes = patterns;
-			break;
-		case 'n':
-			o->dry = 1;
-			break;
-		case 'q':
-			log_to.level = LOG_WARN;
-			break;
-		case 'v':
-			log_to.level = log_to.level < LOG_DETAIL ? LOG_DETAIL : LOG_TRACE;
-			break;
-		case 'h':
-			fputs(usage, stdout);
-			log_to.errors = NULL;
-			return fflush(stdout) != 0;
-		case 'V':
-			printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
-			log_to.errors = NULL;
-			return fflush(stdout) != 0;
-		case ':':
-		case '?':
+	while ((letter = getopt_long(argc, argv, letters, words, NULL)) != -1) {
+		if (letter == ':' || letter == '?')
 			return usage_error(letter == ':'
 						   ? "%s%.1s needs a value"
 						   : "unknown option, or one that takes no value: %s%.1s",
-					   optopt > ' ' ? "-" : argv[optind - 1],
-					   optopt > ' ' ? (char[]){ (char)optopt, '\0' } : "");
-		default:
-			*texts[letter] = optarg;
+					   optopt > OPTION_ROWS ? "-" : argv[optind - 1],
+					   optopt > OPTION_ROWS ? (char[]){ (char)optopt, '\0' } : "");
+		for (int i = 0; letter != 0 && i < OPTION_ROWS; i++)
+			found = option_rows[i].letter == letter ? i : found;
+		row = &option_rows[found];
+		given |= 1u << found;
+		switch (row->how) {
+		case TAKE_MODE:
+			if (mode != NULL && (mode != row || optarg != NULL))
+				return usage_error("only one of --%s and --%s", mode->name, row->name);
+			mode = row;
+			o->mode = (enum run_mode)row->at;
+			o->what = optarg;
+			break;
+		case TAKE_FLAG:
+			*(int *)(void *)((char *)o + row->at) = 1;
+			break;
+		case TAKE_TEXT:
+			*(const char **)(void *)((char *)o + row->at) = optarg;
+			break;
+		case TAKE_ACCOUNT:
+			o->account[o->accounts++] = optarg;
+			break;
+		case TAKE_MAILBOX:
+			if (patterns == NULL)
+				o->mailboxes = patterns = allocate((size_t)(argc + 1) * sizeof *patterns);
+			patterns->count++;
+			patterns[patterns->count] = (struct json){ .type = JSON_STRING, .text = optarg };
+			patterns[patterns->count - 1].next = patterns + patterns->count;
+			patterns->child = patterns->next;
+			break;
+		case TAKE_LEVEL:
+			log_to.level = row->letter == 'q'          ? LOG_WARN
+				       : log_to.level < LOG_DETAIL ? LOG_DETAIL
+								   : LOG_TRACE;
+			break;
+		case TAKE_HELP:
+			if (row->letter == 'h')
+				options_help();
+			else
+				printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
+			log_to.errors = NULL;
+			return fflush(stdout) != 0;
 		}
-	o->mode = (enum run_mode)mode;
+	}
 	o->all = o->mode == RUN_EXPORT && o->what == NULL;
 	if (optind < argc)
 		o->config_path = argv[optind++];
 	if (optind < argc)
 		return usage_error("one configuration file is enough: %s", argv[optind]);
-	if ((letter = options_check(o, mode_word)) < 0 && o->host == NULL && o->config_path == NULL)
+	if ((status = options_check(o, mode, given)) < 0 && o->host == NULL && o->config_path == NULL)
 		o->config_path = "config.json";
-	return letter;
+	return status;
 }
 
 /* Return true if the destination is on another file system than the root, as require_mount wants it. */
