@@ -7,10 +7,11 @@
  * A first pass counts what can become a value or a name, so that the whole tree is one piece of
  * memory, wiped and freed in one go. The second is a recursive descent, JSON_DEPTH_MAX deep.
  *
- * A message shows one character of the text or a member's name, but never a string's value nor a
- * bare word: that may be a password whose quotes were forgotten.
+ * A message shows one character of the text, but never a name, a string's value nor a bare word: that
+ * may be a password whose quotes were forgotten.
  */
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,18 +42,18 @@ int err_set(struct err *e, enum err_code code, const char *format, ...)
 
 int err_errno(struct err *e, enum err_code code, const char *format, ...)
 {
-	bool full = code == E_SYSTEM && (errno == ENOSPC || errno == EDQUOT);
-	const char *reason = strerror(errno);
-	bool first = e->code == E_NONE;
+	int reason = errno;
+	bool full = code == E_SYSTEM && (reason == ENOSPC || reason == EDQUOT);
 	va_list arguments;
 	size_t n;
 
+	if (e->code != E_NONE)
+		return -1;
 	va_start(arguments, format);
 	err_fill(e, full ? E_FULL : code, format, arguments);
 	va_end(arguments);
 	n = strlen(e->text);
-	if (first)
-		snprintf(e->text + n, sizeof e->text - n, ": %s", reason);
+	snprintf(e->text + n, sizeof e->text - n, ": %s", strerror(reason));
 	return -1;
 }
 
@@ -89,54 +90,45 @@ size_t utf8_char(const uint8_t *p, size_t n, uint32_t *code)
 	return octets;
 }
 
+size_t utf8_put(char *out, uint32_t code)
+{
+	size_t octets = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+
+	for (size_t i = octets; i-- > 1; code >>= 6)
+		out[i] = (char)(0x80 | (code & 0x3F));
+	out[0] = (char)(utf8[octets].mark | code);
+	return octets;
+}
+
 /* ======== JSON ======== */
 
-enum { END = -1 }; /* what peek() sees at the end of the text */
-
-/* A member's name, and where it stands. */
-struct name {
-	const char *key;
-	unsigned line, column;
-};
-
 /*
- * What json_parse() returns a part of: the root is node[0]. Behind the nodes is room for the names
- * of the objects that are open at a time, then for the decoded strings: a string loses two quotes
- * and gains one NUL, no escape is shorter than its character, and a number's NUL takes the place of
- * whatever follows it, so all of them together never need more than the text and one octet.
+ * What json_parse() returns a part of: the root is node[0]. Behind the nodes is a copy of the text, closed
+ * with NUL, in which strings and numbers are decoded where they stand: a string loses two quotes and gains
+ * one NUL, no escape is shorter than its character, and a number, which wants a NUL behind it, moves to the
+ * octet in front of it, which has been read.
  */
 struct tree {
 	size_t octets; /* of all this */
 	struct json node[];
 };
 
-_Static_assert(SIZE_MAX / (sizeof(struct json) + sizeof(struct name) + 2) > JSON_OCTETS_MAX,
-	       "the size of a tree does not overflow");
+_Static_assert(SIZE_MAX / (sizeof(struct json) + 2) > JSON_OCTETS_MAX, "the size does not overflow");
 
 struct parser {
-	const char *at, *end; /* the text still to be read */
-	const char *line_start;
+	char *at, *end; /* the text still to be read; *end is NUL */
+	char *line_start;
 	unsigned line, depth; /* of 'at' */
 	struct json *node;    /* the next free one */
-	struct name *name;    /* the next free one; those of outer objects lie below */
-	char *string;         /* where the next decoded string goes */
 	struct err *e;
 };
 
 /* ---- looking, and complaining ---- */
 
-/* The octet at hand, or END. */
-static int peek(const struct parser *p)
-{
-	return p->at < p->end ? (unsigned char)*p->at : END;
-}
-
 /* Step over the octet at hand if it is one of 'set'. */
 static bool take(struct parser *p, const char *set)
 {
-	int c = peek(p);
-
-	if (c <= 0 || strchr(set, c) == NULL)
+	if (*p->at == '\0' || strchr(set, *p->at) == NULL)
 		return false;
 	p->at++;
 	return true;
@@ -147,7 +139,7 @@ static unsigned column(const struct parser *p)
 	return (unsigned)(p->at - p->line_start) + 1;
 }
 
-/* The octets of the character at hand, or 0 if the text has no valid one here. */
+/* Return the octets of the character at hand, or 0 if the text has no valid one here. */
 static size_t char_octets(const struct parser *p, uint32_t *code)
 {
 	return utf8_char((const uint8_t *)p->at, (size_t)(p->end - p->at), code);
@@ -162,16 +154,14 @@ static int fail_found(struct parser *p, const char *found, const char *expected)
 /* What is at hand is not what was expected. */
 static int fail(struct parser *p, const char *expected)
 {
-	int c = peek(p);
+	int c = (unsigned char)*p->at;
 	uint32_t code;
 	char found[32];
 
-	if (c == END)
+	if (p->at == p->end)
 		return fail_found(p, "the end of the text", expected);
 	if (c == '\n' || c == '\r')
 		return fail_found(p, "the end of the line", expected);
-	if (c == '\'')
-		return fail_found(p, "a single quote", expected);
 	if (c >= ' ' && c <= '~')
 		snprintf(found, sizeof found, "'%c'", c);
 	else if (c > 0x7F && char_octets(p, &code) > 0)
@@ -197,31 +187,27 @@ static void skip_space(struct parser *p)
 /* At the 'u' of \uXXXX: read it and the digits. */
 static int parse_hex(struct parser *p, uint32_t *unit)
 {
-	static const char digits[] = "0123456789abcdefABCDEF";
+	char digits[5] = "";
 
-	*unit = 0;
 	p->at++;
 	for (int i = 0; i < 4; i++) {
-		uint32_t digit;
-
-		if (!take(p, digits))
+		if (!isxdigit((unsigned char)*p->at))
 			return fail(p, "four hexadecimal digits after \\u");
-		digit = (uint32_t)(strchr(digits, p->at[-1]) - digits);
-		*unit = *unit << 4 | (digit < 16 ? digit : digit - 6);
+		digits[i] = *p->at++;
 	}
+	*unit = (uint32_t)strtoul(digits, NULL, 16);
 	return 0;
 }
 
 /* At the 'u': one sequence, or the two (RFC 8259 section 7) of a character above U+FFFF. */
-static int parse_unicode(struct parser *p)
+static int parse_unicode(struct parser *p, char **to)
 {
-	const char *start = p->at - 1;
+	char *start = p->at - 1;
 	uint32_t u, low = 0;
-	unsigned n;
 
 	if (parse_hex(p, &u) < 0)
 		return -1;
-	if (u >= 0xD800 && u <= 0xDBFF && p->end - p->at >= 2 && memcmp(p->at, "\\u", 2) == 0) {
+	if (u >= 0xD800 && u <= 0xDBFF && strncmp(p->at, "\\u", 2) == 0) {
 		p->at++;
 		if (parse_hex(p, &low) < 0)
 			return -1;
@@ -233,54 +219,51 @@ static int parse_unicode(struct parser *p)
 		return u == 0 ? fail_found(p, "\\u0000", "a character that can stand in text")
 			      : fail_found(p, "half a surrogate pair", "both, as \\uD83D\\uDE00");
 	}
-	n = u < 0x80 ? 1 : u < 0x800 ? 2 : u < 0x10000 ? 3 : 4;
-	for (unsigned i = n; i-- > 1; u >>= 6)
-		p->string[i] = (char)(0x80 | (u & 0x3F));
-	p->string[0] = (char)(utf8[n].mark | u);
-	p->string += n;
+	*to += utf8_put(*to, u);
 	return 0;
 }
 
-/* At the backslash. */
-static int parse_escape(struct parser *p)
+/* At the backslash: write at *to what it stands for. */
+static int parse_escape(struct parser *p, char **to)
 {
 	static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
 
 	p->at++;
-	if (peek(p) == 'u')
-		return parse_unicode(p);
+	if (*p->at == 'u')
+		return parse_unicode(p, to);
 	if (!take(p, letters))
 		return fail(p, "one of \"\\/bfnrtu after '\\' (a backslash is written \\\\)");
-	*p->string++ = meanings[strchr(letters, p->at[-1]) - letters];
+	*(*to)++ = meanings[strchr(letters, p->at[-1]) - letters];
 	return 0;
 }
 
 /* At the opening quote; *text receives the decoded string. */
 static int parse_string(struct parser *p, const char **text)
 {
-	*text = p->string;
-	p->at++;
-	for (int c = peek(p); c != '"'; c = peek(p)) {
+	char *to = ++p->at;
+
+	*text = to;
+	while (*p->at != '"') {
 		size_t n;
 
-		if (c == '\\') {
-			if (parse_escape(p) < 0)
+		if (*p->at == '\\') {
+			if (parse_escape(p, &to) < 0)
 				return -1;
 			continue;
 		}
-		if (c == END || c == '\n' || c == '\r')
+		if (p->at == p->end || *p->at == '\n' || *p->at == '\r')
 			return fail(p, "'\"' at the end of the string");
-		if (c < ' ')
+		if ((unsigned char)*p->at < ' ')
 			return fail(p, "an escape sequence such as \\t or \\u0007 in its place");
 		n = char_octets(p, NULL);
 		if (n == 0)
 			return fail(p, "a character in UTF-8");
-		memcpy(p->string, p->at, n);
-		p->string += n;
+		memmove(to, p->at, n);
+		to += n;
 		p->at += n;
 	}
 	p->at++;
-	*p->string++ = '\0';
+	*to = '\0';
 	return 0;
 }
 
@@ -297,17 +280,13 @@ static int skip_digits(struct parser *p)
 
 static int parse_number(struct parser *p, struct json *v)
 {
-	const char *start = p->at, *digits;
+	char *start = p->at;
+	long long number;
 	char *end;
 
 	take(p, "-");
-	digits = p->at;
-	if (skip_digits(p) < 0)
+	if (!take(p, "0") && skip_digits(p) < 0)
 		return -1;
-	if (*digits == '0' && p->at > digits + 1) {
-		p->at = digits;
-		return fail(p, "a number without leading zeros");
-	}
 	if (take(p, ".") && skip_digits(p) < 0)
 		return -1;
 	if (take(p, "eE")) {
@@ -316,51 +295,56 @@ static int parse_number(struct parser *p, struct json *v)
 			return -1;
 	}
 	v->type = JSON_NUMBER;
-	v->text = memcpy(p->string, start, (size_t)(p->at - start));
-	p->string += p->at - start;
-	*p->string++ = '\0';
+	v->text = memmove(start - 1, start, (size_t)(p->at - start));
+	p->at[-1] = '\0';
 	errno = 0;
-	v->number = strtoll(v->text, &end, 10);
+	number = strtoll(v->text, &end, 10);
 	v->integral = errno == 0 && *end == '\0';
-	if (!v->integral)
-		v->number = 0;
+	v->number = v->integral ? number : 0;
 	return 0;
 }
 
 static int parse_word(struct parser *p, struct json *v)
 {
 	static const char *const words[] = { "null", "false", "true" };
-	int c = peek(p);
 
-	for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) {
+	for (int i = 0; i < 3; i++) {
 		size_t n = strlen(words[i]);
 
-		if ((size_t)(p->end - p->at) >= n && memcmp(p->at, words[i], n) == 0) {
+		if (strncmp(p->at, words[i], n) == 0) {
 			p->at += n;
-			v->type = c == 'n' ? JSON_NULL : JSON_BOOL;
-			v->number = c == 't';
+			v->type = i == 0 ? JSON_NULL : JSON_BOOL;
+			v->number = i == 2;
 			return 0;
 		}
 	}
-	if ((c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z'))
+	if (isalpha((unsigned char)*p->at))
 		return fail_found(p, "a word without quotes", "a value");
 	return fail(p, "a value");
 }
 
 /* ---- arrays and objects ---- */
 
-/* A member's name and the colon behind it. */
-static int parse_name(struct parser *p, const char **key)
+/* The name of a new member of an object, and the colon behind it. */
+static int parse_name(struct parser *p, const struct json *object, struct json *member)
 {
-	struct name *name = p->name++;
+	char *start = p->at;
+	const struct json *other;
+	char expected[80];
 
-	name->line = p->line;
-	name->column = column(p);
-	if (peek(p) != '"')
+	if (*p->at != '"')
 		return fail(p, "a name in double quotes");
-	if (parse_string(p, key) < 0)
+	if (parse_string(p, &member->key) < 0)
 		return -1;
-	name->key = *key;
+	other = json_get(object, member->key);
+	if (other != NULL || object->count == JSON_MEMBERS_MAX) {
+		p->at = start;
+		if (other == NULL)
+			return fail(p, "fewer members in one object");
+		snprintf(expected, sizeof expected, "it once: its value is already at %u:%u", other->line,
+			 other->column);
+		return fail_found(p, "this name again", expected);
+	}
 	skip_space(p);
 	if (!take(p, ":"))
 		return fail(p, "':' after the name");
@@ -368,78 +352,40 @@ static int parse_name(struct parser *p, const char **key)
 	return 0;
 }
 
-/* By name; equal ones as in the text, which is also the order of the decoded strings. */
-static int compare_names(const void *a, const void *b)
-{
-	const struct name *x = a, *y = b;
-	int order = strcmp(x->key, y->key);
-
-	return order != 0 ? order : (x->key > y->key) - (x->key < y->key);
-}
-
-/* No two alike? Found by sorting: what a server sends may have half a million of them. */
-static int check_names(struct parser *p, struct name *first)
-{
-	char shown[40];
-	size_t n = 0;
-
-	qsort(first, (size_t)(p->name - first), sizeof *first, compare_names);
-	while (first + 1 < p->name && strcmp(first[0].key, first[1].key) != 0)
-		first++;
-	if (first + 1 >= p->name)
-		return 0;
-	for (const char *s = first->key; *s != '\0' && n + 1 < sizeof shown; s++)
-		shown[n++] = *s >= ' ' && *s <= '~' ? *s : '?';
-	shown[n] = '\0';
-	return err_set(p->e, E_FORMAT,
-		       "%u:%u: found the name \"%s\" again but expected it once: "
-		       "it is already at %u:%u",
-		       first[1].line, first[1].column, shown, first[0].line, first[0].column);
-}
-
 static int parse_value(struct parser *p, struct json *v);
 
 /* At the opening bracket. */
 static int parse_children(struct parser *p, struct json *v)
 {
-	bool object = v->type == JSON_OBJECT;
-	const char *close = object ? "}" : "]";
+	const char *close = v->type == JSON_OBJECT ? "}" : "]";
 	const struct json **link = &v->child;
-	struct name *first_name = p->name;
 
 	if (p->depth++ == JSON_DEPTH_MAX)
 		return fail(p, "no more arrays and objects inside each other");
 	p->at++;
 	skip_space(p);
-	if (peek(p) != *close) {
-		do {
-			struct json *child = p->node++;
+	while (v->count > 0 ? take(p, ",") : *p->at != *close) {
+		struct json *child = p->node++;
 
-			skip_space(p);
-			if (v->count > 0 && peek(p) == *close)
-				return fail(p, "no trailing comma in front of it");
-			if (object && parse_name(p, &child->key) < 0)
-				return -1;
-			if (parse_value(p, child) < 0)
-				return -1;
-			*link = child;
-			link = &child->next;
-			v->count++;
-			skip_space(p);
-		} while (take(p, ","));
+		skip_space(p);
+		if (v->count > 0 && *p->at == *close)
+			return fail(p, "no trailing comma in front of it");
+		if ((*close == '}' && parse_name(p, v, child) < 0) || parse_value(p, child) < 0)
+			return -1;
+		*link = child;
+		link = &child->next;
+		v->count++;
+		skip_space(p);
 	}
 	if (!take(p, close))
-		return fail(p, object ? "',' or '}'" : "',' or ']'");
-	if (check_names(p, first_name) < 0)
-		return -1;
-	p->name = first_name;
+		return fail(p, *close == '}' ? "',' or '}'" : "',' or ']'");
 	p->depth--;
 	return 0;
 }
 
 static int parse_value(struct parser *p, struct json *v)
 {
-	int c = peek(p);
+	char c = *p->at;
 
 	v->line = p->line;
 	v->column = column(p);
@@ -460,31 +406,26 @@ static int parse_value(struct parser *p, struct json *v)
 
 struct json *json_parse(const char *text, size_t length, struct err *e)
 {
-	struct parser p = { .at = text, .end = text + length, .line = 1, .e = e };
-	size_t nodes = 1, names = 1, octets; /* one name more: it may lack its colon */
+	struct parser p = { .line = 1, .e = e };
+	size_t nodes = 1, octets;
 	bool in_string = false;
 	struct tree *tree;
-	int result;
 
 	if (length > JSON_OCTETS_MAX) {
 		err_set(e, E_FORMAT, "1:1: found %zu octets but expected no more than %d", length,
 			(int)JSON_OCTETS_MAX);
 		return NULL;
 	}
-	if (length >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
-		p.at += 3;
-	p.line_start = p.at;
-	for (const char *s = p.at; s < p.end; s++) {
-		if (*s == '"')
+	for (size_t i = 0; i < length; i++) {
+		if (text[i] == '"')
 			in_string = !in_string;
 		else if (in_string)
-			s += *s == '\\';
-		else if (*s == ':')
-			names++;
+			i += text[i] == '\\';
 		else
-			nodes += *s == '[' || *s == '{' || *s == ','; /* a value may follow */
+			nodes += text[i] == '[' || text[i] == '{' ||
+				 text[i] == ','; /* a value may follow */
 	}
-	octets = sizeof *tree + nodes * sizeof *p.node + names * sizeof *p.name + length + 1;
+	octets = sizeof *tree + nodes * sizeof *p.node + length + 2;
 	tree = calloc(1, octets);
 	if (tree == NULL) {
 		err_set(e, E_SYSTEM, "out of memory for JSON of %zu octets", length);
@@ -492,20 +433,24 @@ struct json *json_parse(const char *text, size_t length, struct err *e)
 	}
 	tree->octets = octets;
 	p.node = tree->node + 1;
-	p.name = (void *)(tree->node + nodes);
-	p.string = (void *)(p.name + names);
+	p.at = (char *)(tree->node + nodes) + 1;
+	p.end = p.at + length;
+	memcpy(p.at, text, length);
+	if (strncmp(p.at, "\xEF\xBB\xBF", 3) == 0)
+		p.at += 3;
+	p.line_start = p.at;
 
 	skip_space(&p);
-	result = parse_value(&p, tree->node);
-	assert(p.node <= tree->node + nodes && p.string <= (char *)tree + octets);
-	skip_space(&p);
-	if (result == 0 && p.at < p.end)
-		result = fail(&p, "the end of the text");
-	if (result < 0) {
-		json_free(tree->node);
-		return NULL;
+	if (parse_value(&p, tree->node) == 0) {
+		skip_space(&p);
+		if (p.at < p.end)
+			fail(&p, "the end of the text");
 	}
-	return tree->node;
+	assert(p.node <= tree->node + nodes);
+	if (e->code == E_NONE)
+		return tree->node;
+	json_free(tree->node);
+	return NULL;
 }
 
 void json_free(struct json *root)
@@ -543,24 +488,21 @@ size_t json_escape(char *out, size_t size, const char *text)
 	size_t n = 1, octets;
 
 	out[0] = '"';
-	for (; text < end; text += octets > 0 ? octets : 1) {
+	for (; text<end; text += octets> 0 ? octets : 1) {
 		char escaped[8];
-		const char *from = text;
 		size_t length;
 
 		octets = utf8_char((const uint8_t *)text, (size_t)(end - text), NULL);
-		length = octets;
-		if (octets == 0 || (unsigned char)*text < 0x20 || *text == 0x7F) {
-			from = escaped;
+		if (octets == 0 || (unsigned char)*text < 0x20 || *text == 0x7F)
 			length = (size_t)snprintf(escaped, sizeof escaped, "\\u%04x",
 						  octets == 0 ? 0xFFFD : (unsigned)*text);
-		} else if (*text == '"' || *text == '\\') {
-			from = escaped;
-			length = (size_t)snprintf(escaped, sizeof escaped, "\\%c", *text);
-		}
+		else
+			length = (size_t)snprintf(escaped, sizeof escaped, "%s%.*s",
+						  *text == '"' || *text == '\\' ? "\\" : "", (int)octets,
+						  text);
 		if (n + length + 2 > size) /* the closing quote and NUL */
 			break;
-		memcpy(out + n, from, length);
+		memcpy(out + n, escaped, length);
 		n += length;
 	}
 	out[n++] = '"';

@@ -324,7 +324,7 @@ static const struct {
 	{ T("[\xE2\x80\x9Cx\xE2\x80\x9D]"), "1:2: ", "the character U+201C", "a value" },
 	{ T("[\xF0\x9F\x98\x80]"), "1:2: ", "the character U+1F600", "a value" },
 	{ T("[\xE2\x80"), "1:2: ", "octet 0xe2", "a value" },
-	{ T("['a']"), "1:2: ", "a single quote", "a value" },
+	{ T("['a']"), "1:2: ", "'''", "a value" },
 	{ T("nul"), "1:1: ", "a word without quotes", "a value" },
 	{ T("tru"), "1:1: ", "a word without quotes", "a value" },
 	{ T("fals"), "1:1: ", "a word without quotes", "a value" },
@@ -356,7 +356,7 @@ static const struct {
 	{ T("{]"), "1:2: ", "']'", "a name in double quotes" },
 	{ T("{1:2}"), "1:2: ", "'1'", "a name in double quotes" },
 	{ T("{a:2}"), "1:2: ", "'a'", "a name in double quotes" },
-	{ T("{'a':2}"), "1:2: ", "a single quote", "a name in double quotes" },
+	{ T("{'a':2}"), "1:2: ", "'''", "a name in double quotes" },
 	{ T("{ // x\n"), "1:3: ", "'/'", "a name in double quotes" },
 	{ T("{\"a\""), "1:5: ", "the end of the text", "':' after the name" },
 	{ T("{\"a\" 1}"), "1:6: ", "'1'", "':' after the name" },
@@ -375,20 +375,15 @@ static const struct {
 	{ T("\xEF\xBB\xBF{\"a\":1,\n}"), "2:1: ", "'}'", "no trailing comma in front of it" },
 	{ T("\xEF\xBB\xBF{;"), "1:2: ", "';'", "a name in double quotes" },
 	/* a name that stands twice */
-	{ T("{\"a\":1,\"a\":2}"), "1:8: ", "the name \"a\" again", "it is already at 1:2" },
-	{ T("{\"\":1,\"\":2}"), "1:7: ", "the name \"\" again", "it is already at 1:2" },
+	{ T("{\"a\":1,\"a\":2}"), "1:8: ", "this name again", "its value is already at 1:6" },
+	{ T("{\"\":1,\"\":2}"), "1:7: ", "this name again", "already at 1:5" },
 	{ T("{\n \"host\": 1,\n \"port\": {\"host\": 2},\n  \"host\": 3\n}"), "4:3: ",
-	  "the name \"host\" again", "it is already at 2:2" },
-	{ T("{\"b\":0,\"c\":{\"x\":1,\"y\":2,\"x\":3},\"a\":0}"),
-	  "1:25: ", "\"x\" again", "at 1:13" },
-	{ T("{\"ab\":1,\"c\":0,\"\\u0061b\":2}"), "1:15: ", "\"ab\" again", "at 1:2" },
-	{ T("{\"a\":1,\"a\":2,\"a\":3}"), "1:8: ", "\"a\" again", "at 1:2" },
-	{ T("{\"c\":0,\"a\":1,\"b\":2,\"c\":3}"), "1:20: ", "\"c\" again", "at 1:2" },
-	{ T("{\"\xC3\xA4\\n\\u001b\":1,\"\xC3\xA4\\n\\u001b\":2}"),
-	  "1:17: ", "\"????\" again", "at 1:2" },
-	{ T("{\"0123456789012345678901234567890123456789\":1,\n"
-	    "\"0123456789012345678901234567890123456789\":2}"),
-	  "2:1: ", "\"012345678901234567890123456789012345678\" again", "at 1:2" },
+	  "this name again", "already at 2:10" },
+	{ T("{\"b\":0,\"c\":{\"x\":1,\"y\":2,\"x\":3},\"a\":0}"), "1:25: ", "this name again", "at 1:17" },
+	{ T("{\"ab\":1,\"c\":0,\"\\u0061b\":2}"), "1:15: ", "this name again", "at 1:7" },
+	{ T("{\"a\":1,\"a\":2,\"a\":3}"), "1:8: ", "this name again", "at 1:6" },
+	{ T("{\"c\":0,\"a\":1,\"b\":2,\"c\":3}"), "1:20: ", "this name again", "at 1:6" },
+	{ T("{\"\xC3\xA4\\n\\u001b\":1,\"\xC3\xA4\\n\\u001b\":2}"), "1:17: ", "this name again", "at 1:15" },
 	/* numbers */
 	{ T("-"), "1:2: ", "the end of the text", "a digit" },
 	{ T("[-]"), "1:3: ", "']'", "a digit" },
@@ -396,9 +391,9 @@ static const struct {
 	{ T("+1"), "1:1: ", "'+'", "a value" },
 	{ T(".5"), "1:1: ", "'.'", "a value" },
 	{ T("-.5"), "1:2: ", "'.'", "a digit" },
-	{ T("01"), "1:1: ", "'0'", "a number without leading zeros" },
-	{ T("[-00]"), "1:3: ", "'0'", "a number without leading zeros" },
-	{ T("00.5"), "1:1: ", "'0'", "a number without leading zeros" },
+	{ T("01"), "1:2: ", "'1'", "the end of the text" },
+	{ T("[-00]"), "1:4: ", "'0'", "',' or ']'" },
+	{ T("00.5"), "1:2: ", "'0'", "the end of the text" },
 	{ T("1."), "1:3: ", "the end of the text", "a digit" },
 	{ T("[1.]"), "1:4: ", "']'", "a digit" },
 	{ T("1.e5"), "1:3: ", "'e'", "a digit" },
@@ -778,12 +773,12 @@ static void test_size(void)
 	free(t.s);
 }
 
-/* So many members that comparing each with each would take until tomorrow. */
+/* As many members as an object may have; one of them twice, and one too many. */
 static void test_members(void)
 {
-	const unsigned n = 300000;
+	static const char *const last[] = { "\"last\":0}", "\"1eef\":0}", "\"last\":0,\n\"more\":0}" };
 
-	for (int again = 0; again < 2; again++) {
+	for (int i = 0; i < 3; i++) {
 		struct text t = { NULL, 0, 0 };
 		struct err e;
 		struct json *root;
@@ -791,19 +786,19 @@ static void test_members(void)
 		char member[32];
 
 		puts_n(&t, "{\n", 1);
-		for (unsigned i = 0; i < n; i++) {
-			snprintf(member, sizeof member, "\"%x\":0,\n", i * 7919 % 0x1000000);
+		for (unsigned k = 0; k < JSON_MEMBERS_MAX - 1; k++) {
+			snprintf(member, sizeof member, "\"%x\":0,\n", k * 7919);
 			puts_n(&t, member, 1);
 		}
-		puts_n(&t, again ? "\"5ebbf\":0}" : "\"last\":0}", 1); /* that of i = 49 */
+		puts_n(&t, last[i], 1);
 		root = parse(t.s, t.n, &e);
-		if (again) {
-			check(root == NULL && strncmp(e.text, "300002:1: ", 10) == 0 &&
-			      strstr(e.text, "\"5ebbf\" again") != NULL &&
-			      strstr(e.text, " 51:1") != NULL, "a double name: %s", e.text);
-		} else if (check(root != NULL && root->count == n + 1, "many names: %s", e.text)) {
+		if (i > 0) {
+			check(root == NULL && strncmp(e.text, i == 1 ? "1001:1: " : "1002:1: ", 8) == 0 &&
+			      strstr(e.text, i == 1 ? "this name again but expected it once: its value is already at 3:8"
+						   : "fewer members") != NULL, "%d: %s", i, e.text);
+		} else if (check(root != NULL && root->count == JSON_MEMBERS_MAX, "many names: %s", e.text)) {
 			v = json_get(root, "last");
-			check(v != NULL && v->next == NULL && v->line == n + 2, "the last of many");
+			check(v != NULL && v->next == NULL && v->line == 1001, "the last of many");
 			check(strcmp(root->child->next->key, "1eef") == 0, "the order of many");
 		}
 		json_free(root);
