@@ -5114,21 +5114,7 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 			} else if ((c >= 0xDC00 && c <= 0xDFFF) || (c >= 0x20 && c <= 0x7E)) {
 				return 0; /* a lone surrogate; printable ASCII stands for itself */
 			}
-			if (c < 0x80) {
-				out[length++] = (char)c;
-			} else if (c < 0x800) {
-				out[length++] = (char)(0xC0 | c >> 6);
-				out[length++] = (char)(0x80 | (c & 0x3F));
-			} else if (c < 0x10000) {
-				out[length++] = (char)(0xE0 | c >> 12);
-				out[length++] = (char)(0x80 | (c >> 6 & 0x3F));
-				out[length++] = (char)(0x80 | (c & 0x3F));
-			} else {
-				out[length++] = (char)(0xF0 | c >> 18);
-				out[length++] = (char)(0x80 | (c >> 12 & 0x3F));
-				out[length++] = (char)(0x80 | (c >> 6 & 0x3F));
-				out[length++] = (char)(0x80 | (c & 0x3F));
-			}
+			length += utf8_put(out + length, c);
 		}
 		if (i == n || !any || high != 0 || pending >= 6 || (bits & ((1u << pending) - 1)) != 0)
 			return 0;
