@@ -208,7 +208,7 @@ static void test_config(void)
 		{ HOST("imap.example.org."), NULL },
 
 		/* folders and paths */
-		{ ACCOUNT(", \"email\": \"\""), "\"email\" again" },
+		{ ACCOUNT(", \"email\": \"\""), "this name again" },
 		{ EMAIL("../x", ""), "accounts[0].email: \"../x\" cannot name a file" },
 		{ EMAIL("a@x.", ""), "\"a@x.\" cannot name a file" },
 		{ EMAIL("a\\nb", ""), "cannot name a file; expected 1 to 200 octets that can be seen" },
