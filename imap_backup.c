@@ -348,6 +348,18 @@ static void *allocate(size_t n)
 	return p;
 }
 
+/* Memory that is shared with the processes forked later, zeroed. */
+static void *allocate_shared(size_t n)
+{
+	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED) {
+		log_error("out of memory");
+		_exit(1);
+	}
+	return p;
+}
+
 /* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
 static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
 
@@ -4242,7 +4254,7 @@ static void imap_close(struct imap *im)
  * libcurl, one request at a time. A URL that is told something (GET) may redirect, and what it answers is
  * passed over. A form (POST) goes by https to that address and no other, and its answer is bounded.
  */
-struct reply {             /* to a form; it holds secrets, so whoever has it wipes it */
+struct reply {             /* to a form; it holds secrets, so whoever has it gives it to http_forget() */
 	struct err err;    /* nobody answered; else: */
 	long status;       /* of HTTP */
 	unsigned wait_sec; /* the provider wants to be left alone (Retry-After), or 0 */
@@ -4263,12 +4275,12 @@ static size_t http_keep(char *octets, size_t size, size_t n, void *context)
 	struct reply *r = ((struct http *)context)->reply;
 
 	n *= size;
-	if (r != NULL && n > HTTP_ANSWER_MAX - r->octets)
+	if (r == NULL)
+		return n;
+	if (n > HTTP_ANSWER_MAX - r->octets)
 		return 0;
-	if (r != NULL) {
-		memcpy(r->text + r->octets, octets, n);
-		r->octets += n;
-	}
+	memcpy(r->text + r->octets, octets, n);
+	r->octets += n;
 	return n;
 }
 
@@ -4287,14 +4299,12 @@ static CURLcode http_tls(CURL *curl, void *client, void *context)
 /* What may be shown of a URL: scheme, host and port; the rest may be a secret. Returns out. */
 static char *http_site(char out[300], const char *url)
 {
-	const char *host = strstr(url, "://");
-	size_t n, user;
+	const char *host = strstr(url, "://") + 3, *end = host + strcspn(host, "/?#"), *from = host;
 
-	host = host != NULL ? host + 3 : url;
-	n = strcspn(host, "/?#");
-	for (user = n; user > 0 && host[user - 1] != '@'; user--)
-		;
-	snprintf(out, 300, "%.*s%.*s", (int)(host - url), url, (int)(n - user), host + user);
+	for (const char *p = host; p < end; p++)
+		if (*p == '@')
+			from = p + 1;
+	snprintf(out, 300, "%.*s%.*s", (int)(host - url), url, (int)(end - from), from);
 	return out;
 }
 
@@ -4304,107 +4314,86 @@ static int http_run(struct http *h, const char *url, struct err *e)
 	const char *library = curl_version_info(CURLVERSION_NOW)->ssl_version;
 	const bool post = h->form != NULL, secure = strncasecmp(url, "https:", 6) == 0;
 	char reason[CURL_ERROR_SIZE] = "", site[300];
+	CURL *curl;
 	CURLcode code = CURLE_FAILED_INIT;
 	curl_off_t wait_sec = 0;
-	bool again = true;
 
 	http_site(site, url);
 	if (secure && h->trust->err.code != E_NONE)
 		return err_set(e, E_ACCOUNT, "%s: %s", site, h->trust->err.text);
-	for (int attempt = 0; attempt < 3 && again && !stop_asked; attempt++) {
-		CURL *curl = curl_easy_init();
-
-		if (attempt > 0)
-			poll(NULL, 0, attempt * 2000);
-		if (curl == NULL)
-			break;
-		curl_easy_setopt(curl, CURLOPT_URL, url);
-		curl_easy_setopt(curl, CURLOPT_POSTFIELDS, h->form); /* NULL: no POST */
-		curl_easy_setopt(curl, CURLOPT_HTTPGET, post ? 0L : 1L);
-		curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, post ? 0L : 1L);
-		curl_easy_setopt(curl, CURLOPT_FAILONERROR, post ? 0L : 1L);
-		curl_easy_setopt(curl, CURLOPT_MAXREDIRS, 5L);
-#if LIBCURL_VERSION_NUM >= 0x075500
-		curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, post ? "https" : "http,https");
-		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
-#else
-		curl_easy_setopt(curl, CURLOPT_PROTOCOLS,
-				 (long)(CURLPROTO_HTTPS | (post ? 0 : CURLPROTO_HTTP)));
-		curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS,
-				 (long)(CURLPROTO_HTTPS | (secure ? 0 : CURLPROTO_HTTP)));
-#endif
-		curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
-		curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT, 15L);
-		curl_easy_setopt(curl, CURLOPT_TIMEOUT, 30L);
-		curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
-		curl_easy_setopt(curl, CURLOPT_USERAGENT, "imap_backup/" VERSION);
-		curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, http_keep);
-		curl_easy_setopt(curl, CURLOPT_WRITEDATA, h);
-		curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, reason);
-		curl_easy_setopt(curl, CURLOPT_CAPATH, NULL);
-		curl_easy_setopt(curl, CURLOPT_CAINFO, h->trust->path);
-		if (library != NULL && strncmp(library, "BearSSL", 7) == 0) {
-			curl_easy_setopt(curl, CURLOPT_CAINFO, NULL);
-			curl_easy_setopt(curl, CURLOPT_SSL_CTX_FUNCTION, http_tls);
-			curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, h);
-		}
-		code = curl_easy_perform(curl);
-		if (post) {
-			curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->reply->status);
-			curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
-			h->reply->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
-		}
-		curl_easy_cleanup(curl);
-		again = code != CURLE_OK && !post;
+	curl = curl_easy_init();
+	curl_easy_setopt(curl, CURLOPT_URL, url);
+	curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, post ? 0L : 1L);
+	curl_easy_setopt(curl, CURLOPT_FAILONERROR, post ? 0L : 1L);
+	curl_easy_setopt(curl, CURLOPT_MAXREDIRS, 5L);
+	curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, post ? "https" : "http,https");
+	curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
+	curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
+	curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT, 15L);
+	curl_easy_setopt(curl, CURLOPT_TIMEOUT, 30L);
+	curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
+	curl_easy_setopt(curl, CURLOPT_USERAGENT, "imap_backup/" VERSION);
+	curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, http_keep);
+	curl_easy_setopt(curl, CURLOPT_WRITEDATA, h);
+	curl_easy_setopt(curl, CURLOPT_ERRORBUFFER, reason);
+	curl_easy_setopt(curl, CURLOPT_CAPATH, NULL);
+	curl_easy_setopt(curl, CURLOPT_CAINFO, h->trust->path);
+	if (post)
+		curl_easy_setopt(curl, CURLOPT_POSTFIELDS, h->form);
+	if (library != NULL && strncmp(library, "BearSSL", 7) == 0) {
+		curl_easy_setopt(curl, CURLOPT_CAINFO, NULL);
+		curl_easy_setopt(curl, CURLOPT_SSL_CTX_FUNCTION, http_tls);
+		curl_easy_setopt(curl, CURLOPT_SSL_CTX_DATA, h);
 	}
-	if (code == CURLE_WRITE_ERROR)
-		snprintf(reason, sizeof reason, "the answer has more than %d octets", HTTP_ANSWER_MAX);
+	for (int attempt = 0; attempt < (post ? 1 : 3) && code != CURLE_OK && !stop_asked; attempt++) {
+		poll(NULL, 0, attempt * 2000);
+		code = curl_easy_perform(curl);
+	}
+	if (post) {
+		curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->reply->status);
+		curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
+		h->reply->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
+	}
+	curl_easy_cleanup(curl);
 	if (code == CURLE_OK)
 		return 0;
 	if (h->verifier.err.code != E_NONE)
 		return err_set(e, h->verifier.err.code, "%s: %s", site, h->verifier.err.text);
-	return err_set(e,
-		       code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_WRITE_ERROR ? E_ACCOUNT
-											   : E_NET,
-		       "%s: %s", site, *reason != '\0' ? reason : curl_easy_strerror(code));
+	if (code == CURLE_WRITE_ERROR)
+		return err_set(e, E_ACCOUNT, "%s: the answer has more than %d octets", site, HTTP_ANSWER_MAX);
+	return err_set(e, code == CURLE_PEER_FAILED_VERIFICATION ? E_ACCOUNT : E_NET, "%s: %s", site,
+		       *reason != '\0' ? reason : curl_easy_strerror(code));
+}
+
+static void http_forget(struct reply *r)
+{
+	wipe(r, sizeof *r);
+	munmap(r, sizeof *r);
 }
 
 /*
- * POST a form; r->err tells if that failed. A process of its own does it: the memory that libcurl and its
- * TLS library take, and the secrets that they leave behind in it, end with that process.
+ * POST a form; err in what it returns tells if that failed. A process of its own does it: the memory that
+ * libcurl and its TLS library take, and the secrets that they leave behind in it, end with that process.
  */
-static void http_post(const char *url, const char *form, const struct trust *trust, struct reply *r)
+static struct reply *http_post(const char *url, const char *form, const struct trust *trust)
 {
+	struct reply *r = allocate_shared(sizeof *r);
 	struct http h = { .trust = trust, .form = form, .reply = r };
-	const size_t head = offsetof(struct reply, text);
-	size_t got = 0;
-	pid_t child = -1;
-	int ends[2];
-	ssize_t n;
+	int status = -1;
+	pid_t child = fork();
 
-	memset(r, 0, sizeof *r);
-	if (pipe(ends) == 0) {
-		if ((child = fork()) == 0) {
-			http_run(&h, url, &r->err);
-			r->clock_sec = clock_sec;
-			while ((n = write(ends[1], (char *)r + got, head + r->octets - got)) > 0)
-				got += (size_t)n;
-			_exit(0);
-		}
-		close(ends[1]);
-		while (child > 0 && ((n = read(ends[0], (char *)r + got, sizeof *r - got)) > 0 ||
-				     (n < 0 && errno == EINTR)))
-			got += n > 0 ? (size_t)n : 0;
-		close(ends[0]);
+	if (child == 0) {
+		http_run(&h, url, &r->err);
+		r->clock_sec = clock_sec;
+		_exit(0);
 	}
-	while (child > 0 && waitpid(child, NULL, 0) < 0 && errno == EINTR)
+	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
-	if (got >= head && got == head + r->octets) {
+	if (status == 0)
 		clock_sec = r->clock_sec;
-		return;
-	}
-	memset(r, 0, sizeof *r);
-	err_set(&r->err, E_NET, "the process for an HTTP request could not do its work");
+	else
+		r->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
+	return r;
 }
 
 /* ======== oauth: signs in once, and keeps a fresh access token from then on ======== */
@@ -4563,7 +4552,7 @@ static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const 
 {
 	const struct oauth *o = k->oauth;
 	struct string form = string_new(FORM_MAX);
-	struct reply *r = allocate(sizeof *r);
+	struct reply *r;
 	struct json *answer = NULL;
 	struct err no_json = { 0 };
 	char url[300];
@@ -4576,10 +4565,7 @@ static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const 
 	if (which == OAUTH_TOKEN && o->client_secret != NULL)
 		string_add(&form, "&client_secret=%f", o->client_secret);
 	*k->error = '\0';
-	if (form.full)
-		err_set(&r->err, E_ACCOUNT, "what is to be sent to the provider is too long");
-	else
-		http_post(oauth_item(o, which, url), form.at, k->trust, r);
+	r = http_post(oauth_item(o, which, url), form.at, k->trust);
 	if (r->err.code != E_NONE)
 		*k->e = r->err;
 	else
@@ -4592,8 +4578,7 @@ static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const 
 		json_free(answer);
 		answer = NULL;
 	}
-	wipe(r, sizeof *r);
-	free(r);
+	http_forget(r);
 	string_free(&form);
 	return answer;
 }
@@ -7850,18 +7835,6 @@ struct worker { /* a process's own */
 static bool run_is_offline(const struct options *o)
 {
 	return (o->mode == RUN_LIST && o->dry) || (o->mode == RUN_VERIFY && !o->online);
-}
-
-/* Memory that is shared with the processes forked later, zeroed. */
-static void *allocate_shared(size_t n)
-{
-	void *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-	if (p == MAP_FAILED) {
-		log_error("out of memory");
-		_exit(1);
-	}
-	return p;
 }
 
 static void counts_add(struct counts *to, const struct counts *from)
