@@ -83,6 +83,7 @@ demo|test|bench|fuzz)
 		-x /usr/libexec/dovecot/imap -o -x /usr/local/libexec/dovecot/imap
 	need python3 python3 -c 'import ssl, sys; sys.exit(sys.version_info < (3, 9))'
 	need openssl command -v openssl
+	need netbase getent hosts localhost # a bare system has no /etc/hosts; netbase makes one
 	[ "$1" != bench ] || need isync command -v mbsync
 	if [ "$1" = test ]; then
 		command -v qemu-mips >/dev/null || need qemu-user-static command -v qemu-mips-static
