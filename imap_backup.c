@@ -5041,114 +5041,145 @@ struct mailbox {
 	unsigned special; /* bits of special_uses */
 	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
-	bool alike;              /* another one spells the same name differently: see name_file() */
-	bool original_is_shared; /* the Python original put it where it put another one */
+	bool alike; /* another one spells the same name differently: see name_file() */
 	struct imap_status status;
 	uint32_t weight; /* mails that are probably new */
 };
 
 /* -- names -- */
 
-/*
- * Decode modified UTF-7 (RFC 3501 5.1.3). Returns the length, or 0 if it is no such text: then the
- * raw octets are the name.
- */
-static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
+enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escaped name */
+
+static const char mutf7_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
+
+/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
+static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
 {
-	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
-	size_t length = 0, shifted = 0; /* up to where a shift went */
+	uint64_t bits = 0;
+	unsigned pending = 0;
+	bool shifted = false;
+	size_t length = 0, octets;
 
-	for (size_t i = 0; i < n; i++) {
-		uint32_t bits = 0, pending = 0, high = 0;
-		bool any = false;
+	for (size_t i = 0; i <= n && length + 16 < size; i += octets > 0 ? octets : 1) {
+		uint32_t code = '_';
 
-		if (length + 5 > size || text[i] < 0x20 || text[i] > 0x7E)
-			return 0;
-		if (text[i] != '&') {
-			out[length++] = text[i];
-			continue;
-		}
-		if (i + 1 < n && text[i + 1] == '-') {
-			out[length++] = '&';
-			i++;
-			continue;
-		}
-		if (i > 0 && i == shifted)
-			return 0;
-		for (i++; i < n && text[i] != '-'; i++) {
-			const char *digit = memchr(alphabet, text[i], 64);
-			uint32_t c;
-
-			if (digit == NULL || length + 5 > size)
-				return 0;
-			bits = bits << 6 | (uint32_t)(digit - alphabet);
-			pending += 6;
-			if (pending < 16)
-				continue;
-			pending -= 16;
-			c = bits >> pending & 0xFFFF;
-			any = true;
-			if (high != 0) {
-				if (c < 0xDC00 || c > 0xDFFF)
-					return 0;
-				c = 0x10000 + ((high & 0x3FF) << 10 | (c & 0x3FF));
-				high = 0;
-			} else if (c >= 0xD800 && c <= 0xDBFF) {
-				high = c;
-				continue;
-			} else if ((c >= 0xDC00 && c <= 0xDFFF) || (c >= 0x20 && c <= 0x7E)) {
-				return 0; /* a lone surrogate; printable ASCII stands for itself */
+		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 0;
+		if (code < 0x20 || code > 0x7E) {
+			if (!shifted)
+				out[length++] = '&';
+			shifted = true;
+			if (code > 0xFFFF) {
+				bits = bits << 16 | (0xD7C0 + (code >> 10));
+				pending += 16;
+				code = 0xDC00 | (code & 0x3FF);
 			}
-			length += utf8_put(out + length, c);
+			bits = bits << 16 | code;
+			for (pending += 16; pending >= 6; pending -= 6)
+				out[length++] = mutf7_digits[bits >> (pending - 6) & 63];
+			continue;
 		}
-		if (i == n || !any || high != 0 || pending >= 6 || (bits & ((1u << pending) - 1)) != 0)
-			return 0;
-		shifted = i + 1;
+		if (pending > 0)
+			out[length++] = mutf7_digits[bits << (6 - pending) & 63];
+		if (shifted)
+			out[length++] = '-';
+		shifted = false;
+		pending = 0;
+		if (i < n)
+			out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
+		if (i < n && code == '&')
+			out[length++] = '-';
 	}
+	out[length] = '\0';
 	return length;
 }
 
 /*
- * The parts of a mailbox name, one after the other, in 'part': decoded, or as they are (*raw) where they
- * are no modified UTF-7. False: no more.
+ * Decode modified UTF-7. Returns the length, or 0 if it is no such text, which encodes to itself: then the
+ * raw octets are the name.
  */
-static bool name_part(const char **name, char delimiter, char *part, size_t size, size_t *n, bool *raw)
+static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 {
-	const char *end;
+	char again[NAME_OCTETS];
+	uint32_t bits = 0, pending = 0, high = 0;
+	bool shifted = false;
+	size_t length = 0;
 
-	if (*name == NULL)
-		return false;
-	end = delimiter != '\0' ? strchr(*name, delimiter) : NULL;
-	*n = end != NULL ? (size_t)(end - *name) : strlen(*name);
-	*raw = *n == 0 || mutf7_decode(part, size, *name, *n) == 0;
-	if (*raw) {
-		*n = *n < size ? *n : size - 1;
-		memcpy(part, *name, *n);
-	} else {
-		*n = mutf7_decode(part, size, *name, *n);
+	for (size_t i = 0; i < n && length + 5 <= size; i++) {
+		const char *digit = memchr(mutf7_digits, text[i], 64);
+		uint32_t code;
+
+		if (!shifted && text[i] != '&') {
+			out[length++] = text[i];
+		} else if (!shifted) {
+			shifted = true;
+			bits = pending = high = 0;
+		} else if (text[i] == '-') {
+			if (text[i - 1] == '&')
+				out[length++] = '&';
+			shifted = false;
+		} else if (digit == NULL) {
+			return 0;
+		} else {
+			bits = bits << 6 | (uint32_t)(digit - mutf7_digits);
+			pending += 6;
+			if (pending < 16)
+				continue;
+			pending -= 16;
+			code = bits >> pending & 0xFFFF;
+			if (code >= 0xD800 && code <= 0xDBFF) {
+				high = code;
+				continue;
+			}
+			if (code >= 0xDC00 && code <= 0xDFFF)
+				code = 0x10000 + ((high & 0x3FF) << 10 | (code & 0x3FF));
+			length += utf8_put(out + length, code);
+		}
 	}
-	part[*n] = '\0';
-	*name = end != NULL ? end + 1 : NULL;
+	return mutf7_encode(again, sizeof again, out, length, '\0') == n && memcmp(again, text, n) == 0 ? length
+														 : 0;
+}
+
+/* The parts of a mailbox's name, one after the other. */
+struct name {
+	const char *rest; /* what follows, or NULL */
+	char delimiter;
+	bool raw;       /* the part is no modified UTF-7, so it stands here as it is on the wire */
+	unsigned parts; /* so far */
+	size_t n;       /* octets of the part; INBOX is in capitals where it comes first */
+	char part[NAME_OCTETS];
+};
+
+/* Return true if there is another part. */
+static bool name_next(struct name *w)
+{
+	size_t octets;
+
+	if (w->rest == NULL)
+		return false;
+	octets = strcspn(w->rest, (char[2]){ w->delimiter });
+	w->n = mutf7_decode(w->part, sizeof w->part, w->rest, octets);
+	w->raw = w->n == 0;
+	if (w->raw) {
+		w->n = octets < sizeof w->part ? octets : sizeof w->part - 1;
+		memcpy(w->part, w->rest, w->n);
+	}
+	w->part[w->n] = '\0';
+	if (w->parts++ == 0 && strcasecmp(w->part, "INBOX") == 0)
+		memcpy(w->part, "INBOX", 5);
+	w->rest = w->rest[octets] != '\0' ? w->rest + octets + 1 : NULL;
 	return true;
 }
 
-enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escaped name */
-
-/* The name as a person writes it: UTF-8, with '/' between the parts. INBOX in capitals. */
+/* The name as a person writes it: UTF-8, with '/' between the parts. */
 static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
 {
-	size_t length = 0, n;
-	bool first = true, raw;
+	struct name w = { .rest = name, .delimiter = delimiter };
+	size_t length = 0;
 
-	while (name_part(&name, delimiter, out + length + !first, NAME_OCTETS - length - 1, &n, &raw)) {
-		if (!first)
-			out[length] = '/';
-		length += n + !first;
-		if (first && strcasecmp(out, "INBOX") == 0)
-			memcpy(out, "INBOX", 5);
-		first = false;
-	}
-	out[length] = '\0';
+	*out = '\0';
+	while (length < NAME_OCTETS && name_next(&w))
+		length += (size_t)snprintf(out + length, NAME_OCTETS - length, "%s%s", w.parts > 1 ? "/" : "",
+					   w.part);
 }
 
 /*
@@ -5157,44 +5188,24 @@ static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
  */
 static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimiter, bool alike)
 {
-	char part[NAME_OCTETS], escaped[NAME_OCTETS * 3] = "";
-	const char *hashed = alike ? name : escaped, *rest = name;
-	size_t length = 0, n;
-	bool raw;
+	struct name w = { .rest = name, .delimiter = delimiter };
+	char escaped[NAME_OCTETS * 3] = "";
+	size_t length = 0, cut = 0;
 
-	for (bool first = true; name_part(&rest, delimiter, part, sizeof part, &n, &raw); first = false) {
-		size_t began = length;
-
-		if (!first) /* after an empty part it would hide the file */
+	while (name_next(&w)) {
+		if (w.parts > 1) /* after an empty part it would hide the file */
 			length += (size_t)sprintf(escaped + length, length > 0 ? "." : "%%2E");
-		if (first && strcasecmp(part, "INBOX") == 0)
-			memcpy(part, "INBOX", 5);
-		if (n > 0)
-			length += mbox_escape(escaped + length, sizeof escaped - length, part, n,
-					      delimiter == '\0');
-		for (size_t i = began; raw && i < length; i++)
-			if (escaped[i] == '&') { /* decoded, it would be another name's */
-				memmove(escaped + i + 3, escaped + i + 1, length - i - 1);
-				memcpy(escaped + i, "%26", 3);
-				length += 2;
-			}
+		length += mbox_escape(escaped + length, sizeof escaped - length, w.part, w.n,
+				      (char[3]){ delimiter != '\0' ? '.' : '/', w.raw ? '&' : '/' });
 	}
 	if (length > MBOX_FILE_MAX || alike) {
 		uint8_t hash[br_sha256_SIZE];
-		br_sha256_context context;
-		size_t cut = 0;
 
-		br_sha256_init(&context);
-		br_sha256_update(&context, hashed, alike ? strlen(name) : length);
-		br_sha256_out(&context, hash);
+		sha256(hash, alike ? name : escaped, alike ? strlen(name) : length);
+		/* at a character, or an escape */
 		for (size_t i = 0; i <= MBOX_FILE_MAX - 9 && i <= length;
-		     i += n) { /* at a character, or an escape */
+		     i += escaped[i] == '%' ? 3 : text_step(escaped + i))
 			cut = i;
-			n = escaped[i] == '%'
-				    ? 3
-				    : utf8_char((const uint8_t *)escaped + i, length - i + 1, NULL);
-			n = n > 0 ? n : 1;
-		}
 		length = cut + (size_t)snprintf(escaped + cut, 10, "~%02x%02x%02x%02x", hash[0], hash[1],
 						hash[2], hash[3]);
 	}
@@ -5215,41 +5226,25 @@ static void name_file_original(char out[MBOX_NAME_MAX + 8], const char *name, ch
 	memcpy(out + length, ".mbox", 6);
 }
 
-/* Return true if both names read the same. */
-static bool name_is_alike(const struct mailbox *a, const struct mailbox *b)
-{
-	char first[NAME_OCTETS], second[NAME_OCTETS];
-
-	name_text(first, a->name, a->delimiter);
-	name_text(second, b->name, b->delimiter);
-	return strcmp(first, second) == 0;
-}
-
 /*
  * Return true if one of the patterns matches the whole name, or any one part of it (INBOX in any case), or
  * is a special use that the mailbox has.
  */
 static bool name_matches(const struct json *patterns, const struct mailbox *box)
 {
-	char text[NAME_OCTETS], part[NAME_OCTETS];
-	size_t n;
-	bool raw;
+	char text[NAME_OCTETS];
 
 	if (patterns == NULL)
 		return false;
 	name_text(text, box->name, box->delimiter);
 	for (const struct json *p = patterns->child; p != NULL; p = p->next) {
-		const char *rest = box->name,
-			   *pattern = strcasecmp(p->text, "INBOX") == 0 ? "INBOX" : p->text;
+		struct name w = { .rest = box->name, .delimiter = box->delimiter };
+		const bool inbox = strcasecmp(p->text, "INBOX") == 0;
 
-		for (n = 0; n < sizeof part - 1 && pattern[n] != '\0'; n++)
-			part[n] = (char)toupper((unsigned char)pattern[n]);
-		part[n] = '\0';
-		if (box->special & word_bit(special_uses, part) || match(pattern, text))
+		if (box->special & word_bit(special_uses, p->text) || match(p->text, text))
 			return true;
-		while (name_part(&rest, box->delimiter, part, sizeof part, &n, &raw))
-			if (match(pattern, part) ||
-			    (strcmp(pattern, "INBOX") == 0 && strcasecmp(part, "INBOX") == 0))
+		while (name_next(&w))
+			if (match(p->text, w.part) || (inbox && strcasecmp(w.part, "INBOX") == 0))
 				return true;
 	}
 	return false;
@@ -5270,8 +5265,8 @@ struct mailboxes {
 	uint32_t n, room, todo;
 	uint32_t listed; /* LIST responses */
 	size_t name_octets;
-	uint32_t *table[3]; /* owned: of 2 * room places each, by enum mailbox_key */
-	struct err odd;     /* the first mailbox that cannot be backed up for its name */
+	uint32_t *table[2]; /* owned: of 2 * room places each, by enum mailbox_key */
+	struct err odd;  /* the first mailbox that cannot be backed up for its name */
 };
 
 static void mailboxes_free(struct mailboxes *l)
@@ -5279,7 +5274,7 @@ static void mailboxes_free(struct mailboxes *l)
 	for (uint32_t i = 0; i < l->n; i++)
 		free(l->boxes[i].name);
 	free(l->boxes);
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < 2; i++)
 		free(l->table[i]);
 	memset(l->table, 0, sizeof l->table);
 	l->boxes = NULL;
@@ -5298,39 +5293,41 @@ static void mailbox_file(const struct mailbox *box, char out[MBOX_FILE_MAX + 8])
 	name_file(out, box->name, box->delimiter, box->alike);
 }
 
-/* The texts by which a mailbox can be found. */
-enum mailbox_key { BY_NAME, BY_FILE, BY_ORIGINAL };
+/* What a mailbox can be found by: its name on the wire, and its file. */
+enum mailbox_key { BY_NAME, BY_FILE };
 
-static void mailbox_text(const struct mailboxes *l, const struct mailbox *box, enum mailbox_key key,
-			 char out[MBOX_NAME_MAX + 8])
+/* FNV-1a, in any case of letters. */
+static uint32_t name_hash(const char *name)
 {
+	uint32_t hash = 2166136261u;
+
+	for (; *name != '\0'; name++)
+		hash = (hash ^ (uint8_t)tolower((unsigned char)*name)) * 16777619u;
+	return hash;
+}
+
+/* Return true if that is the mailbox's name, or its file. */
+static bool mailbox_is(const struct mailboxes *l, const struct mailbox *box, enum mailbox_key key,
+		       const char *text)
+{
+	char file[MBOX_FILE_MAX + 8];
+
 	if (key == BY_NAME)
-		snprintf(out, MBOX_NAME_MAX + 8, "%s",
-			 strcasecmp(box->name, "INBOX") == 0 ? "INBOX" : box->name);
-	else if (key == BY_FILE)
-		mailbox_file(box, out);
-	else
-		name_file_original(out, box->name, box->delimiter);
-	for (; key == BY_FILE && l->folds && *out != '\0'; out++)
-		*out = (char)tolower((unsigned char)*out);
+		return (strcasecmp(text, "INBOX") == 0 ? strcasecmp : strcmp)(box->name, text) == 0;
+	mailbox_file(box, file);
+	return (l->folds ? strcasecmp : strcmp)(file, text) == 0;
 }
 
 /*
- * Look a mailbox up by one of its texts. Returns the place in the table: its number from 1 stands there,
- * or 0 if there is none; then one may be put there.
+ * Look a mailbox up. Returns the place in the table: its number from 1 stands there, or 0 if there is none;
+ * then one may be put there.
  */
 static uint32_t *mailboxes_find(const struct mailboxes *l, enum mailbox_key key, const char *text)
 {
-	uint32_t *table = l->table[key], hash = 2166136261u, at; /* FNV-1a */
-	char other[MBOX_NAME_MAX + 8];
+	uint32_t *table = l->table[key], at = name_hash(text) % (2 * l->room);
 
-	for (const char *p = text; *p != '\0'; p++)
-		hash = (hash ^ (uint8_t)*p) * 16777619u;
-	for (at = hash % (2 * l->room); table[at] != 0; at = (at + 1) % (2 * l->room)) {
-		mailbox_text(l, &l->boxes[table[at] - 1], key, other);
-		if (strcmp(text, other) == 0)
-			break;
-	}
+	while (table[at] != 0 && !mailbox_is(l, &l->boxes[table[at] - 1], key, text))
+		at = (at + 1) % (2 * l->room);
 	return &table[at];
 }
 
@@ -5338,7 +5335,6 @@ static uint32_t *mailboxes_find(const struct mailboxes *l, enum mailbox_key key,
 static void mailboxes_grow(struct mailboxes *l)
 {
 	struct mailbox *boxes;
-	char text[MBOX_NAME_MAX + 8];
 
 	l->room = l->room > 0 ? 2 * l->room : 16;
 	boxes = allocate(l->room * sizeof *boxes);
@@ -5346,22 +5342,18 @@ static void mailboxes_grow(struct mailboxes *l)
 		memcpy(boxes, l->boxes, l->n * sizeof *boxes);
 	free(l->boxes);
 	l->boxes = boxes;
-	for (int i = 0; i < 3; i++) {
+	for (int i = 0; i < 2; i++) {
 		free(l->table[i]);
 		l->table[i] = allocate(2 * l->room * sizeof **l->table);
 	}
-	for (uint32_t i = 0; i < l->n; i++) {
-		mailbox_text(l, &l->boxes[i], BY_NAME, text);
-		*mailboxes_find(l, BY_NAME, text) = i + 1;
-	}
+	for (uint32_t i = 0; i < l->n; i++)
+		*mailboxes_find(l, BY_NAME, boxes[i].name) = i + 1;
 }
 
 static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
 		   unsigned special /* bits of special_uses */)
 {
 	struct mailboxes *l = context;
-	struct mailbox box = { .delimiter = delimiter, .selectable = selectable, .special = special };
-	char text[MBOX_NAME_MAX + 8];
 	uint32_t *place;
 
 	if (l->listed++ < MAILBOXES_MAX) /* what is too much of them costs no connection yet */
@@ -5375,24 +5367,23 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 	}
 	if (l->n == l->room && l->n < MAILBOXES_MAX)
 		mailboxes_grow(l);
-	box.name = copy_text(name);
-	mailbox_text(l, &box, BY_NAME, text);
-	place = mailboxes_find(l, BY_NAME, text);
+	place = mailboxes_find(l, BY_NAME, name);
 	if (*place > 0) { /* old Couriers list one twice */
 		l->boxes[*place - 1].selectable |= selectable;
 		l->boxes[*place - 1].special |= special;
-		free(box.name);
 		return 0;
 	}
 	if (l->n == MAILBOXES_MAX || l->name_octets + n > MAILBOX_NAMES_MAX) {
 		err_set(&l->odd, E_REFUSED,
 			"the server lists more than %d mailboxes, or more than %d octets of their names",
 			MAILBOXES_MAX, MAILBOX_NAMES_MAX);
-		free(box.name);
 		return 0;
 	}
 	l->name_octets += n;
-	l->boxes[l->n++] = box;
+	l->boxes[l->n++] = (struct mailbox){ .name = copy_text(name),
+					     .delimiter = delimiter,
+					     .selectable = selectable,
+					     .special = special };
 	*place = l->n;
 	return 0;
 }
@@ -5400,7 +5391,7 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 static int on_status(void *context, const char *name, const struct imap_status *status)
 {
 	struct mailboxes *l = context;
-	uint32_t i = *mailboxes_find(l, BY_NAME, strcasecmp(name, "INBOX") == 0 ? "INBOX" : name);
+	uint32_t i = *mailboxes_find(l, BY_NAME, name);
 
 	if (i > 0 && !l->boxes[i - 1].status.known)
 		l->im->noise = 0;
@@ -5518,10 +5509,11 @@ static bool mailbox_has_news(const struct mailbox *box, const struct mbox_info *
  */
 static void mailbox_adopt_original(const struct mailboxes *l, const struct mailbox *box)
 {
-	char original[MBOX_NAME_MAX + 8], own[MBOX_FILE_MAX + 8], head[12] = "";
+	char original[MBOX_NAME_MAX + 8], other[MBOX_NAME_MAX + 8], own[MBOX_FILE_MAX + 8], head[12] = "";
 	char from[PATH_MAX_OCTETS + 300], to[PATH_MAX_OCTETS + 300], index[PATH_MAX_OCTETS + 320];
-	uint32_t other;
-	ssize_t got = 0;
+	uint32_t owner;
+	bool shared;
+	ssize_t got;
 	int fd;
 
 	mailbox_file(box, own);
@@ -5538,10 +5530,14 @@ static void mailbox_adopt_original(const struct mailboxes *l, const struct mailb
 	close(fd);
 	if (got != sizeof head || memcmp(head, "From nobody ", 12) != 0)
 		return;
-	other = *mailboxes_find(l, BY_FILE, original);
-	if (box->original_is_shared || (other > 0 && &l->boxes[other - 1] != box))
-		log_warn("%s may be the archive of \"%s\" or of another mailbox: left alone", from,
-			 box->name);
+	owner = *mailboxes_find(l, BY_FILE, original);
+	shared = owner > 0 && &l->boxes[owner - 1] != box;
+	for (uint32_t i = 0; i < l->n; i++) {
+		name_file_original(other, l->boxes[i].name, l->boxes[i].delimiter);
+		shared = shared || (&l->boxes[i] != box && strcmp(other, original) == 0);
+	}
+	if (shared)
+		log_warn("%s may be the archive of \"%s\" or of another mailbox: left alone", from, box->name);
 	else if (rename(from, to) == 0)
 		log_info("%s: renamed, it is now %s", from, own);
 	else
@@ -5555,15 +5551,10 @@ static void mailboxes_name_orphans(const struct mailboxes *l)
 	const struct dirent *entry;
 
 	while (folder != NULL && (entry = readdir(folder)) != NULL) {
-		char text[sizeof entry->d_name + 1];
 		size_t n = strlen(entry->d_name);
 
-		if (n < 6 || strcmp(entry->d_name + n - 5, ".mbox") != 0)
-			continue;
-		for (size_t i = 0; i <= n; i++)
-			text[i] = (char)(l->folds ? tolower((unsigned char)entry->d_name[i])
-						  : entry->d_name[i]);
-		if (*mailboxes_find(l, BY_FILE, text) == 0)
+		if (n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0 &&
+		    *mailboxes_find(l, BY_FILE, entry->d_name) == 0)
 			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
 				 entry->d_name);
 	}
@@ -5590,19 +5581,19 @@ static int mailbox_compare(const void *a, const void *b)
 static bool mailbox_claim_file(struct mailboxes *l, uint32_t i)
 {
 	struct mailbox *box = &l->boxes[i], *other;
-	char file[MBOX_NAME_MAX + 8], path[PATH_MAX_OCTETS + 300];
+	char file[MBOX_FILE_MAX + 8], taken[MBOX_FILE_MAX + 8], path[PATH_MAX_OCTETS + 300];
 	uint32_t *place;
 	struct mbox_info info;
 
-	mailbox_text(l, box, BY_FILE, file);
+	mailbox_file(box, file);
 	place = mailboxes_find(l, BY_FILE, file);
 	if (*place == 0) {
 		*place = i + 1;
 		return true;
 	}
 	other = &l->boxes[*place - 1];
-	if (!box->alike && !other->alike && name_is_alike(other, box)) {
-		mailbox_file(box, file);
+	mailbox_file(other, taken);
+	if (!box->alike && !other->alike && strcmp(file, taken) == 0) {
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
 		if (info.stored > 0) {
@@ -5628,21 +5619,11 @@ static bool mailbox_claim_file(struct mailboxes *l, uint32_t i)
 static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 {
 	for (uint32_t i = 0; i < l->n; i++) {
-		struct mailbox *box = &l->boxes[i];
-		char original[MBOX_NAME_MAX + 8];
-		uint32_t *place;
-
-		name_file_original(original, box->name, box->delimiter);
-		place = mailboxes_find(l, BY_ORIGINAL, original);
-		if (*place > 0)
-			box->original_is_shared = l->boxes[*place - 1].original_is_shared = true;
-		else
-			*place = i + 1;
 		if (mailbox_claim_file(l, i))
 			continue;
 		counts->failures++;
 		counts->mailboxes++;
-		box->wanted = false;
+		l->boxes[i].wanted = false;
 	}
 	for (uint32_t i = 0; i < l->n; i++) {
 		struct mailbox *box = &l->boxes[i];
@@ -5675,51 +5656,6 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 }
 
 /* ======== archives: what is on disk, without a server ======== */
-
-/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
-static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
-{
-	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
-	uint32_t bits = 0, pending = 0, code;
-	bool shifted = false;
-	size_t length = 0, octets;
-
-	for (size_t i = 0; i <= n && length + 16 < size; i += octets) {
-		code = 0;
-		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 1;
-		if (octets == 0) {
-			octets = 1;
-			code = '_';
-		}
-		if (i == n || (code >= 0x20 && code <= 0x7E)) {
-			if (shifted && pending > 0)
-				out[length++] = alphabet[bits << (6 - pending) & 63];
-			if (shifted)
-				out[length++] = '-';
-			shifted = false;
-			pending = 0;
-			if (i < n)
-				out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
-			if (i < n && code == '&')
-				out[length++] = '-';
-			continue;
-		}
-		if (!shifted)
-			out[length++] = '&';
-		shifted = true;
-		for (int half = code > 0xFFFF ? 0 : 1; half < 2; half++) {
-			uint32_t unit = code <= 0xFFFF ? code
-					: half == 0    ? 0xD800 + ((code - 0x10000) >> 10)
-						       : 0xDC00 + ((code - 0x10000) & 0x3FF);
-
-			bits = bits << 16 | unit;
-			for (pending += 16; pending >= 6; pending -= 6)
-				out[length++] = alphabet[bits >> (pending - 6) & 63];
-		}
-	}
-	out[length] = '\0';
-	return length;
-}
 
 /* One archive of an account, and the mailbox that it is of. */
 struct archive {
@@ -7593,14 +7529,13 @@ static int restore_create(struct restore *r)
 /* Append a name's parts to the target's, encoded anew, with the target's delimiter behind each. */
 static void restore_add_name(struct restore *r, const char *name, char delimiter)
 {
-	char part[NAME_OCTETS];
-	size_t n = strlen(r->target), length;
-	bool raw;
+	struct name w = { .rest = name, .delimiter = delimiter };
+	size_t n = strlen(r->target);
 
-	while (n + 20 < sizeof r->target && name_part(&name, delimiter, part, sizeof part, &length, &raw)) {
-		if (length == 0)
+	while (n + 20 < sizeof r->target && name_next(&w)) {
+		if (w.n == 0)
 			continue;
-		n += mutf7_encode(r->target + n, sizeof r->target - n - 2, part, length, r->delimiter);
+		n += mutf7_encode(r->target + n, sizeof r->target - n - 2, w.part, w.n, r->delimiter);
 		r->target[n++] = r->delimiter;
 	}
 	r->target[n] = '\0';
@@ -7867,15 +7802,6 @@ static void place_give(struct run *run, struct slot *slot)
 }
 
 /* -- mailboxes in hand -- */
-
-static uint32_t name_hash(const char *name)
-{
-	uint32_t hash = 2166136261u;
-
-	for (; *name != '\0'; name++)
-		hash = (hash ^ (uint8_t)*name) * 16777619u;
-	return hash;
-}
 
 /* How many processes died with this mailbox in hand. */
 static unsigned board_deaths(const struct board *b, const struct mailbox *box)

@@ -347,8 +347,8 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e);
 int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e);
 
 /* Fold one part of a mailbox name (UTF-8, or raw octets) into what any file system takes:
- * unsafe octets become %XX. Returns the length, or 0 if 'size' is too small. */
-size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep_dots);
+ * unsafe octets, and those of 'also', become %XX. Returns the length, or 0 if 'size' is too small. */
+size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const char *also);
 
 /* -- reading mails back: for export, verify and restore -- */
 

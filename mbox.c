@@ -2577,7 +2577,7 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 
 /* ======== file names ======== */
 
-size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep_dots)
+size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const char *also)
 {
 	size_t length = 0;
 
@@ -2589,7 +2589,7 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, bool keep
 		if (length + 4 >= size)
 			return 0;
 		if (octets == 0 || *p < 0x20 || *p == 0x7F || strchr("/\\:*?\"<>|%", *p) != NULL ||
-		    (*p == '.' && (edge || !keep_dots)) || (*p == ' ' && edge) ||
+		    strchr(also, *p) != NULL || ((*p == '.' || *p == ' ') && edge) ||
 		    (*p == 0xC2 && p[1] < 0xA0)) { /* C1 controls too */
 			octets = octets == 0 ? 1 : octets;
 			for (size_t k = 0; k < octets; k++) {

@@ -191,7 +191,7 @@ static struct sync *begin(void *context, bool ahead)
 	y = allocate(sizeof *y);
 	y->session = context;
 	y->box = &both[begun];
-	y->attempt.careful = begun == 0 && both[0].original_is_shared;
+	y->attempt.careful = begun == 0 && both[0].has_news;
 	begun++;
 	return y;
 }
@@ -280,7 +280,7 @@ static void mailbox(struct imap *im, const struct account *account, unsigned how
 	}
 	for (unsigned i = 0; i < 2; i++)
 		both[i] = (struct mailbox){ .name = (char *)(uintptr_t)(i == 0 ? "INBOX" : "next"), .delimiter = '/',
-					    .selectable = true, .original_is_shared = how & 8 };
+					    .selectable = true, .has_news = how & 8 };
 	if (how & 32)
 		both[0].status = both[1].status = (struct imap_status){ .known = true, .messages = 5, .uidnext = 9,
 						   .uidvalidity = 7, .unseen = 1, .highestmodseq = 11 };

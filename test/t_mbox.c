@@ -267,24 +267,24 @@ static void test_utf8(void)
 
 static void test_escape(void)
 {
-	static const struct { const char *part; bool dots; const char *escaped; } rows[] = {
-		{ "a", false, "a" }, { "a.b", false, "a%2Eb" }, { "a.b", true, "a.b" }, { ".a.", true, "%2Ea%2E" },
-		{ " a ", true, "%20a%20" }, { "a b", true, "a b" }, { ".", true, "%2E" }, { "..", true, "%2E%2E" },
-		{ "...", true, "%2E.%2E" }, { "/\\:*?\"<>|%", true, "%2F%5C%3A%2A%3F%22%3C%3E%7C%25" },
-		{ "\x01\x1F\x7F", true, "%01%1F%7F" }, { "\xC2\x80\xC2\x9F\xC2\xA0", true, "%C2%80%C2%9F\xC2\xA0" },
-		{ "\xC3\xA9\xC3", true, "\xC3\xA9%C3" }, { "\xED\xA0\x80", true, "%ED%A0%80" }, { "", true, "" },
+	static const struct { const char *part, *also, *escaped; } rows[] = {
+		{ "a", ".", "a" }, { "a.b", ".", "a%2Eb" }, { "a.b", "", "a.b" }, { ".a.", "", "%2Ea%2E" },
+		{ " a ", "", "%20a%20" }, { "a b", "", "a b" }, { ".", "", "%2E" }, { "..", "", "%2E%2E" },
+		{ "...", "", "%2E.%2E" }, { "/\\:*?\"<>|%", "", "%2F%5C%3A%2A%3F%22%3C%3E%7C%25" },
+		{ "\x01\x1F\x7F", "", "%01%1F%7F" }, { "\xC2\x80\xC2\x9F\xC2\xA0", "", "%C2%80%C2%9F\xC2\xA0" },
+		{ "\xC3\xA9\xC3", "", "\xC3\xA9%C3" }, { "\xED\xA0\x80", "", "%ED%A0%80" }, { "a&&", "&.", "a%26%26" }, { "", "", "" },
 	};
 	char out[60];
 
 	for (size_t i = 0; i < N(rows); i++) {
-		size_t n = mbox_escape(out, sizeof out, rows[i].part, strlen(rows[i].part), rows[i].dots);
+		size_t n = mbox_escape(out, sizeof out, rows[i].part, strlen(rows[i].part), rows[i].also);
 
 		check(n == strlen(rows[i].escaped) && strcmp(out, rows[i].escaped) == 0, "escape %zu: %s", i, out);
 		for (size_t size = 1; size < 12; size++)
-			check(mbox_escape(out, size, rows[i].part, strlen(rows[i].part), rows[i].dots) < size,
+			check(mbox_escape(out, size, rows[i].part, strlen(rows[i].part), rows[i].also) < size,
 			      "escape %zu in %zu octets", i, size);
 	}
-	check(mbox_escape(out, sizeof out, "a\0b", 3, true) == 5 && strcmp(out, "a%00b") == 0, "NUL: %s", out);
+	check(mbox_escape(out, sizeof out, "a\0b", 3, "") == 5 && strcmp(out, "a%00b") == 0, "NUL: %s", out);
 }
 
 /* ---- identity ---- */
