@@ -101,8 +101,17 @@ class Jail:
         self.mnt = os.path.join(self.root, 'mnt')
         for name in ('', 'dev', 'mnt'):
             os.mkdir(os.path.join(self.root, name))
+        self.unshare = ['unshare', '-m']
+        bind = ['mount', '--bind', self.mnt, self.mnt]
         try:
-            servers.tool('unshare', '-m', 'mount', '--bind', self.mnt, self.mnt)
+            try:
+                servers.tool(*self.unshare, *bind)
+            except RuntimeError:   # the root of a chroot need not be a mount; then what is around may see it
+                self.unshare += ['--propagation', 'unchanged']
+                servers.tool(*self.unshare, *bind)
+            if self.mnt in open('/proc/self/mountinfo').read():
+                servers.tool('umount', self.mnt)
+                raise RuntimeError('mounts are shared with what is around this chroot')
             for name, minor in (('null', 3), ('urandom', 9)):
                 os.mknod(os.path.join(self.root, 'dev', name), 0o20666, os.makedev(1, minor))
         except (OSError, RuntimeError) as e:
@@ -116,7 +125,7 @@ class Jail:
         script = 'set -e; mount --bind "$0" "$0"; mount --bind "$0/mnt" "$0/mnt"; ' \
             'mount -o remount,bind,ro "$0"; cd "$0"; PATH=$PATH:/usr/sbin; ' \
             'exec env -i "$(command -v chroot)" "$0" /imap_backup "$@"'
-        t.program, t.path = ['unshare', '-m', 'sh', '-c', script, self.root, *args], '/config.json'
+        t.program, t.path = [*self.unshare, 'sh', '-c', script, self.root, *args], '/config.json'
         return t.run()
 
 
