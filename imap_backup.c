@@ -80,6 +80,7 @@ enum {
 	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
 	CHAIN_OCTETS = 32 << 10,        /* of the certificates that a server sends */
 	CHAIN_DEPTH = 8,                /* issuers of its own */
+	CHAIN_SIGNATURES = 32,          /* checked, of all that a chain could be made to cost */
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
 	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
 	DRIP_RATE = 16,                 /* octets a second: what comes more slowly ... */
@@ -1512,8 +1513,8 @@ static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
  * Judges the chain of certificates that a server sends (RFC 5280 6.1), as an X.509 engine for BearSSL.
  * BearSSL's own wants a chain in order and knows no name constraints, so it only takes keys and dates
  * out of certificates here, and checks signatures. The chain is kept, as far as CHAIN_OCTETS go, and
- * its issuers are looked for by name; what does not belong to it is of no importance. Revocation and
- * policies are not looked at.
+ * its issuers are looked for by name; what does not belong to it is of no importance. A host is found in
+ * subjectAltName alone. Revocation and policies are not looked at.
  */
 struct der { /* octets in DER: the inside of an element, or elements in a row; borrowed */
 	const uint8_t *at, *end;
@@ -1522,13 +1523,16 @@ struct der { /* octets in DER: the inside of an element, or elements in a row; b
 enum { DER_INTEGER = 0x02, DER_BITS = 0x03, DER_OCTETS = 0x04, DER_OID = 0x06, DER_SEQUENCE = 0x30 };
 enum { NAME_DNS = 0x82, NAME_DIRECTORY = 0xA4, NAME_ADDRESS = 0x87 }; /* tags of a GeneralName */
 enum { X_USAGE = 15, X_NAMES = 17, X_BASIC = 19, X_CONSTRAINTS = 30, X_PURPOSES = 37, X_END = 64 };
+enum { NAME_INSIDE, NAME_OUTSIDE, NAME_UNCLEAR }; /* what comes of judging names; both: 3 */
 
 #define CERT_1970 INT64_C(719528) /* BearSSL's number of the day: it counts from year 0 */
 
 struct cert {
+	const struct cert *below; /* borrowed: what it has signed; NULL: it is the server's own */
 	struct der whole, tbs, issuer, subject, signature;
 	struct der extension[X_END]; /* the inside of 2.5.29.N; 'at' is NULL: it has none */
 	bool unknown;                /* it has a critical extension that we do not know */
+	bool old;                    /* it is of version 1, which has no extensions */
 	const br_x509_pkey *key;     /* in 'decoder', once that has run; NULL: BearSSL cannot use it */
 	br_x509_decoder_context decoder;
 };
@@ -1551,6 +1555,7 @@ struct verifier {
 	struct cert leaf;     /* the server's own certificate */
 	char fingerprint[65]; /* its SHA-256 */
 	unsigned usages;      /* of its key, as BearSSL wants to know them */
+	unsigned signatures;  /* that have been checked */
 	struct err err;       /* what is wrong with the chain */
 	struct der chain;     /* what came, in 'octets' */
 	uint8_t octets[CHAIN_OCTETS];
@@ -1592,9 +1597,9 @@ static unsigned der_octet(struct der v, size_t i)
 	return i < der_octets(v) ? v.at[i] : 0;
 }
 
-static bool der_same(struct der a, const void *octets, size_t n)
+static bool der_same(struct der a, struct der b)
 {
-	return der_octets(a) == n && memcmp(a.at, octets, n) == 0;
+	return der_octets(a) == der_octets(b) && memcmp(a.at, b.at, der_octets(a)) == 0;
 }
 
 /*
@@ -1604,8 +1609,8 @@ static bool der_same(struct der a, const void *octets, size_t n)
 static bool cert_next(struct der *list, struct cert *c)
 {
 	/* Of 2.5.29.N these N are known, or of no importance. */
-	static const uint8_t known[] = { 9, 14, 15, 17, 18, 19, 30, 31, 32, 35, 37, 46 };
-	struct der all, tbs, extensions = { 0 }, extension, oid, v;
+	static const uint8_t known[] = { 9, 14, 15, 17, 18, 19, 30, 31, 32, 33, 35, 36, 37, 46, 54 };
+	struct der all, tbs, extensions = { 0 }, extension, oid, algorithm, v;
 
 	memset(c, 0, sizeof *c);
 	c->whole.at = list->at;
@@ -1616,11 +1621,12 @@ static bool cert_next(struct der *list, struct cert *c)
 	if (!der_next(&all, DER_SEQUENCE, &tbs))
 		return false;
 	c->tbs.end = all.at;
-	der_next(&tbs, 0xA0, &v); /* version */
-	if (!der_next(&all, DER_SEQUENCE, &v) || !der_next(&all, DER_BITS, &c->signature) ||
+	c->old = !der_next(&tbs, 0xA0, &v);
+	if (!der_next(&all, DER_SEQUENCE, &algorithm) || !der_next(&all, DER_BITS, &c->signature) ||
 	    !der_next(&tbs, DER_INTEGER, &v) || !der_next(&tbs, DER_SEQUENCE, &v) ||
-	    !der_next(&tbs, DER_SEQUENCE, &c->issuer) || !der_next(&tbs, DER_SEQUENCE, &v) ||
-	    !der_next(&tbs, DER_SEQUENCE, &c->subject) || !der_next(&tbs, DER_SEQUENCE, &v))
+	    !der_same(algorithm, v) || !der_next(&tbs, DER_SEQUENCE, &c->issuer) ||
+	    !der_next(&tbs, DER_SEQUENCE, &v) || !der_next(&tbs, DER_SEQUENCE, &c->subject) ||
+	    !der_next(&tbs, DER_SEQUENCE, &v))
 		return false;
 	der_next(&tbs, 0x81, &v); /* unique identifiers */
 	der_next(&tbs, 0x82, &v);
@@ -1637,10 +1643,11 @@ static bool cert_next(struct der *list, struct cert *c)
 		n = der_octets(oid) == 3 && memcmp(oid.at, "\x55\x1D", 2) == 0 ? oid.at[2] : 0;
 		if (memchr(known, (int)n, sizeof known) == NULL)
 			c->unknown = c->unknown || critical;
-		else if (!der_next(&extension, DER_OCTETS, &v) || !der_next(&v, 0, &c->extension[n]))
+		else if (c->extension[n].at != NULL || !der_next(&extension, DER_OCTETS, &v) ||
+			 !der_next(&v, 0, &c->extension[n]))
 			return false;
 	}
-	return true;
+	return der_octets(all) == 0 && der_octets(tbs) == 0;
 }
 
 /* Decode key, dates and what it is signed with. Returns false if BearSSL cannot use the key. */
@@ -1652,148 +1659,18 @@ static bool cert_decode(struct cert *c)
 	return c->key != NULL;
 }
 
-/* Write a distinguished name's values for a person, as far as they fit, or only its common name. Returns out. */
-static char *cert_name(struct der name, bool common, char *out, size_t size)
+/* Write a distinguished name's values for a person, as far as they fit. Returns out. */
+static char *cert_name(struct der name, char *out, size_t size)
 {
-	struct der set, pair, oid, value;
+	struct der set, pair, value;
 	size_t n = 0;
 
-	*out = '\0';
-	while (der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair)) {
-		if (!der_next(&pair, DER_OID, &oid) || !der_next(&pair, 0, &value) ||
-		    (common && !der_same(oid, "\x55\x04\x03", 3)))
-			continue;
-		for (const char *comma = n > 0 ? ", " : ""; *comma != '\0' && n + 1 < size; comma++)
-			out[n++] = *comma;
-		for (; value.at < value.end && n + 1 < size; value.at++)
-			out[n++] = (char)(*value.at != 0 ? *value.at : '?');
-		out[n] = '\0';
-	}
+	for (*out = '\0'; der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair) &&
+			  der_next(&pair, DER_OID, &value) && der_next(&pair, 0, &value);
+	     n = strlen(out))
+		snprintf(out + n, size - n, "%s%.*s", n > 0 ? ", " : "", (int)der_octets(value),
+			 (const char *)value.at);
 	return out;
-}
-
-/* Return true if the signature on a certificate, which is decoded, was made with this key. */
-static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
-{
-	static const struct {
-		const br_hash_class *class;
-		const unsigned char *oid;
-	} hashes[] = { { &br_sha256_vtable, BR_HASH_OID_SHA256 },
-		       { &br_sha384_vtable, BR_HASH_OID_SHA384 },
-		       { &br_sha512_vtable, BR_HASH_OID_SHA512 } };
-	int hash = c->decoder.signer_hash_id - br_sha256_ID;
-	br_hash_compat_context context;
-	uint8_t sum[64], signed_sum[64];
-	size_t n;
-
-	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type ||
-	    der_octets(c->signature) == 0)
-		return false;
-	hashes[hash].class->init(&context.vtable);
-	context.vtable->update(&context.vtable, c->tbs.at, der_octets(c->tbs));
-	context.vtable->out(&context.vtable, sum);
-	n = context.vtable->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
-	if (key->key_type == BR_KEYTYPE_EC)
-		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec,
-							c->signature.at + 1,
-							der_octets(c->signature) - 1) == 1;
-	return br_rsa_pkcs1_vrfy_get_default()(c->signature.at + 1, der_octets(c->signature) - 1,
-					       hashes[hash].oid, n, &key->key.rsa, signed_sum) == 1 &&
-	       memcmp(sum, signed_sum, n) == 0;
-}
-
-/* Return true if a name of a certificate stands for the host: "*" for its first part. */
-static bool name_is_host(const struct verifier *v, unsigned tag, struct der name)
-{
-	struct der host = v->name;
-
-	if (tag == NAME_DNS && der_octets(name) > 2 && memcmp(name.at, "*.", 2) == 0) {
-		name.at++;
-		while (host.at < host.end && *host.at != '.')
-			host.at++;
-	}
-	if (tag != v->tag || der_octets(name) != der_octets(host) || der_octets(host) == 0)
-		return false;
-	return tag == NAME_DNS
-		       ? strncasecmp((const char *)name.at, (const char *)host.at, der_octets(host)) == 0
-		       : memcmp(name.at, host.at, der_octets(host)) == 0;
-}
-
-/* Return 1 if a name lies within the base of a name constraint, 0 if not, -1 if that cannot be judged. */
-static int name_in_base(unsigned tag, struct der name, struct der base)
-{
-	size_t n = der_octets(name), m = der_octets(base);
-
-	switch (tag) {
-	case NAME_DNS: /* the base, or with more in front; with a dot in front it stands only for those */
-		return n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
-		       (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
-	case NAME_ADDRESS: /* and a mask */
-		for (size_t i = 0; i < n; i++)
-			if (((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) != 0)
-				return 0;
-		return m == 2 * n;
-	case NAME_DIRECTORY:
-		return der_next(&base, DER_SEQUENCE, &base) && n >= (m = der_octets(base)) &&
-		       memcmp(name.at, base.at, m) == 0;
-	default:
-		return -1;
-	}
-}
-
-/*
- * Judge one name by the name constraints of an issuer (RFC 5280 4.2.1.10). Returns 0 if it lies within,
- * 1 if outside, 2 if that cannot be judged.
- */
-static int name_judge(struct der constraints, unsigned tag, struct der name)
-{
-	bool limited = false, permitted = false;
-	struct der trees, tree, base;
-
-	for (unsigned list = 0xA0; list <= 0xA1; list++) { /* permitted, excluded */
-		if (!der_next(&constraints, list, &trees))
-			continue;
-		while (der_octets(trees) > 0) {
-			int matches;
-
-			if (!der_next(&trees, DER_SEQUENCE, &tree))
-				return 2;
-			if (der_octet(tree, 0) != tag)
-				continue;
-			/* A minimum or maximum may follow. What is excluded may be spelt in another way. */
-			if (!der_next(&tree, tag, &base) || der_octets(tree) > 0 ||
-			    (matches = name_in_base(tag, name, base)) < 0 ||
-			    (list == 0xA1 && tag == NAME_DIRECTORY))
-				return 2;
-			if (list == 0xA1 && matches)
-				return 1;
-			limited = limited || list == 0xA0;
-			permitted = permitted || matches;
-		}
-	}
-	return der_octets(constraints) > 0 ? 2 : limited && !permitted;
-}
-
-/* Judge all names of the server's certificate, and the host's, by what an issuer may certify. As above. */
-static int names_judge(const struct verifier *v, const struct cert *issuer)
-{
-	struct der constraints = issuer->extension[X_CONSTRAINTS];
-	struct der names = v->leaf.extension[X_NAMES], name;
-	int result;
-
-	if (constraints.at == NULL)
-		return 0;
-	result = name_judge(constraints, v->tag, v->name);
-	if (der_octets(v->leaf.subject) > 0)
-		result |= name_judge(constraints, NAME_DIRECTORY, v->leaf.subject);
-	while (der_octets(names) > 0) {
-		unsigned tag = *names.at;
-
-		if (!der_next(&names, tag, &name))
-			return 2;
-		result |= name_judge(constraints, tag, name);
-	}
-	return result;
 }
 
 /* A day, counted from 1970, as a date. */
@@ -1807,9 +1684,178 @@ static const char *cert_date(char out[16], int64_t days)
 	return out;
 }
 
-/* Judge what holds for every certificate of a chain, which has been decoded. */
-static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, struct err *e)
+/* Return true if the signature on a certificate, which is decoded, was made with this key. */
+static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 {
+	static const struct {
+		const br_hash_class *class;
+		const unsigned char *oid;
+	} hashes[] = { { &br_sha256_vtable, BR_HASH_OID_SHA256 },
+		       { &br_sha384_vtable, BR_HASH_OID_SHA384 },
+		       { &br_sha512_vtable, BR_HASH_OID_SHA512 } };
+	const int hash = c->decoder.signer_hash_id - br_sha256_ID;
+	const unsigned char *signature = c->signature.at + 1; /* behind the number of unused bits */
+	const size_t octets = der_octets(c->signature) - 1;
+	br_hash_compat_context context;
+	uint8_t sum[64], signed_sum[64];
+	size_t n;
+
+	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type ||
+	    der_octets(c->signature) == 0 || *c->signature.at != 0)
+		return false;
+	hashes[hash].class->init(&context.vtable);
+	context.vtable->update(&context.vtable, c->tbs.at, der_octets(c->tbs));
+	context.vtable->out(&context.vtable, sum);
+	n = context.vtable->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
+	if (key->key_type == BR_KEYTYPE_EC)
+		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec, signature,
+							octets) == 1;
+	return br_rsa_pkcs1_vrfy_get_default()(signature, octets, hashes[hash].oid, n, &key->key.rsa,
+					       signed_sum) == 1 &&
+	       memcmp(sum, signed_sum, n) == 0;
+}
+
+/* Return true if a name of a certificate stands for the host: "*" for its first part, if two are behind it. */
+static bool name_is_host(const struct verifier *v, unsigned tag, struct der name)
+{
+	struct der host = v->name;
+
+	if (tag == NAME_DNS && der_octets(name) > 2 && memcmp(name.at, "*.", 2) == 0 &&
+	    memchr(name.at + 2, '.', der_octets(name) - 2) != NULL) {
+		name.at++;
+		while (host.at < host.end && *host.at != '.')
+			host.at++;
+	}
+	if (tag != v->tag || der_octets(name) != der_octets(host) || der_octets(host) == 0)
+		return false;
+	return tag == NAME_DNS
+		       ? strncasecmp((const char *)name.at, (const char *)host.at, der_octets(host)) == 0
+		       : memcmp(name.at, host.at, der_octets(host)) == 0;
+}
+
+/* Judge whether the server's certificate is for the host. */
+static int host_judge(const struct verifier *v, struct err *e)
+{
+	struct der names = v->leaf.extension[X_NAMES], name;
+	char text[91] = "";
+
+	for (unsigned tag; (tag = der_octet(names, 0)) != 0 && der_next(&names, tag, &name);) {
+		if (name_is_host(v, tag, name))
+			return 0;
+		if (tag == NAME_DNS && *text == '\0')
+			snprintf(text, sizeof text, "%.*s", (int)der_octets(name), (const char *)name.at);
+	}
+	return err_set(e, E_ACCOUNT, "the certificate is for %s, not for %.90s",
+		       *text != '\0' ? text : "another name", v->host);
+}
+
+/* Judge whether a name lies within the base of a name constraint. */
+static int name_in_base(unsigned tag, struct der name, struct der base)
+{
+	size_t n = der_octets(name), m = der_octets(base);
+	bool inside = true;
+
+	switch (tag) {
+	case NAME_DNS: /* the base, or with more in front; with a dot in front it stands only for those */
+		inside = n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
+			 (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
+		break;
+	case NAME_ADDRESS: /* and a mask */
+		if (m != 8 && m != 32)
+			return NAME_UNCLEAR;
+		for (size_t i = 0; i < n; i++)
+			inside = inside && ((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) == 0;
+		inside = inside && m == 2 * n;
+		break;
+	case NAME_DIRECTORY:
+		inside = der_next(&base, DER_SEQUENCE, &base) && n >= (m = der_octets(base)) &&
+			 memcmp(name.at, base.at, m) == 0;
+		break;
+	default:
+		return NAME_UNCLEAR;
+	}
+	return inside ? NAME_INSIDE : NAME_OUTSIDE;
+}
+
+/* Judge one name by the name constraints of an issuer (RFC 5280 4.2.1.10); it may have none. */
+static int name_judge(struct der constraints, unsigned tag, struct der name)
+{
+	bool limited = false, permitted = false;
+	struct der trees, tree, base;
+
+	for (unsigned list = 0xA0; list <= 0xA1; list++) { /* permitted, excluded */
+		if (!der_next(&constraints, list, &trees))
+			continue;
+		while (der_octets(trees) > 0) {
+			int place;
+
+			if (!der_next(&trees, DER_SEQUENCE, &tree))
+				return NAME_UNCLEAR;
+			if (der_octet(tree, 0) != tag)
+				continue;
+			/* A minimum or maximum may follow. What is excluded may be spelt in another way. */
+			if (!der_next(&tree, tag, &base) || der_octets(tree) > 0 ||
+			    (place = name_in_base(tag, name, base)) == NAME_UNCLEAR ||
+			    (list == 0xA1 && tag == NAME_DIRECTORY))
+				return NAME_UNCLEAR;
+			if (list == 0xA1 && place == NAME_INSIDE)
+				return NAME_OUTSIDE;
+			limited = limited || list == 0xA0;
+			permitted = permitted || place == NAME_INSIDE;
+		}
+	}
+	if (der_octets(constraints) > 0)
+		return NAME_UNCLEAR;
+	return limited && !permitted ? NAME_OUTSIDE : NAME_INSIDE;
+}
+
+/* Judge all names of a certificate by what an issuer above it may certify. */
+static int names_judge(struct der constraints, const struct cert *c)
+{
+	struct der names = c->extension[X_NAMES], name;
+	int result = der_octets(c->subject) > 0 ? name_judge(constraints, NAME_DIRECTORY, c->subject)
+						: NAME_INSIDE;
+
+	for (unsigned tag; (tag = der_octet(names, 0)) != 0 && der_next(&names, tag, &name);)
+		result |= name_judge(constraints, tag, name);
+	return der_octets(names) > 0 ? NAME_UNCLEAR : result;
+}
+
+/* Judge an issuer by what it may sign, with regard to every certificate below it. */
+static int issuer_judge(const struct verifier *v, const struct cert *c, bool anchor, struct err *e)
+{
+	struct der usage = c->extension[X_USAGE], basic = c->extension[X_BASIC], value;
+	bool ca = basic.at == NULL ? anchor && c->old
+				   : der_next(&basic, 0x01, &value) && der_octet(value, 0) != 0;
+	int place = name_judge(c->extension[X_CONSTRAINTS], v->tag, v->name); /* "*" may stand for it */
+	unsigned all = 0, between = 0;
+	char name[100];
+
+	for (const struct cert *b = c->below; b != NULL; b = b->below) {
+		all++;
+		if (b->below != NULL && der_same(b->subject, b->issuer))
+			continue; /* the same CA with another key (6.1.4) */
+		between += b->below != NULL;
+		place |= names_judge(c->extension[X_CONSTRAINTS], b);
+	}
+	if (all > CHAIN_DEPTH)
+		return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
+	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || !ca ||
+	    (der_next(&basic, DER_INTEGER, &value) &&
+	     (der_octets(value) != 1 || *value.at < between || *value.at > 127)))
+		return err_set(e, E_ACCOUNT, "an issuer's certificate is no CA's, or not for this");
+	if (place != NAME_INSIDE)
+		return err_set(e, E_ACCOUNT, "%s may %s (name constraints)",
+			       cert_name(c->subject, name, sizeof name),
+			       place == NAME_OUTSIDE ? "not certify this name"
+						     : "only certify what cannot be judged");
+	return 0;
+}
+
+/* Judge what holds for every certificate of a chain, which has been decoded. */
+static int cert_judge(const struct cert *c, int64_t now_sec, struct err *e)
+{
+	const char *whose = c->below == NULL ? "the certificate" : "an issuer's certificate";
 	const br_x509_decoder_context *d = &c->decoder;
 	int64_t now = now_sec + CERT_1970 * 86400; /* as BearSSL counts */
 	struct der purposes = c->extension[X_PURPOSES], purpose;
@@ -1817,8 +1863,9 @@ static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, 
 	char date[16], today[16];
 
 	while (der_next(&purposes, DER_OID, &purpose)) /* serverAuth, or any */
-		serves = serves || der_same(purpose, "\x2B\x06\x01\x05\x05\x07\x03\x01", 8) ||
-			 der_same(purpose, "\x55\x1D\x25\0", 4);
+		serves = serves ||
+			 (der_octets(purpose) == 8 && memcmp(purpose.at, "\x2B\6\1\5\5\7\3\1", 8) == 0) ||
+			 (der_octets(purpose) == 4 && memcmp(purpose.at, "\x55\x1D\x25\0", 4) == 0);
 	if (c->key->key_type == BR_KEYTYPE_RSA && c->key->key.rsa.nlen < 256)
 		return err_set(e, E_ACCOUNT, "%s has an RSA key of less than 2048 bits", whose);
 	if (c->unknown)
@@ -1835,108 +1882,63 @@ static int cert_judge(const struct cert *c, const char *whose, int64_t now_sec, 
 	return 0;
 }
 
-/* Judge an issuer that has signed the certificate below it, and has so many others between it and the server's. */
-static int issuer_judge(const struct verifier *v, const struct cert *c, unsigned below, int64_t now_sec,
-			struct err *e)
-{
-	struct der usage = c->extension[X_USAGE], basic = c->extension[X_BASIC], value;
-	int outside = names_judge(v, c);
-	char name[100];
-
-	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || basic.at == NULL ||
-	    !der_next(&basic, 0x01, &value) || der_octet(value, 0) == 0 ||
-	    (der_next(&basic, DER_INTEGER, &value) && der_octets(value) == 1 && *value.at < below))
-		return err_set(e, E_ACCOUNT, "an issuer's certificate is no CA's, or not for this");
-	if (outside != 0)
-		return err_set(e, E_ACCOUNT, "%s may %s (name constraints)",
-			       cert_name(c->subject, false, name, sizeof name),
-			       outside == 1 ? "not certify this name"
-					    : "only certify what cannot be judged");
-	return cert_judge(c, "an issuer's certificate", now_sec, e);
-}
-
 /*
- * Go from the server's certificate to an anchor, always by an issuer that is well. Where several have
- * an issuer's name and key (certificates that were renewed, or signed by two CAs), one is enough.
+ * Judge a certificate, and look for a way from it to an anchor by issuers that are well. Where several have an
+ * issuer's name and key (certificates that were renewed, or signed by two CAs), every way is tried, until
+ * CHAIN_SIGNATURES have been checked.
  */
-static int chain_judge(const struct verifier *v, int64_t now_sec, struct err *e)
+static int chain_judge(struct verifier *v, const struct cert *c, bool anchor, int64_t now_sec, struct err *e)
 {
-	const struct cert *c = &v->leaf;
-	struct cert issuers[2];
+	struct der anchors = v->trust->anchors, chain = v->chain;
+	struct cert issuer;
 	char name[100];
 
-	if (cert_judge(c, "the certificate", now_sec, e) != 0)
+	if ((c->below != NULL && issuer_judge(v, c, anchor, e) != 0) || cert_judge(c, now_sec, e) != 0)
 		return -1;
-	for (unsigned below = 0; below < CHAIN_DEPTH; below++) {
-		struct cert *issuer = &issuers[below % 2];
-		struct der anchors = v->trust->anchors, chain = v->chain;
-		bool anchor, itself, found = false;
+	if (anchor)
+		return 0;
+	while ((anchor = cert_next(&anchors, &issuer)) || cert_next(&chain, &issuer)) {
+		bool itself = der_same(issuer.whole, c->whole);
 
-		while (!found && ((anchor = cert_next(&anchors, issuer)) || cert_next(&chain, issuer))) {
-			itself = der_same(issuer->whole, c->whole.at, der_octets(c->whole));
-			if (itself && anchor)
-				return 0;
-			if (itself || !der_same(issuer->subject, c->issuer.at, der_octets(c->issuer)) ||
-			    !cert_decode(issuer) || !cert_signed(c, issuer->key))
-				continue;
-			*e = (struct err){ 0 };
-			found = issuer_judge(v, issuer, below, now_sec, e) == 0;
-			if (found && anchor)
-				return 0;
-		}
-		if (!found && c->decoder.signer_hash_id < br_sha256_ID)
-			return err_set(e, E_ACCOUNT,
-				       "the certificate has a signature that is weak, or unknown to "
-				       "BearSSL (SHA-1, RSA-PSS, Ed25519)");
-		itself = der_same(c->subject, c->issuer.at, der_octets(c->issuer));
-		if (!found)
-			return err_set(e, E_ACCOUNT,
-				       "the certificate is signed by nobody whom the CA bundle knows "
-				       "(%s%s)",
-				       cert_name(c->issuer, false, name, sizeof name),
-				       itself ? "" : ", whose certificate the server does not send");
-		c = issuer;
-	}
-	return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
-}
-
-/* Judge whether the server's certificate is for the host: by its names, else by its common name. */
-static int host_judge(const struct verifier *v, struct err *e)
-{
-	struct der names = v->leaf.extension[X_NAMES], name;
-	char text[256] = "";
-
-	if (names.at == NULL) {
-		cert_name(v->leaf.subject, true, text, sizeof text);
-		name = (struct der){ (const uint8_t *)text, (const uint8_t *)strchr(text, '\0') };
-		if (name_is_host(v, NAME_DNS, name))
+		issuer.below = c;
+		if (itself && anchor)
+			return 0;
+		if (!itself && der_same(issuer.subject, c->issuer) && v->signatures < CHAIN_SIGNATURES &&
+		    cert_decode(&issuer) && ++v->signatures && cert_signed(c, issuer.key) &&
+		    chain_judge(v, &issuer, anchor, now_sec, e) == 0)
 			return 0;
 	}
-	while (der_octets(names) > 0) {
-		unsigned tag = *names.at;
-
-		if (!der_next(&names, tag, &name))
-			break;
-		if (name_is_host(v, tag, name))
-			return 0;
-		if (tag == NAME_DNS && *text == '\0')
-			snprintf(text, sizeof text, "%.*s", (int)der_octets(name), (const char *)name.at);
-	}
-	return err_set(e, E_ACCOUNT, "the certificate is for %.90s, not for %.90s",
-		       *text != '\0' ? text : "another name", v->host);
+	if (c->decoder.signer_hash_id < br_sha256_ID)
+		return err_set(e, E_ACCOUNT,
+			       "the certificate has a signature that is weak, or unknown to BearSSL "
+			       "(SHA-1, RSA-PSS, Ed25519)");
+	return err_set(e, E_ACCOUNT, "the certificate is signed by nobody whom the CA bundle knows (%s%s)",
+		       cert_name(c->issuer, name, sizeof name),
+		       der_same(c->subject, c->issuer) ? ""
+						       : ", whose certificate the server does not send");
 }
 
 /*
- * Judge the chain that has come, unless the server's certificate is pinned. A clock that is wrong
- * follows a certificate that is well otherwise.
+ * Judge what has come, unless the server's certificate is pinned. A clock that is wrong follows a
+ * certificate that is well otherwise.
  */
-static int verifier_judge(struct verifier *v, bool pinned)
+static int verifier_judge(struct verifier *v, struct err *e)
 {
-	const unsigned usage = der_octet(v->leaf.extension[X_USAGE], 1);
-	struct err *e = &v->err, other = { 0 };
+	const unsigned pins = v->account != NULL ? v->account->pins : 0;
+	struct der list = v->chain, usage;
+	struct err other = { 0 };
+	bool pinned = false;
+	uint8_t hash[32];
 	int64_t first_sec;
 	char date[16];
 
+	if (!cert_next(&list, &v->leaf))
+		return err_set(e, E_ACCOUNT, "what the server sends as its certificate is none");
+	sha256(hash, v->leaf.whole.at, der_octets(v->leaf.whole));
+	for (int i = 0; i < 32; i++)
+		snprintf(v->fingerprint + 2 * i, 3, "%02x", hash[i]);
+	for (unsigned i = 0; i < pins; i++)
+		pinned = pinned || memcmp(v->account->pin[i], hash, sizeof hash) == 0;
 	if (!cert_decode(&v->leaf))
 		return err_set(e, E_ACCOUNT,
 			       "the certificate has a kind of key that BearSSL cannot use (RSA-PSS, "
@@ -1944,18 +1946,20 @@ static int verifier_judge(struct verifier *v, bool pinned)
 	v->usages = BR_KEYTYPE_KEYX | BR_KEYTYPE_SIGN;
 	if (pinned)
 		return 0;
-	if (v->account != NULL && v->account->pins > 0)
+	if (pins > 0)
 		return err_set(e, E_ACCOUNT,
 			       "the certificate's SHA-256 is %s, which is not \"tls_fingerprint\"",
 			       v->fingerprint);
-	if (v->leaf.extension[X_USAGE].at != NULL)
-		v->usages = ((usage & 0x38) != 0 ? BR_KEYTYPE_KEYX : 0) |
-			    ((usage & 0xC0) != 0 ? BR_KEYTYPE_SIGN : 0);
+	usage = v->leaf.extension[X_USAGE];
+	if (usage.at != NULL) /* keyEncipherment or keyAgreement; digitalSignature */
+		v->usages = ((der_octet(usage, 1) & 0x28) != 0 ? BR_KEYTYPE_KEYX : 0) |
+			    ((der_octet(usage, 1) & 0x80) != 0 ? BR_KEYTYPE_SIGN : 0);
 	if (host_judge(v, e) != 0)
 		return -1;
 	first_sec = (v->leaf.decoder.notbefore_days - CERT_1970 + 1) * 86400;
-	if (chain_judge(v, clock_sec, e) != 0) {
-		if (!clock_wrong || first_sec <= clock_sec || chain_judge(v, first_sec, &other) != 0)
+	if (chain_judge(v, &v->leaf, false, clock_sec, e) != 0) {
+		if (!clock_wrong || first_sec <= clock_sec ||
+		    chain_judge(v, &v->leaf, false, first_sec, &other) != 0)
 			return -1;
 		log_warn("%s: the certificate is not valid before %s, and this device's clock is wrong: "
 			 "taking the day after as today",
@@ -1991,6 +1995,7 @@ static void verifier_start_chain(const br_x509_class **self, const char *name)
 	if (name != NULL && *name != '\0')
 		verifier_host(v, name);
 	v->err = (struct err){ 0 };
+	v->signatures = 0;
 	v->chain = (struct der){ v->octets, v->octets };
 }
 
@@ -2019,20 +2024,8 @@ static void verifier_end_cert(const br_x509_class **self)
 static unsigned verifier_end_chain(const br_x509_class **self)
 {
 	struct verifier *v = (struct verifier *)(void *)self;
-	struct der list = v->chain;
-	bool pinned = false;
-	uint8_t hash[32];
 
-	if (!cert_next(&list, &v->leaf)) {
-		err_set(&v->err, E_ACCOUNT, "what the server sends as its certificate is none");
-		return BR_ERR_X509_EMPTY_CHAIN;
-	}
-	sha256(hash, v->leaf.whole.at, der_octets(v->leaf.whole));
-	for (int i = 0; i < 32; i++)
-		snprintf(v->fingerprint + 2 * i, 3, "%02x", hash[i]);
-	for (unsigned i = 0; v->account != NULL && i < v->account->pins; i++)
-		pinned = pinned || memcmp(v->account->pin[i], hash, sizeof hash) == 0;
-	return verifier_judge(v, pinned) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
+	return verifier_judge(v, &v->err) == 0 ? 0 : BR_ERR_X509_NOT_TRUSTED;
 }
 
 static const br_x509_pkey *verifier_get_pkey(const br_x509_class *const *self, unsigned *usages)
@@ -2071,21 +2064,17 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	t->anchors = (struct der){ der, der };
 	snprintf(t->path, sizeof t->path, "%s", path);
 	while (fgets(line, sizeof line, file) != NULL) {
-		struct der list = { t->anchors.end, der + n };
-		struct cert c;
+		if (strncmp(line, "-----", 5) == 0) { /* it ends what stood before, and begins something */
+			struct der list = { t->anchors.end, der + n };
+			struct cert c;
 
-		if (strncmp(line, "-----BEGIN ", 11) == 0) {
-			inside = strstr(line, "CERTIFICATE-----") != NULL;
-			n = der_octets(t->anchors);
-			digits = 0;
-			continue;
-		}
-		if (strncmp(line, "-----END ", 9) == 0) {
 			if (inside && cert_next(&list, &c) && der_octets(list) == 0 && cert_decode(&c))
 				t->anchors.end = der + n;
-			inside = false;
+			inside = strncmp(line, "-----BEGIN ", 11) == 0 && strstr(line, "CERTIFICATE-----");
+			n = der_octets(t->anchors);
+			digits = 0;
 		}
-		for (const char *p = line; inside && *p != '\0' && *p != '='; p++) {
+		for (const char *p = line; inside && *p != '\0' && *p != '=' && *p != '-'; p++) {
 			const char *digit = strchr(base64_digits, *p);
 
 			if (digit == NULL || digit - base64_digits > 63)
@@ -2371,8 +2360,8 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 	snprintf(out, size,
 		 "TLS 1.2, %s; certificate of %s, issued by %s, valid until %s (%lld days)\n"
 		 "    \"tls_fingerprint\": \"%s\"",
-		 suite, cert_name(leaf->subject, false, subject, sizeof subject),
-		 cert_name(leaf->issuer, false, issuer, sizeof issuer), cert_date(date, until),
+		 suite, cert_name(leaf->subject, subject, sizeof subject),
+		 cert_name(leaf->issuer, issuer, sizeof issuer), cert_date(date, until),
 		 (long long)(until - clock_sec / 86400), s->tls->verifier.fingerprint);
 }
 

@@ -143,12 +143,44 @@ static void check_name_cut(unsigned attributes)
 	for (unsigned i = 0; i < attributes; i++)
 		memcpy(der + i * sizeof attribute, attribute, sizeof attribute);
 	memset(out + 10, '#', 12);
-	cert_name((struct der){ der, der + attributes * sizeof attribute }, false, out, 10);
+	cert_name((struct der){ der, der + attributes * sizeof attribute }, out, 10);
 	check(strncmp(out, "ab, ab, ab", 9) == 0 && out[9] == '\0' && out[10] == '#' && out[11] == '#' &&
 	      out[12] == '#', "a name of %u attributes: %.22s", attributes, out);
 }
 
-int main(void)
+/* Judge chains: "HOST CA-FILE CHAIN-IN-HEX" a line on standard input; say "ok" or what is wrong. */
+static int judge_all(void)
+{
+	static char line[8 * CHAIN_OCTETS];
+	char host[300], path[1000];
+	int hex;
+
+	log_to.level = LOG_ERROR;
+	while (fgets(line, sizeof line, stdin) != NULL && sscanf(line, "%299s %999s %n", host, path, &hex) == 2) {
+		struct trust trust = { 0 };
+		struct verifier *v = calloc(1, sizeof *v);
+		unsigned octet;
+		bool well;
+
+		trust_load(&trust, path);
+		v->trust = &trust;
+		verifier_start_chain(&v->vtable, host);
+		for (const char *p = line + hex; sscanf(p, "%2x", &octet) == 1; p += 2) {
+			unsigned char c = (unsigned char)octet;
+
+			verifier_append(&v->vtable, &c, 1);
+		}
+		well = verifier_end_chain(&v->vtable) == 0 && v->usages != 0;
+		if (v->signatures > 32)
+			printf("%u signatures: ", v->signatures);
+		puts(well ? "ok" : v->err.code != E_NONE ? v->err.text : "key usage");
+		free((void *)(uintptr_t)trust.anchors.at);
+		free(v);
+	}
+	return 0;
+}
+
+int main(int argc, char **argv)
 {
 	struct account account = { .host = "t.", .pins = 1 };
 	struct trust own = { .anchors = { certificate, certificate + sizeof certificate } };
@@ -160,6 +192,8 @@ int main(void)
 	for (unsigned n = 3; n <= 50; n++)
 		check_name_cut(n);
 	clock_sec = time(NULL);
+	if (argc == 2 && strcmp(argv[1], "judge") == 0)
+		return judge_all();
 	br_sha256_init(&hash);
 	br_sha256_update(&hash, certificate, sizeof certificate);
 	br_sha256_out(&hash, account.pin[0]);
