@@ -6195,6 +6195,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 		y->counts.failures++;
 		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu", (long long)mail.offset,
 			  mail.name, (unsigned long)uid);
+		mbox_note(y->m, mail.offset, &mail.id, &y->err);
 	}
 	if (stop_due())
 		err_set(&y->err, E_STOPPED, "stopped by a signal");
@@ -6972,6 +6973,7 @@ static int sync_open(struct sync *y)
 	unsigned how = (s->dry ? MBOX_LOOK : 0) | (s->config->keep_duplicates ? MBOX_DUPLICATES : 0);
 	char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
 	struct mbox_info info;
+	int healed;
 
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
@@ -6981,6 +6983,12 @@ static int sync_open(struct sync *y)
 		return -1;
 	if (*mbox_mended(y->m) != '\0' && !s->dry)
 		log_info("%s", mbox_mended(y->m));
+	if (!s->dry && (healed = mbox_heal(y->m, &y->err)) != 0) {
+		if (healed < 0)
+			return -1;
+		log_warn("%d damaged mails are marked as gone; those that the server still has are fetched anew",
+			 healed);
+	}
 	y->old = *mbox_claimed(y->m);
 	mbox_tally(y->m, &info);
 	y->others = info.others;

@@ -403,7 +403,19 @@ struct mbox_verified {
 	off_t octets;
 };
 
-/* Compare all mails with the index. Returns 0, whatever is found, or -1 if it cannot be read. */
+/*
+ * Compare all mails with the index; of those that are damaged a note is left. Returns 0, whatever is found, or -1 if it
+ * cannot be read, or the note not be written.
+ */
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e);
+
+/* Note that the mail with this ID, which stands at 'at', is damaged: in a file beside the index. */
+int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e);
+
+/*
+ * Take in what was noted, in an archive that mbox_open() has opened to write: these mails are gone for good,
+ * and mbox_bind() asks for them to be fetched. Returns how many they are, or -1.
+ */
+int mbox_heal(struct mbox *m, struct err *e);
 
 #endif

@@ -66,7 +66,8 @@ enum {
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
 	KEYS_MAX = 1 << 14,           /* places for keys of made IDs, in sets; nobody can foresee ... */
 	KEYS_IN_SET = 8,              /* ... which of them meet in one */
-	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
+	COMPARED_MAX = 64,            /* stored copies with which a mail is compared */
+	NOTED_MAX = 256               /* damaged mails that are healed at once */
 };
 
 static const char index_magic[] = "imap_backup idx2";
@@ -749,12 +750,14 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 	index_path(path, "", index);
 	if ((fd = open_file(index, O_RDONLY, &ignored)) < 0)
 		return;
+	index_path(path, ".damaged", index);
 	if (index_header(fd, name, &state, other) == INDEX_GOOD) {
 		info->claim = state.claim;
 		info->stored = state.stored;
 		info->gone = state.gone;
 		info->others = state.others;
 		info->fits = info->exists && !state.writing && info->octets == state.octets &&
+			     access(index, F_OK) != 0 &&
 			     fstat(fd, &st) == 0 &&
 			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS;
 	}
@@ -2844,6 +2847,109 @@ int mbox_copy(struct mbox *m, const struct mbox_mail *mail, unsigned state,
 	return memcmp(end, "\n\n", 2) != 0 ? take(context, "\n\n", end[1] == '\n' ? 1 : 2) : 0;
 }
 
+int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e)
+{
+	char path[PATH_OCTETS + 16], line[2 * sizeof id->octets + 1] = "";
+	int fd, written;
+
+	index_path(m->path, ".damaged", path);
+	if ((fd = open_file(path, O_WRONLY | O_CREAT | O_APPEND, e)) < 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
+	for (size_t i = 0; i < sizeof id->octets; i++)
+		put_digits(line + 2 * i, 2, 16, id->octets[i]);
+	written = dprintf(fd, "%lld %s\n", (long long)at, line);
+	close(fd);
+	return written > 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot write", path);
+}
+
+/* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. */
+static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
+{
+	uint8_t p[RECORD_OCTETS];
+	char head[BODY_AT];
+	struct sum sum = { 0 };
+	size_t got;
+	uint32_t next = i;
+
+	/* Its own two lines may be what is damaged: then other readers would not find where it begins. */
+	if (r->digits == DIGITS_AT) {
+		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 || reread_state(m, r, e) < 0)
+			return -1;
+		head_text(head, from_time((const uint8_t *)head, got), r->state);
+		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
+			return -1;
+		m->data_dirty = true;
+	}
+	if (tear(m, i, e) != 0)
+		return -1;
+	do {
+		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))
+			set_uid(m, next, 0);
+	} while ((next = m->entries[next].next) != i);
+	/* From now on it is as it should be: it is told once. */
+	for (off_t at = r->head; at < r->octets; at += (off_t)got) {
+		off_t left = r->octets - at;
+
+		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
+			     r->offset + at, &got, e) != 0)
+			return -1;
+		if (got == 0)
+			break;
+		sum_feed(&sum, m->buffer, got);
+	}
+	if (record_get(m, i, r, e) != 0)
+		return -1;
+	m->now.mix ^= record_pack(r, p);
+	r->sum = sum_end(&sum);
+	m->now.mix ^= record_pack(r, p);
+	return write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS, e);
+}
+
+int mbox_heal(struct mbox *m, struct err *e)
+{
+	char path[PATH_OCTETS + 16], hex[33] = "";
+	struct { long long at; char id[33]; } noted[NOTED_MAX];
+	unsigned n = 0;
+	int healed = 0;
+	struct record r;
+	FILE *f;
+
+	index_path(m->path, ".damaged", path);
+	if ((f = fopen(path, "r")) == NULL)
+		return 0;
+	while (n < NOTED_MAX && fscanf(f, "%lld %32s", &noted[n].at, noted[n].id) == 2)
+		n++;
+	fclose(f);
+	/* The digits in the mbox are ahead of the index, as it says then; and all is asked for once more. */
+	m->now.claim.uidnext = 0;
+	if (n > 0 && mark_writing(m, e) != 0)
+		return -1;
+	for (uint32_t i = 0; i < m->now.records; i++) {
+		unsigned k = 0;
+
+		if (m->entries[i].bits & ENTRY_OTHER)
+			continue;
+		if (record_get(m, i, &r, e) != 0)
+			return -1;
+		for (size_t b = 0; b < sizeof r.id.octets; b++)
+			put_digits(hex + 2 * b, 2, 16, r.id.octets[b]);
+		while (k < n && (noted[k].at != r.offset || strcmp(noted[k].id, hex) != 0))
+			k++;
+		if (k == n)
+			continue;
+		if (heal(m, i, &r, e) != 0)
+			return -1;
+		healed++;
+	}
+	order_make(m);
+	rings_sort(m);
+	keys_forget(m);
+	if (mbox_commit(m, NULL, e) != 0)
+		return -1;
+	unlink(path);
+	return healed;
+}
+
 /* What a verification knows and has found. */
 struct verification {
 	struct mbox *m;
@@ -2976,7 +3082,7 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 		}
 		if ((wrong = verify_octets(m, &r, &state, e)) == NULL)
 			return -1;
-		if (wrong[0] != '\0' && verify_tell(&v, true, at, wrong, e) != 0)
+		if (wrong[0] != '\0' && (verify_tell(&v, true, at, wrong, e) != 0 || mbox_note(m, at, &r.id, e) != 0))
 			return -1;
 		if (wrong[0] == '\0' && state != r.state && !m->now.writing &&
 		    verify_tell(&v, false, at, "its state differs from the index", e) != 0)

@@ -342,3 +342,42 @@ def test_verify_online(t):
         got = t.backup('--verify', '--online', status=1)
         assert "it differs from the server's, UID 5" in got.err and got.err.count('damaged:') == 1, got.err
         assert not server.faults, server.faults
+
+
+def test_damage_heals(t):
+    """What --verify finds damaged is fetched anew by the next backup, and told once; nothing else changes."""
+    mails = few(12) + few(3) + [sample.Mail(b'Subject: none\r\n\r\nno ID' + b'x\r\n' * i, '', sample.T0) for i in (1, 2)]
+    fill(t, {'INBOX': mails, 'Other': few(3, 'o')})
+    t.config()
+    t.backup()
+    delete(t.imap(), '4')   # without a copy
+    t.backup()
+    path = t.mbox('INBOX')
+    kept = open(path, 'rb').read(), open(path + '.index', 'rb').read()
+    alive = [(m.text, m.date) for m in archive.read(path) if not m.state & archive.GONE]
+    starts = [m.start() for m in re.finditer(rb'(?m)^From MAILER', kept[0])]
+    for where in (-4, 50, 2, 20):   # at the end of the mail; in our two lines
+        data = bytearray(kept[0])
+        for k in (1, 3, 6, 12):   # 1 has a second copy, 3 is gone, 12 has no ID
+            data[(starts + [len(data)])[k + (where < 0)] + where] ^= 1
+        for name, octets in (path, data), (path + '.index', kept[1]):
+            with open(name, 'wb') as f:
+                f.write(octets)
+        got = t.backup('--verify', status=1)
+        assert ', 4 damaged' in got.out and os.path.exists(path + '.index.damaged'), (where, got)
+        before = archive.digests(t.dest)
+        got = t.backup('-n')
+        assert archive.digests(t.dest) == before
+        got = t.backup()
+        assert '4 damaged mails are marked as gone' in got.err and 'INBOX: 3 new, 0 gone' in got.err, (where, got.err)
+        now = archive.read(path)
+        assert sorted((m.text, m.date) for m in now if not m.state & archive.GONE) == sorted(alive), where
+        assert len(now) == len(starts) + 3 and not os.path.exists(path + '.index.damaged'), where
+        t.backup('--verify')
+        before = archive.digests(t.dest)
+        got = t.backup()
+        assert '(2 without news)' in got.err and archive.digests(t.dest) == before, (where, got.err)
+        os.unlink(path + '.index')
+        t.backup()
+        if where < 0:   # else the old copy is as good as the new one by now
+            assert [m.state for m in now] == [m.state for m in archive.read(path)], where
