@@ -7343,8 +7343,8 @@ static int restore_wait(struct restore *r)
 	return 0;
 }
 
-/* Open the target's mailbox and list what it has. Returns 0, 1 if it cannot be opened, -1 with r->err. */
-static int restore_look(struct restore *r)
+/* Open the target's mailbox and list what it has. Returns 0, 1 if it cannot be opened, with *e, or -1 with r->err. */
+static int restore_look(struct restore *r, struct err *e)
 {
 	static const char made[] = "(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])";
 	struct imap *im = r->im;
@@ -7366,13 +7366,11 @@ static int restore_look(struct restore *r)
 	if ((result = imap_wait(im, tag)) == NULL)
 		return -1;
 	if (result->condition != IMAP_OK) {
-		struct err e = { 0 };
-
-		imap_refused(&e, result, "opening the mailbox");
-		if (e.code == E_WAIT)
-			r->err = e;
-		log_error("%s", e.text);
-		return e.code == E_WAIT ? -1 : 1;
+		imap_refused(e, result, "opening the mailbox");
+		if (e->code == E_WAIT)
+			r->err = *e;
+		log_error("%s", e->text);
+		return e->code == E_WAIT ? -1 : 1;
 	}
 	for (uint32_t i = 1; i <= im->exists && im->exists != UINT32_MAX; i += 500) {
 		uint32_t last = i + 499 < im->exists ? i + 499 : im->exists;
@@ -7505,20 +7503,19 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 	return stop_due() ? err_set(&r->err, E_STOPPED, "stopped by a signal") : 0;
 }
 
-static int restore_create(struct restore *r)
+/*
+ * Create the target's mailbox. Whether it is refused because it is there already, not all servers say in a
+ * code: so it is opened all the same, and *refused told if that fails too.
+ */
+static int restore_create(struct restore *r, struct err *refused)
 {
 	const struct imap_result *result = imap_wait(r->im, imap_send(r->im, NULL, "CREATE %s", r->quoted));
-	struct err e = { 0 };
 
 	r->created = true;
 	if (result == NULL)
 		return -1;
-	if (result->condition != IMAP_OK && strcmp(result->code, "ALREADYEXISTS") != 0) {
-		imap_refused(&e, result, "creating the mailbox");
-		log_error("%s", e.text);
-		r->counts.failures++;
-		return 1;
-	}
+	if (result->condition != IMAP_OK)
+		return imap_refused(refused, result, "creating the mailbox"), 0;
 	log_info("created");
 	return imap_wait(r->im, imap_send(r->im, NULL, "SUBSCRIBE %s", r->quoted)) == NULL ? -1 : 0;
 }
@@ -7581,6 +7578,7 @@ static int archive_restore(void *context, struct archive *a)
 	struct mbox_mail mail;
 	uint64_t missing = 0, present = 0, octets = 0, left_out = 0, before;
 	bool dry = r->options->dry, listed;
+	struct err e = { 0 };
 	off_t at;
 	int more, got;
 
@@ -7596,12 +7594,12 @@ static int archive_restore(void *context, struct archive *a)
 	}
 	listed = *mailboxes_find(r->list, BY_NAME, r->target) > 0;
 	r->created = false;
-	if (!listed && !dry && (got = restore_create(r)) != 0)
+	if (!listed && !dry && restore_create(r, &e) != 0)
 		return 1;
 again:
 	r->try_create = false;
 	r->n = 0;
-	if ((listed || !dry) && (got = restore_look(r)) != 0) {
+	if ((listed || !dry) && (got = restore_look(r, &e)) != 0) {
 		r->counts.failures += got > 0;
 		return 1;
 	}
@@ -7631,7 +7629,7 @@ again:
 			return 1;
 	r->appending = false;
 	if (r->try_create) {
-		if (restore_create(r) != 0)
+		if (restore_create(r, &e) != 0)
 			return 1;
 		goto again;
 	}
