@@ -3,6 +3,7 @@ import collections
 import json
 import mailbox
 import os
+import pty
 import random
 import re
 import subprocess
@@ -220,8 +221,9 @@ class Target(imapd.Session):
         self.ok(tag)
 
 
-def restore_to(t, boxes, status=0, options=(), **odd):
-    with imapd.Server(boxes, session=type('Odd', (Target,), odd)) as server:
+def restore_to(t, boxes, status=0, options=(), base=Target, hook=None, **odd):
+    with imapd.Server(boxes, session=type('Odd', (base,), odd), hook=hook) as server:
+        server.gone = []
         t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
                   'port': server.port, 'ssl': False})
         got = t.backup('--restore', '--yes', *options, status=status)
@@ -381,3 +383,98 @@ def test_damage_heals(t):
         t.backup()
         if where < 0:   # else the old copy is as good as the new one by now
             assert [m.state for m in now] == [m.state for m in archive.read(path)], where
+
+
+def test_restore_cut_anywhere(t):
+    """The line breaks before or after each command; or the target refuses, limits, wants to be told to create."""
+    mails = few(8) + [sample.Mail(b'Subject: none\r\n\r\nno ID' + b'x\r\n' * i, '', sample.T0) for i in (1, 2)]
+    held = fill(t, {'INBOX': mails, 'A/B': few(3, 'x')})
+    t.config()
+    t.backup()
+
+    def same(boxes, what):
+        for name in held:
+            assert sorted(m.data for m in boxes[name].mails) == sorted(m.data for m in held[name]), what
+
+    def cut(k, before):
+        def hook(session, tag, name, args):
+            session.count = getattr(session, 'count', 0) + 1
+            if session.number == 1 and session.count == k:
+                if not before:
+                    getattr(session, 'cmd_' + name)('x', args)
+                    session.output = b''
+                session.drop('rst')
+        return hook
+
+    for before in True, False:
+        for k in range(4 + before, 21, 2):
+            boxes = {'INBOX': imapd.Mailbox()}
+            got, lines = restore_to(t, boxes, hook=cut(k, before))
+            same(boxes, (k, before, got.err))
+    small = 'IMAP4rev1 NAMESPACE LITERAL-'
+    for capabilities in small, small + ' APPENDLIMIT=5000':
+        boxes = {'INBOX': imapd.Mailbox([m for m in mails[:3]]), 'A': imapd.Mailbox()}
+        got, lines = restore_to(t, boxes, capabilities=capabilities)
+        same(boxes, capabilities)
+        got, lines = restore_to(t, boxes, capabilities=capabilities)
+        assert not any(re.match('APPEND|CREATE', line) for line in lines), lines
+    limit = sorted(len(m.data) for m in held['INBOX'])[5]
+    boxes = {'INBOX': imapd.Mailbox(), 'A/B': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, status=1, capabilities=small + ' APPENDLIMIT=%d' % limit)
+    sizes = [len(m.data) for m in boxes['INBOX'].mails]
+    assert len(sizes) == sum(len(m.data) <= limit for m in held['INBOX']) and max(sizes) == limit, (limit, sizes)
+    assert 'and the server takes %d' % limit in got.err, got.err
+
+    class Vanishing(Target):   # the mailbox goes when it has been opened
+        def cmd_SELECT(self, tag, args):
+            super().cmd_SELECT(tag, args)
+            if 'A/B' in args and 'A/B' not in self.server.gone:
+                self.server.gone.append('A/B')
+                del self.boxes['A/B']
+
+        def cmd_APPEND(self, tag, args):
+            if args.split()[0].strip('"') not in self.boxes:
+                return self.no(tag, '[TRYCREATE] no such mailbox')
+            super().cmd_APPEND(tag, args)
+
+    boxes = {'INBOX': imapd.Mailbox(), 'A/B': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, base=Vanishing)
+    same(boxes, lines)
+
+    class Existing(Target):   # as Cyrus: what it has made unasked is refused in words only
+        def cmd_CREATE(self, tag, args):
+            super().cmd_CREATE(tag, args)
+            self.output = self.output.replace(b' OK ', b' NO ')
+
+    boxes = {'INBOX': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, base=Existing)
+    same(boxes, lines)
+
+
+def test_restore_asks(t):
+    """On a terminal, once, before anything is sent; every other answer than yes means no."""
+    fill(t, {'INBOX': few(3)})
+    t.config()
+    t.backup()
+    other = t.user + 'b'
+    t.config(t.account(username=other))
+    for answer, status in (b'n\n', 1), (b'\n', 1), (b'\x04', 1), (b'yes, please\n', 1), (b'y\n', 0), (b'yes\n', 0):
+        pid, fd = pty.fork()
+        if pid == 0:
+            os.execv(t.program[0], [*t.program, '--restore', t.path])
+        said = b''
+        while b'[y/N] ' not in said:
+            said += os.read(fd, 1000)
+        assert b'3 mails, 0 of them gone' in said and other.encode() in said, said
+        os.write(fd, answer)
+        try:
+            while True:
+                got = os.read(fd, 1000)
+                if not got:
+                    break
+                said += got
+        except OSError:
+            pass
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status, (answer, said)
+        os.close(fd)
+        assert len(there(t, other).get('INBOX', [])) == (0 if status else 3), (answer, said)
