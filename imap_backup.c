@@ -7481,7 +7481,7 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 	if (when_sec != INT64_MIN && sec == when_sec && gmtime_r(&sec, &tm) != NULL && tm.tm_year <= 8099)
 		snprintf(date, sizeof date, " \"%02d-%.3s-%04d %02d:%02d:%02d +0000\"", tm.tm_mday,
 			 months + 3 * tm.tm_mon, tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
-	while (im->taken < im->tag && (!imap_may_send(im) || octets > limit || r->careful > 0))
+	while (im->taken < im->tag && (!imap_may_send(im) || r->careful > 0))
 		if (restore_answered(r) != 0)
 			return -1;
 	tag = imap_send(im, NULL, "APPEND %s (%s)%s {%llu%s}", r->quoted, flags[0] != '\0' ? flags + 1 : "",

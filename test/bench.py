@@ -91,6 +91,13 @@ def slow(scale):
     yield 'INBOX', [realistic(rng, i) for i in range(int(1200 * scale))]
 
 
+def restored(scale):
+    """Mails of up to 64 KB, the most that is sent before the server says that it takes it."""
+    rng = random.Random(5)
+    mails = [realistic(rng, i) for i in range(int(3000 * scale))]
+    yield 'INBOX', [m for m in mails if len(m.data) < 64 << 10]
+
+
 # Which phases on which lines.
 SETS = {
     'mixed': (mixed, ('loopback', '50ms'), ('first', 'none', 'new', 'uidvalidity', 'index')),
@@ -98,13 +105,15 @@ SETS = {
     'large': (large, ('loopback', '50ms'), ('first',)),
     'folders': (folders, ('loopback', '50ms'), ('first', 'none', 'index')),
     'slow': (slow, ('20mbit',), ('first', 'none')),
+    'restore': (restored, ('loopback', '50ms'), ('first', 'restore')),
 }
 # What it should be at most: set, line, phase, figure, whether as a ratio to drain, limit.
 GOALS = (('folders', '50ms', 'first', 'wall', True, 1.5), ('folders', '50ms', 'index', 'wall', True, 2),
          ('mixed', '50ms', 'index', 'wall', True, 2), ('mixed', 'loopback', 'first', 'cpu', True, 1.6),
-         ('mixed', '50ms', 'none', 'waits', False, 5))
+         ('mixed', '50ms', 'none', 'waits', False, 5), ('restore', '50ms', 'restore', 'wall', True, 1.3))
 WHAT = {'first': 'first backup', 'none': 'no news', 'new': '100 new, 20 deleted',
-        'uidvalidity': 'UIDVALIDITY of one mailbox new', 'index': 'index deleted', 'disk': 'first backup, to disk'}
+        'uidvalidity': 'UIDVALIDITY of one mailbox new', 'index': 'index deleted', 'disk': 'first backup, to disk',
+        'restore': 'restore of all'}
 
 
 class Account:
@@ -112,9 +121,9 @@ class Account:
 
     def __init__(self, dovecot, name, make, scale):
         self.dovecot, self.user = dovecot, name
-        self.octets = self.mails = 0
-        self.boxes = []
-        for box, mails in make(scale):
+        self.octets = self.mails = self.targets = 0
+        self.boxes, self.make = [], lambda: make(scale)
+        for box, mails in self.make():
             self.boxes.append(box)
             self._fill(box, mails)
         self.first_new = 1
@@ -166,6 +175,20 @@ class Account:
         imap.uid('EXPUNGE', some)
         imap.logout()
 
+    def target(self):
+        """Another user of the server, who has nothing yet."""
+        self.targets += 1
+        return '%s%d' % (self.user, self.targets)
+
+    def appends(self, path):
+        """Write what puts all mails into INBOX, with LITERAL+."""
+        with open(path, 'wb') as f:
+            for _, mails in self.make():
+                for m in mails:
+                    f.write(b'A APPEND INBOX (%s) %s {%d+}\r\n%s\r\n' % (
+                        m.flags.encode(), sample.internaldate(m.when).encode(), len(m.data), m.data))
+        return '@' + path
+
     def commands(self, phase):
         """What drain says: no client can do with less."""
         def in_each(boxes, what):
@@ -194,8 +217,11 @@ class Ours:
             json.dump({'destination': folder, 'ca_file': bench.certificates.ca, 'total_processes': self.connections,
                        'processes_per_account': self.connections, 'accounts': [
                            {'email': account.user, 'host': host, 'port': bench.dovecot.tls, 'ssl': True,
+                            'username': account.target() if phase == 'restore' else account.user,
                             'password': servers.PASSWORD}]}, f)
         os.chmod(config, 0o600)
+        if phase == 'restore':
+            return [self.path, '-v', '--restore', '--yes', config]
         return [self.path, '-v', config]
 
     def told(self, text):
@@ -206,8 +232,10 @@ class Ours:
 
 class Drain:
     def command(self, bench, account, phase, host, folder):
-        return [os.path.join(BUILD, 'drain'), host, str(bench.dovecot.tls), account.user, servers.PASSWORD,
-                *account.commands(phase)]
+        restore = phase == 'restore'
+        return [os.path.join(BUILD, 'drain'), host, str(bench.dovecot.tls),
+                account.target() if restore else account.user, servers.PASSWORD,
+                *([account.appends(folder + '.appends')] if restore else account.commands(phase))]
 
     def told(self, text):
         return {'down': int(text.split()[-1]) / 1000}
@@ -218,7 +246,7 @@ class Mbsync:
         self.more = more
 
     def command(self, bench, account, phase, host, folder):
-        if phase in ('index', 'uidvalidity'):
+        if phase in ('index', 'uidvalidity', 'restore'):
             return None   # it gives up, or fetches everything twice
         os.makedirs(folder, exist_ok=True)
         fsync = 'FSync no\n' if self.more else ''
@@ -240,6 +268,8 @@ class Peer:
         self.line = line
 
     def command(self, bench, account, phase, host, folder):
+        if phase == 'restore':
+            return None
         os.makedirs(folder, exist_ok=True)
         return ['sh', '-c', 'exec ' + self.line.format(
             host=host, port=bench.dovecot.tls, user=account.user, password=servers.PASSWORD,

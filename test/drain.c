@@ -5,10 +5,12 @@
  *
  * Logs in over TLS (BearSSL, AES-GCM), sends all commands at once and LOGOUT after them, and throws
  * away what comes. Prints how many octets came. It believes any certificate: it is a yardstick.
+ * A COMMAND of the form @FILE stands for the file's octets: so it measures the other direction, too.
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,6 +52,45 @@ static void say(const char *tag, const char *command)
 	br_sslio_write_all(&io, tag, strlen(tag));
 	br_sslio_write_all(&io, command, strlen(command));
 	br_sslio_write_all(&io, "\r\n", 2);
+}
+
+/* Throw away what has come. Returns how many octets, or 0 at the end. */
+static unsigned long long discard(void)
+{
+	unsigned long long total = 0;
+	char octet;
+	size_t more;
+
+	if (br_sslio_read(&io, &octet, 1) == 1)
+		total++;
+	/* The engine's own buffer is all that is needed: nothing is copied out of it. */
+	if (total > 0 && br_ssl_engine_recvapp_buf(&client.eng, &more) != NULL) {
+		br_ssl_engine_recvapp_ack(&client.eng, more);
+		total += more;
+	}
+	return total;
+}
+
+/* Send a file's octets, and take in what comes meanwhile, or both sides might wait. */
+static unsigned long long say_file(const char *path, int fd)
+{
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+	unsigned long long total = 0;
+	static char part[64 << 10];
+	FILE *f = fopen(path, "rb");
+	size_t n;
+
+	if (f == NULL) {
+		perror(path);
+		exit(1);
+	}
+	while ((n = fread(part, 1, sizeof part, f)) > 0) {
+		br_sslio_write_all(&io, part, n);
+		while (poll(&ready, 1, 0) > 0 && br_ssl_engine_current_state(&client.eng) != BR_SSL_CLOSED)
+			total += discard();
+	}
+	fclose(f);
+	return total;
 }
 
 int main(int argc, char **argv)
@@ -97,19 +138,14 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	for (int i = 5; i < argc; i++)
-		say("A ", argv[i]);
+		if (argv[i][0] == '@')
+			total += say_file(argv[i] + 1, fd);
+		else
+			say("A ", argv[i]);
 	say("Z ", "LOGOUT");
 	br_sslio_flush(&io);
-	/* The engine's own buffer is all that is needed: nothing is copied out of it. */
-	while (br_sslio_read(&io, answer, 1) == 1) {
-		size_t more;
-
-		total++;
-		if (br_ssl_engine_recvapp_buf(&client.eng, &more) != NULL) {
-			br_ssl_engine_recvapp_ack(&client.eng, more);
-			total += more;
-		}
-	}
+	for (unsigned long long more; (more = discard()) > 0;)
+		total += more;
 	printf("%llu\n", total);
 	return total > 0 ? 0 : 1;
 }

@@ -105,6 +105,22 @@ def there(t, user):
     return held
 
 
+def count(t, user, name='INBOX'):
+    """How many mails another user has there; asked for in passing."""
+    imap = archive.login('127.0.0.1', t.dovecot().port, user, servers.PASSWORD)
+    kind, said = imap.status(name, '(MESSAGES)')
+    imap.logout()
+    return int(re.search(rb'MESSAGES (\d+)', said[0]).group(1)) if kind == 'OK' else 0
+
+
+def settled(t, user, name='INBOX'):
+    """Wait until the server has stored what it had received of a restore that was killed."""
+    before = -1
+    while before != count(t, user, name):
+        before = count(t, user, name)
+        time.sleep(0.3)
+
+
 def alike(mails):
     """What is to be the same on both sides, in any order."""
     return sorted((m.data if m.data.endswith(b'\r\n') else m.data + b'\r\n', m.state, m.when)
@@ -158,15 +174,12 @@ def test_restore_goes_on(t):
                                stderr=subprocess.PIPE)
     name = 'Old/&APw-ber/INBOX'
     for _ in range(1000):
-        if len(there(t, other).get(name, [])) > 10:
+        if count(t, other, name) > 10:
             break
     running.terminate()
     running.stderr.read()
     running.wait()
-    before = -1   # the server goes on with what it has received
-    while before != len(there(t, other)[name]):
-        before = len(there(t, other)[name])
-        time.sleep(0.3)
+    settled(t, other, name)
     t.backup('--restore', '--yes', '--into', 'Old/\xfcber')
     assert alike(there(t, other)[name]) == alike(held['INBOX'])
 
@@ -478,3 +491,25 @@ def test_restore_asks(t):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status, (answer, said)
         os.close(fd)
         assert len(there(t, other).get('INBOX', [])) == (0 if status else 3), (answer, said)
+
+
+def test_restore_of_6000(t):
+    """Of an archive without an index; killed twice on its way. Nothing twice, nothing missing."""
+    os.makedirs(t.archive())
+    mails = list(sample.many(6000, 3, 300))
+    with open(t.mbox('INBOX'), 'wb') as f:
+        for m in mails:
+            f.write(b'From MAILER-DAEMON Wed Jan  1 12:00:00 2020\nX-Mozilla-Status: 0001\n' +
+                    m.data.replace(b'\r\n', b'\n') + b'\n')
+    t.config()
+    for many in 1000, 3000:
+        running = subprocess.Popen([*t.program, '-q', '--restore', '--yes', t.path])
+        while running.poll() is None and count(t, t.user) < many:
+            time.sleep(0.05)
+        running.kill()
+        running.wait()
+        settled(t, t.user)
+    got = t.backup('--restore', '--yes', timeout=300)
+    now = there(t, t.user)['INBOX']
+    assert len(now) == 6000 and sorted(m.data for m in now) == sorted(m.data for m in mails), got.err
+    assert {m.when for m in now} == {1577880000} and {m.state for m in now} == {1}
