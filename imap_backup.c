@@ -5747,7 +5747,7 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 		struct err e = { 0 };
 
 		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
-		mbox_open_read(&a->m, a->path, &e);
+		mbox_open(&a->m, a->path, "", MBOX_READ, &e);
 		archive_name(a, files[i]);
 		free(files[i]);
 		one = stop_due();

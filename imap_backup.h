@@ -232,6 +232,7 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info);
 enum {                      /* how to open */
        MBOX_LOOK = 1,       /* write nothing, lock nothing: for a dry run */
        MBOX_DUPLICATES = 2, /* store every copy of a Message-ID that the server lists */
+       MBOX_READ = 4,       /* read mails back, read-only and locked against a backup; see there */
 };
 
 /*
@@ -350,7 +351,13 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e);
  * unsafe octets, and those of 'also', become %XX. Returns the length, or 0 if 'size' is too small. */
 size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const char *also);
 
-/* -- reading mails back: for export, verify and restore -- */
+/*
+ * -- reading mails back: for export, verify and restore --
+ *
+ * An archive opened with MBOX_READ has no name to be checked; mbox_open() mends nothing, and says by
+ * mbox_mended() if the index is missing or damaged. Of the functions above only mbox_claimed() and
+ * mbox_close() are for it.
+ */
 
 /* One mail that stands in an mbox. */
 struct mbox_mail {
@@ -365,12 +372,6 @@ struct mbox_mail {
 	char name[129];       /* its Message-ID, or "" */
 	char date[64];        /* the text of its Date field */
 };
-
-/*
- * Open an archive, read-only and locked against a backup, by whatever name its index has. Of the
- * functions above only mbox_claimed() and mbox_close() are for it.
- */
-int mbox_open_read(struct mbox **out, const char *path, struct err *e);
 
 /* The identity ('base') of mails with this key. */
 void mbox_made_id(struct mbox_id *id, const uint8_t key[20]);

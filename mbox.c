@@ -59,7 +59,7 @@ enum {
 	UIDVALIDITY_AT = 20, /* in the state */
 	RECORDS_AT = 2048,
 	RECORD_OCTETS = 64,
-	RECORDS_HELD = 64,            /* records read or written at once */
+	RECORDS_READ = 64,            /* records read at once */
 	FROM_OCTETS = 44,             /* of the From line that we write, with its line end */
 	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
 	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
@@ -457,9 +457,7 @@ struct mbox {
 	uint32_t place;  /* where the last one was looked for */
 	uint32_t *table; /* a ring's last record + 1, or 0; open addressing by the ID's hash */
 	uint32_t table_room;
-	uint64_t salt;    /* of the hashes: nobody can send mails whose IDs meet */
-	uint32_t written; /* records in the index file; the others, up to RECORDS_HELD, are here: */
-	uint8_t held[RECORDS_HELD * RECORD_OCTETS];
+	uint64_t salt; /* of the hashes: nobody can send mails whose IDs meet */
 	struct key *keys; /* KEYS_MAX of them, or NULL */
 
 	/* the mail being stored */
@@ -680,9 +678,9 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;
 }
 
-enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_OLD, INDEX_FOREIGN };
+enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_FOREIGN };
 
-/* Read the index's header. INDEX_FOREIGN: it is that of another mailbox, whose name then is in 'other'. */
+/* Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). */
 static enum index_form index_header(int fd, const char *name, struct state *state,
 				    char other[MBOX_NAME_MAX + 1])
 {
@@ -696,14 +694,13 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	if (memcmp(head, index_magic, 15) != 0 || length > MBOX_NAME_MAX ||
 	    get_number(head + 20, 4) != (uint32_t)sum_of(head + NAME_AT, length))
 		return INDEX_DAMAGED;
-	if (name != NULL && (length != strlen(name) || memcmp(head + NAME_AT, name, length) != 0)) {
-		memcpy(other, head + NAME_AT, length);
-		other[length] = '\0';
-		return INDEX_FOREIGN;
-	}
-	if (head[15] != (uint8_t)index_magic[15])
-		return INDEX_OLD;
-	return state_unpack(state, head + STATE_AT) ? INDEX_GOOD : INDEX_DAMAGED;
+	memcpy(other, head + NAME_AT, length);
+	other[length] = '\0';
+	if (name != NULL && strcmp(name, other) != 0)
+		return INDEX_FOREIGN; /* also of an older version */
+	if (head[15] != (uint8_t)index_magic[15] || !state_unpack(state, head + STATE_AT))
+		return INDEX_DAMAGED;
+	return INDEX_GOOD;
 }
 
 /* Open a new index file beside the old one; the first commit puts it in the old one's place. */
@@ -809,61 +806,52 @@ static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 	       (r->digits == 0 || r->head == r->digits + 5);
 }
 
-/* Record i as it is on disk or held back; its UID and state may be newer in entries[i]. */
+static off_t record_at(uint32_t i)
+{
+	return RECORDS_AT + (off_t)i * RECORD_OCTETS;
+}
+
+/* Read record i; its UID and state may be newer in entries[i]. */
 static int record_get(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 {
-	uint8_t octets[RECORD_OCTETS];
-	const uint8_t *p = octets;
-	size_t got = sizeof octets;
+	uint8_t p[RECORD_OCTETS];
+	size_t got;
 
-	if (i >= m->written)
-		p = m->held + (i - m->written) * RECORD_OCTETS;
-	else if (read_all(m, m->index, octets, sizeof octets, RECORDS_AT + (off_t)i * RECORD_OCTETS, &got,
-			  e) != 0)
+	if (read_all(m, m->index, p, sizeof p, record_at(i), &got, e) != 0)
 		return -1;
-	if (got < sizeof octets || !record_unpack(r, p)) {
+	if (got < sizeof p || !record_unpack(r, p)) {
 		m->index_void = true;
 		return err_set(e, E_FORMAT, "%s.index: record %lu is damaged", m->path, (unsigned long)i);
 	}
 	return 0;
 }
 
-/* Write out the records that are held back. Not synced. */
-static int records_flush(struct mbox *m, struct err *e)
+/* Write record i. Not synced. */
+static int record_put(struct mbox *m, uint32_t i, const struct record *r, struct err *e)
 {
-	size_t n = m->now.records - m->written;
+	uint8_t p[RECORD_OCTETS];
 
-	if (n == 0)
-		return 0;
-	if (write_all(m, m->index, m->held, n * RECORD_OCTETS,
-		      RECORDS_AT + (off_t)m->written * RECORD_OCTETS, e) != 0)
-		return -1;
-	m->written = m->now.records;
-	return 0;
+	m->now.mix ^= record_pack(r, p);
+	return write_all(m, m->index, p, sizeof p, record_at(i), e);
 }
 
 /* Write what differs from the disk into the records there. Not synced. */
 static int records_update(struct mbox *m, struct err *e)
 {
-	if (!m->records_dirty)
-		return 0;
-	for (uint32_t i = 0; i < m->now.records; i++) {
+	for (uint32_t i = 0; m->records_dirty && i < m->now.records; i++) {
 		struct entry *entry = &m->entries[i];
 		struct record r;
-		uint8_t p[RECORD_OCTETS];
+		uint8_t before[RECORD_OCTETS];
 
 		if ((entry->bits & ENTRY_DIRTY) == 0)
 			continue;
 		if (record_get(m, i, &r, e) != 0)
 			return -1;
-		m->now.mix ^= record_pack(&r, p);
+		m->now.mix ^= record_pack(&r, before);
 		r.uid = entry->uid;
 		r.state = state_of(entry);
 		r.kind = (r.kind & RECORD_SCANNED) | (entry->bits & ENTRY_KIND);
-		m->now.mix ^= record_pack(&r, p);
-		if (i >= m->written)
-			memcpy(m->held + (i - m->written) * RECORD_OCTETS, p, sizeof p);
-		else if (write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS, e) != 0)
+		if (record_put(m, i, &r, e) != 0)
 			return -1;
 		entry->bits &= ~(uint32_t)ENTRY_DIRTY;
 	}
@@ -1125,15 +1113,13 @@ static int record_add(struct mbox *m, const struct record *r, struct err *e)
 /* Add a record that the index does not have yet. */
 static int record_append(struct mbox *m, struct record *r, struct err *e)
 {
-	uint32_t i = m->now.records, uid = r->uid;
+	uint32_t i = m->now.records;
 
-	if (i - m->written == RECORDS_HELD && records_flush(m, e) != 0)
+	if (record_put(m, i, r, e) != 0 || record_add(m, r, e) <= 0)
 		return -1;
-	if (record_add(m, r, e) <= 0)
-		return -1;
-	m->now.mix ^= record_pack(r, m->held + (i - m->written) * RECORD_OCTETS);
-	if (uid != 0)
-		order_insert(m, i, uid);
+	m->records_dirty = true;
+	if (r->uid != 0)
+		order_insert(m, i, r->uid);
 	return 0;
 }
 
@@ -1621,17 +1607,41 @@ int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e)
 
 /* ======== opening ======== */
 
-/* Take a record of the index into memory, with the state that it has in the mbox by now. As record_add(). */
-static int record_load(struct mbox *m, struct record *r, unsigned state_before, struct err *e)
+/* Return 1 if a From line begins there, else 0, or -1. */
+static int from_at(struct mbox *m, off_t at, struct err *e)
+{
+	char from[5];
+	size_t got;
+
+	if (read_all(m, m->fd, from, sizeof from, at, &got, e) != 0)
+		return -1;
+	return got == sizeof from && memcmp(from, "From ", sizeof from) == 0;
+}
+
+/*
+ * Take the next record of the index into memory, with the state that its mail has in the mbox. One that the
+ * index's header, 'state', does not count is of a run that died: its mail is verified. Returns 1, 0 if it
+ * does not fit, or -1.
+ */
+static int record_load(struct mbox *m, struct record *r, const struct state *state, struct err *e)
 {
 	uint32_t i = m->now.records;
-	int added;
+	unsigned before = r->state;
+	int good = 1;
 
-	m->written = i;
-	if ((added = record_add(m, r, e)) <= 0)
-		return added;
-	m->written++;
-	if (entry_state(r->state) != entry_state(state_before)) {
+	if ((r->kind & ENTRY_OTHER) == 0) {
+		if (r->offset != m->now.octets || r->octets > m->flushed - r->offset)
+			return 0;
+		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
+		if (i >= state->records)
+			good = verify(m, r, e);
+		else if (state->writing || m->flushed > state->octets)
+			good = reread_state(m, r, e);
+	}
+	if (good <= 0 || (good = record_add(m, r, e)) <= 0)
+		return good;
+	m->now.octets += r->octets;
+	if (entry_state(r->state) != entry_state(before)) {
 		m->entries[i].bits |= ENTRY_DIRTY;
 		m->records_dirty = true;
 	}
@@ -1645,101 +1655,60 @@ static int record_load(struct mbox *m, struct record *r, unsigned state_before, 
 }
 
 /*
- * Take in the records that the header counts. Returns 1; 0 if they are damaged or do not fit the mbox:
- * a record fails its checksum, or with the header at rest all of them fail theirs (only some came to
- * the disk before the power went), a message does not begin where the one before it ends, the last
- * does not end where the mbox was committed, or none begins where the first or the last record says.
+ * Take in the records that the header counts and, if a run died, those behind them that fit the mbox.
+ * Returns 1; 0 if those that are counted are damaged or do not fit: a record fails its checksum, or with the
+ * header at rest all of them fail theirs (only some came to the disk before the power went), a message does
+ * not begin where the one before it ends, the last does not end where the mbox was committed, or none begins
+ * where the first or the last record says; or -1.
  */
 static int load(struct mbox *m, const struct state *state, struct err *e)
 {
-	const uint32_t in_block = BUFFER_OCTETS / RECORD_OCTETS;
-	off_t last = 0, end = 0;
-	struct record r;
+	uint8_t block[RECORDS_READ * RECORD_OCTETS];
+	off_t last = 0;
 	size_t got = 0;
 
-	m->now = *state;
-	m->now.records = m->now.stored = m->now.gone = m->now.others = 0;
-	m->now.mix = 0;
+	m->now = (struct state){ .writing = state->writing, .claim = state->claim };
 	if (records_room(m, state->records, e) != 0)
 		return -1;
-	for (uint32_t i = 0; i < state->records; i++) {
-		const uint8_t *p = m->buffer + i % in_block * RECORD_OCTETS;
-		unsigned before;
+	for (uint32_t i = 0;; i++) {
+		const uint8_t *p = block + i % RECORDS_READ * RECORD_OCTETS;
+		struct record r;
 		int good = 1;
 
-		if (p == m->buffer && read_all(m, m->index, m->buffer, BUFFER_OCTETS,
-					       RECORDS_AT + (off_t)i * RECORD_OCTETS, &got, e) != 0)
-			return -1;
-		if (got < (size_t)(p - m->buffer) + RECORD_OCTETS || !record_unpack(&r, p))
-			return 0;
-		m->now.mix ^= get_word(p + 56);
-		before = r.state;
-		if ((r.kind & ENTRY_OTHER) == 0) {
-			if (r.offset != end)
+		if (i == state->records) {
+			if (m->now.octets != state->octets || m->now.stored != state->stored ||
+			    (!state->writing && m->now.mix != state->mix))
 				return 0;
-			last = end;
-			end += r.octets;
-			/* A run died, or the index is of an older day: where they differ, the mbox is right. */
-			if (state->writing || m->flushed > state->octets)
-				good = reread_state(m, &r, e);
+			if (m->now.octets > 0 && (good = from_at(m, 0, e)) > 0)
+				good = from_at(m, last, e);
+			if (good <= 0 || !state->writing)
+				return good;
 		}
-		if (good <= 0 || (good = record_load(m, &r, before, e)) <= 0)
-			return good;
-	}
-	if (end != state->octets || end > m->flushed || m->now.stored != state->stored ||
-	    (!state->writing && m->now.mix != state->mix))
-		return 0;
-	for (int i = 0; i < 2 && end > 0; i++, last = 0) {
-		char from[5];
-
-		if (read_all(m, m->fd, from, 5, last, &got, e) != 0)
+		if (p == block && read_all(m, m->index, block, sizeof block, record_at(i), &got, e) != 0)
 			return -1;
-		if (got < 5 || memcmp(from, "From ", 5) != 0)
-			return 0;
+		good = 0;
+		if (got >= (size_t)(p - block) + RECORD_OCTETS && record_unpack(&r, p))
+			good = record_load(m, &r, state, e);
+		if (good <= 0)
+			return good < 0 ? -1 : i >= state->records;
+		m->now.mix ^= get_word(p + RECORD_OCTETS - 8);
+		last = r.kind & ENTRY_OTHER ? last : r.offset;
 	}
-	return 1;
 }
 
-/* A run ended before its commit: keep the mails that fit their records, cut off what follows. */
-static int recover(struct mbox *m, struct err *e)
+/* A run ended before its commit: cut off what follows its whole mails. */
+static int cut_off(struct mbox *m, uint32_t kept, struct err *e)
 {
-	uint32_t before = m->now.stored;
 	off_t end = m->now.octets;
 
-	for (;;) {
-		uint8_t p[RECORD_OCTETS];
-		struct record r;
-		unsigned state;
-		size_t got;
-		int good = 1;
-
-		if (read_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS,
-			     &got, e) != 0)
-			return -1;
-		if (got < sizeof p || !record_unpack(&r, p))
-			break;
-		state = r.state;
-		if ((r.kind & ENTRY_OTHER) == 0)
-			good = r.offset == end && r.octets <= m->flushed - end ? verify(m, &r, e) : 0;
-		if (good < 0)
-			return -1;
-		if (good == 0)
-			break;
-		if ((good = record_load(m, &r, state, e)) < 0)
-			return -1;
-		if (good == 0)
-			break;
-		m->now.mix ^= get_number(p + 56, 8);
-		end += r.octets;
-	}
 	snprintf(m->mended, sizeof m->mended,
 		 "the last run was cut off: %lu of its mails kept, "
 		 "%lld octets of an unfinished one removed",
-		 (unsigned long)(m->now.stored - before), (long long)(m->flushed - end));
+		 (unsigned long)kept, (long long)(m->flushed - end));
 	if (m->how & MBOX_LOOK)
 		return 0;
 	if ((m->flushed > end && ftruncate(m->fd, end) != 0) ||
-	    ftruncate(m->index, RECORDS_AT + (off_t)m->now.records * RECORD_OCTETS) != 0) {
+	    ftruncate(m->index, record_at(m->now.records)) != 0) {
 		m->stuck = true;
 		return err_errno(e, E_SYSTEM, "%s: cannot cut off an unfinished mail", m->path);
 	}
@@ -1748,9 +1717,10 @@ static int recover(struct mbox *m, struct err *e)
 	return 0;
 }
 
-/* Take the messages behind 'from' into the index; the file's end is made that of a message. */
-static int take_over(struct mbox *m, off_t from, struct err *e)
+/* Take the messages behind the index's end into the index; the file's end is made that of a message. */
+static int take_over(struct mbox *m, struct err *e)
 {
+	off_t from = m->now.octets;
 	char end[2] = "\n";
 	size_t got, missing;
 
@@ -1775,19 +1745,14 @@ static int take_over(struct mbox *m, off_t from, struct err *e)
 /* Make the index from the mbox. UIDs must be bound anew. */
 static int rebuild(struct mbox *m, const char *why, struct err *e)
 {
-	char from[5];
-	size_t got;
+	int good = 1;
 
 	m->now = (struct state){ .claim.unseen = UINT32_MAX };
-	m->written = 0;
 	m->records_dirty = false;
 	memset(m->table, 0, m->table_room * sizeof *m->table);
-	if (read_all(m, m->fd, from, 5, 0, &got, e) != 0)
-		return -1;
-	if (m->flushed > 0 && (got < 5 || memcmp(from, "From ", 5) != 0))
-		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"",
-			       m->path);
-	if (index_create(m, e) != 0 || take_over(m, 0, e) != 0)
+	if (m->flushed > 0 && (good = from_at(m, 0, e)) == 0)
+		err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"", m->path);
+	if (good <= 0 || index_create(m, e) != 0 || take_over(m, e) != 0)
 		return -1;
 	if (m->flushed > 0 || strcmp(why, "missing") != 0)
 		snprintf(m->mended, sizeof m->mended, "index %s: rebuilt, %lu mails", why,
@@ -1795,42 +1760,45 @@ static int rebuild(struct mbox *m, const char *why, struct err *e)
 	return 0;
 }
 
+/* Read the index and make it fit the mbox; for MBOX_READ only its header. */
 static int put_in_order(struct mbox *m, struct err *e)
 {
-	char path[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1], from[5];
-	struct state state;
+	char path[PATH_OCTETS + 16], name[MBOX_NAME_MAX + 1];
 	const char *why = "missing";
-	bool look = m->how & MBOX_LOOK;
+	const bool look = m->how & MBOX_LOOK;
 	enum index_form form = INDEX_DAMAGED;
-	uint32_t stored;
+	struct state state;
 	int loaded = 0;
-	size_t got = 0;
 
 	index_path(m->path, "", path);
 	m->index = open_file(path, look ? O_RDONLY : O_RDWR, e);
 	if (m->index < 0 && errno != ENOENT)
 		return err_errno(e, E_SYSTEM, "%s: cannot open", path);
 	if (m->index >= 0) {
-		form = index_header(m->index, m->name, &state, other);
-		why = form == INDEX_OLD ? "is of an older version" : "does not fit the mbox";
+		form = index_header(m->index, m->how & MBOX_READ ? NULL : m->name, &state, name);
+		why = "does not fit the mbox";
+	}
+	if (m->how & MBOX_READ) {
+		if (form != INDEX_GOOD)
+			snprintf(m->mended, sizeof m->mended, "the index %s", m->index < 0 ? "is missing" : why);
+		m->now = form == INDEX_GOOD ? state : m->now;
+		strcpy(m->name, form == INDEX_GOOD ? name : "");
+		return 0;
 	}
 	if (form == INDEX_FOREIGN)
 		return err_set(e, E_FORMAT, "%s: this archive is of the mailbox \"%s\", not of \"%s\"",
-			       path, other, m->name);
+			       path, name, m->name);
 	if (form == INDEX_GOOD) {
 		state_pack(&state, m->disk);
 		if ((loaded = load(m, &state, e)) < 0)
 			return -1;
 	}
 	if (loaded > 0 && m->now.writing)
-		return recover(m, e);
-	if (loaded > 0 && m->flushed > m->now.octets) {
-		if (read_all(m, m->fd, from, 5, m->now.octets, &got, e) != 0)
-			return -1;
-		loaded = got == 5 && memcmp(from, "From ", 5) == 0;
-	}
+		return cut_off(m, m->now.stored - state.stored, e);
 	if (loaded > 0 && m->flushed == m->now.octets)
 		return 0;
+	if (loaded > 0 && (loaded = from_at(m, m->now.octets, e)) < 0)
+		return -1;
 	if (look && (m->flushed > 0 || m->index >= 0))
 		return err_set(e, E_FORMAT,
 			       "%s: the index is missing or does not fit; the next backup "
@@ -1840,32 +1808,27 @@ static int put_in_order(struct mbox *m, struct err *e)
 		return 0;
 	if (loaded == 0)
 		return rebuild(m, why, e);
-	stored = m->now.stored;
-	if (take_over(m, m->now.octets, e) != 0)
+	if (take_over(m, e) != 0)
 		return -1;
 	snprintf(m->mended, sizeof m->mended, "%lu mails were behind the index's end: taken over",
-		 (unsigned long)(m->now.stored - stored));
+		 (unsigned long)(m->now.stored - state.stored));
 	return 0;
 }
 
 /* Open and lock the mbox, and be sure that it still is the file of that name. */
 static int open_locked(struct mbox *m, struct err *e)
 {
-	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+	const bool look = m->how & MBOX_LOOK, reads = m->how & MBOX_READ;
+	struct flock lock = { .l_type = look ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET };
 	struct stat st, named;
 
-	if (m->how & MBOX_LOOK) {
-		m->fd = open_file(m->path, O_RDONLY, e);
-		if (m->fd < 0 && errno == ENOENT)
-			return 0;
-	} else {
-		m->fd = open_file(m->path, O_RDWR | O_CREAT, e);
-	}
+	m->fd = open_file(m->path, look ? O_RDONLY : O_RDWR | O_CREAT, e);
+	if (m->fd < 0 && look && !reads && errno == ENOENT)
+		return 0;
 	if (m->fd < 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot open", m->path);
 	/* Any other error than "held": a file system that has no locks. */
-	if ((m->how & MBOX_LOOK) == 0 && fcntl(m->fd, F_SETLK, &lock) != 0 &&
-	    (errno == EACCES || errno == EAGAIN))
+	if ((reads || !look) && fcntl(m->fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN))
 		return err_set(e, E_LOCKED, "%s: another program has locked it", m->path);
 	if (fstat(m->fd, &st) != 0 || lstat(m->path, &named) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot look at it", m->path);
@@ -1884,7 +1847,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 		return err_set(e, E_SYSTEM, "%s: out of memory", path);
 	m->fd = m->index = -1;
 	m->start = -1;
-	m->how = how;
+	m->how = how & MBOX_READ ? how | MBOX_LOOK : how;
 	if (strlen(path) + sizeof ".index.new" > sizeof m->path || strlen(name) > MBOX_NAME_MAX) {
 		err_set(e, E_FORMAT, "%s: the path or the mailbox's name is too long", path);
 		goto fail;
@@ -1894,8 +1857,12 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	m->now.claim.unseen = UINT32_MAX;
 	m->salt = random_word();
 	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 ||
-	    ((m->fd >= 0 || (how & MBOX_LOOK) == 0) && put_in_order(m, e) != 0))
+	    (m->fd >= 0 && put_in_order(m, e) != 0))
 		goto fail;
+	if (how & MBOX_READ) {
+		*out = m;
+		return 0;
+	}
 	if (how & MBOX_DUPLICATES) /* they are to be stored now: as if they had never been seen */
 		for (uint32_t i = 0; i < m->now.records; i++)
 			if (rank_of(m, i) == RANK_NAME_BOUND)
@@ -2512,10 +2479,12 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 			return -1;
 	}
 	m->index_rekeyed = false;
-	records = data || m->records_dirty || m->now.records > m->written || m->index_new || marking ||
-		  m->now.writing != m->disk[0];
-	if (records_update(m, e) != 0 || records_flush(m, e) != 0)
+	records = data || m->records_dirty || m->index_new || marking || m->now.writing != m->disk[0];
+	if (records_update(m, e) != 0)
 		return -1;
+	/* No record of a run that died before it wrote a mail may be taken for one of those that come now. */
+	if (marking && ftruncate(m->index, record_at(m->now.records)) != 0)
+		return err_errno(e, E_SYSTEM, "%s.index: cannot cut off what it does not count", m->path);
 	state_pack(&m->now, state);
 	if (!records && memcmp(state, m->disk, sizeof state) == 0)
 		return 0;
@@ -2611,69 +2580,6 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const cha
 }
 
 /* ======== reading mails back ======== */
-
-int mbox_open_read(struct mbox **out, const char *path, struct err *e)
-{
-	struct flock lock = { .l_type = F_RDLCK, .l_whence = SEEK_SET };
-	struct mbox *m = calloc(1, sizeof *m);
-	char index[PATH_OCTETS + 16], other[MBOX_NAME_MAX + 1];
-	enum index_form form = INDEX_DAMAGED;
-
-	*out = NULL;
-	if (m == NULL)
-		return err_set(e, E_SYSTEM, "%s: out of memory", path);
-	m->fd = m->index = -1;
-	m->start = -1;
-	m->how = MBOX_LOOK;
-	m->salt = random_word();
-	if (strlen(path) + sizeof ".index.new" > sizeof m->path)
-		err_set(e, E_FORMAT, "%s: the path is too long", path);
-	else
-		strcpy(m->path, path);
-	if (m->path[0] == '\0' || open_locked(m, e) != 0 || records_room(m, 1, e) != 0)
-		goto fail;
-	if (m->fd < 0) {
-		errno = ENOENT;
-		err_errno(e, E_SYSTEM, "%s: cannot open", path);
-		goto fail;
-	}
-	if (fcntl(m->fd, F_SETLK, &lock) != 0 && (errno == EACCES || errno == EAGAIN)) {
-		err_set(e, E_LOCKED, "%s: another program has locked it", path);
-		goto fail;
-	}
-	keys_forget(m);
-	index_path(path, "", index);
-	if ((m->index = open_file(index, O_RDONLY, &(struct err){ 0 })) >= 0) {
-		form = index_header(m->index, "", &m->now, other);
-		if (form == INDEX_FOREIGN) {
-			strcpy(m->name, other);
-			form = index_header(m->index, m->name, &m->now, other);
-		}
-	}
-	if (form != INDEX_GOOD) {
-		snprintf(m->mended, sizeof m->mended, "the index %s",
-			 m->index < 0        ? "is missing"
-			 : form == INDEX_OLD ? "is of an older version"
-					     : "is damaged");
-		m->now = (struct state){ .claim.unseen = UINT32_MAX };
-	}
-	m->written = m->now.records;
-	*out = m;
-	return 0;
-fail:
-	mbox_close(m, NULL, e);
-	return -1;
-}
-
-off_t mbox_place(struct mbox *m, uint32_t uid)
-{
-	const uint32_t *i = record_by_uid(m, uid);
-	struct record r;
-
-	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER || record_get(m, *i, &r, &(struct err){ 0 }) != 0)
-		return -1;
-	return r.offset;
-}
 
 const char *mbox_name(const struct mbox *m)
 {
