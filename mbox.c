@@ -1605,6 +1605,16 @@ int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e)
 	return i == NULL ? 0 : set_state(m, *i, flags & MBOX_FLAGS, e);
 }
 
+off_t mbox_place(struct mbox *m, uint32_t uid)
+{
+	const uint32_t *i = record_by_uid(m, uid);
+	struct record r;
+
+	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER || record_get(m, *i, &r, &(struct err){ 0 }) != 0)
+		return -1;
+	return r.offset;
+}
+
 /* ======== opening ======== */
 
 /* Return 1 if a From line begins there, else 0, or -1. */
