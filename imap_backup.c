@@ -308,26 +308,6 @@ static int64_t now_ms(void)
 static int64_t clock_sec;
 static bool clock_wrong;
 
-/* 1 January 1970 is day 0, in the civil calendar. Months from 1. */
-static int64_t days_of(int64_t year, unsigned month, unsigned day)
-{
-	int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
-
-	return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 +
-	       (153 * ((month + 9) % 12) + 2) / 5 + day - 1 - 719468;
-}
-
-/* The number of a month by its first three letters, in any case; 0: it is none. */
-static unsigned month_of(const char *text)
-{
-	static const char months[] = "janfebmaraprmayjunjulaugsepoctnovdec";
-
-	for (unsigned m = 0; m < 12; m++)
-		if (strncasecmp(months + 3 * m, text, 3) == 0)
-			return m + 1;
-	return 0;
-}
-
 /* When this program was built; SOURCE_DATE_EPOCH counts. */
 static int64_t build_sec(void)
 {
@@ -5847,7 +5827,7 @@ static int export_compare(struct export *x, struct archive *a, const struct mbox
 	char place[sizeof x->place];
 
 	br_sha256_init(&context);
-	if (mbox_read(a->m, mail, false, take_hash, &context, e) != 0)
+	if (mbox_read(a->m, mail, MBOX_LF, take_hash, &context, e) != 0)
 		return -1;
 	br_sha256_out(&context, hash);
 	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
@@ -5874,13 +5854,12 @@ static int archive_export(void *context, struct archive *a)
 	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
 		if (x->o->all) {
 			if (!x->o->gone || mail.state & MBOX_GONE)
-				failed = mbox_copy(a->m, &mail, mail.state & ~(unsigned)MBOX_GONE,
-						   take_output, NULL, &e);
+				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &e);
 		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
 			if (!x->write)
 				failed = export_compare(x, a, &mail, &e);
 			else if (x->found > 0)
-				failed = mbox_read(a->m, &mail, false, take_output, NULL, &e);
+				failed = mbox_read(a->m, &mail, MBOX_LF, take_output, NULL, &e);
 			x->found = x->write ? 0 : x->found;
 		}
 	}
@@ -6161,7 +6140,7 @@ static int sample_is(struct sync *y, const struct mbox_mail *mail, const uint8_t
 	br_sha256_context hash;
 
 	br_sha256_init(&hash);
-	if (mbox_read(y->m, mail, false, take_hash, &hash, &y->err) != 0)
+	if (mbox_read(y->m, mail, MBOX_LF, take_hash, &hash, &y->err) != 0)
 		return -1;
 	br_sha256_out(&hash, ours);
 	return memcmp(ours, theirs, sizeof ours) == 0;
@@ -6249,7 +6228,7 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		mbox_made_init(&y->in.made);
 		y->in.gets = GETS_MADE;
 	} else if (fetch->octets > 0 && !y->session->dry) {
-		if (mbox_begin(y->m, fetch->has_date ? fetch->date_sec : 0, &y->err) != 0)
+		if (mbox_begin(y->m, &y->err) != 0)
 			return -1;
 		y->in.gets = GETS_MAIL;
 	} else if (fetch->octets > 0 && y->sampled) {
@@ -6340,7 +6319,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size && fetch->size == 0 &&
 	    !y->session->dry && sync_wants(y, fetch->uid)) {
 		/* Really empty: the server says so twice. */
-		if (mbox_begin(y->m, 0, &y->err) != 0)
+		if (mbox_begin(y->m, &y->err) != 0)
 			return -1;
 		y->in.gets = GOT_MAIL;
 		y->in.mail = *fetch;
@@ -7464,7 +7443,7 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 	struct tm tm;
 	int got = 1;
 
-	if (mbox_read(a->m, mail, true, take_length, &octets, &r->err) != 0)
+	if (mbox_read(a->m, mail, MBOX_CRLF, take_length, &octets, &r->err) != 0)
 		return -1;
 	if (im->append_limit > 0 && octets > im->append_limit) {
 		log_error("at %lld, %s: %llu octets, and the server takes %llu", (long long)mail->offset,
@@ -7495,7 +7474,7 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 		;
 	if (got <= 0)
 		return got < 0 ? -1 : restore_answered(r);
-	if (mbox_read(a->m, mail, true, take_stream, &im->s, &r->err) != 0 ||
+	if (mbox_read(a->m, mail, MBOX_CRLF, take_stream, &im->s, &r->err) != 0 ||
 	    stream_write(&im->s, "\r\n", 2) != 0 || stream_flush(&im->s) != 0)
 		return -1;
 	r->counts.octets += octets;

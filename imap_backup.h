@@ -23,7 +23,7 @@
 
 #include <bearssl.h>
 
-/* ======== for all: errors, wiping, UTF-8 (in json.c) ======== */
+/* ======== for all: errors, wiping, UTF-8, calendar (in json.c) ======== */
 
 /* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
 enum err_code {
@@ -69,6 +69,12 @@ size_t utf8_char(const uint8_t *p, size_t n, uint32_t *code);
 
 /* Write a code point, no surrogate, as UTF-8. Returns the octets, 1 to 4; no NUL follows. */
 size_t utf8_put(char *out, uint32_t code);
+
+/* The days since 1 January 1970, in the civil calendar. Months from 1. */
+int64_t days_of(int64_t year, unsigned month, unsigned day);
+
+/* The number of a month by its first three letters, in any case; 0: it is none. */
+unsigned month_of(const char *text);
 
 /* ======== json.c: RFC 8259 ======== */
 
@@ -309,10 +315,10 @@ int mbox_set_flags(struct mbox *m, uint32_t uid, unsigned flags, struct err *e);
 /* -- storing -- */
 
 /*
- * Begin to append a mail; its INTERNALDATE may still be told otherwise by mbox_end(). At the first one the
- * index is marked "writing" and synced. E_FORMAT if another program has changed the mbox since.
+ * Begin to append a mail. At the first one the index is marked "writing" and synced. E_FORMAT if another
+ * program has changed the mbox since.
  */
-int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e);
+int mbox_begin(struct mbox *m, struct err *e);
 
 /* The mail's next octets as they come from the server, cut anywhere. */
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e);
@@ -385,15 +391,14 @@ off_t mbox_place(struct mbox *m, uint32_t uid);
 /* Find the mail at *at, and move *at behind it. Returns 1, 0 at the end, or -1. */
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e);
 
+/* How a mail is given: as it was, with these line ends; as in the mbox, but without the mark "gone". */
+enum mbox_form { MBOX_LF, MBOX_CRLF, MBOX_AS_STORED };
+
 /*
- * Give a mail as it was to take(), piece by piece: unquoted, without our lines, ending with a line end.
+ * Give a mail to take(), piece by piece. As it was: unquoted, without our lines, ending with a line end.
  * Returns 0, or -1, with *e unless take() returned another value than 0.
  */
-int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
-	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
-
-/* Give it to take() as it stands in the mbox, with its closing empty line, but for its state. */
-int mbox_copy(struct mbox *m, const struct mbox_mail *mail, unsigned state,
+int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
 
 /* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */

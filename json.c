@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 #include "imap_backup.h"
 
@@ -98,6 +99,24 @@ size_t utf8_put(char *out, uint32_t code)
 		out[i] = (char)(0x80 | (code & 0x3F));
 	out[0] = (char)(utf8[octets].mark | code);
 	return octets;
+}
+
+int64_t days_of(int64_t year, unsigned month, unsigned day)
+{
+	int64_t y = year - (month <= 2), era = (y >= 0 ? y : y - 399) / 400, of_era = y - era * 400;
+
+	return era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 +
+	       (153 * ((month + 9) % 12) + 2) / 5 + day - 1 - 719468;
+}
+
+unsigned month_of(const char *text)
+{
+	static const char months[] = "janfebmaraprmayjunjulaugsepoctnovdec";
+
+	for (unsigned m = 0; m < 12; m++)
+		if (strncasecmp(months + 3 * m, text, 3) == 0)
+			return m + 1;
+	return 0;
 }
 
 /* ======== JSON ======== */

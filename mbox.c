@@ -66,8 +66,7 @@ enum {
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
 	KEYS_MAX = 1 << 14,           /* places for keys of made IDs, in sets; nobody can foresee ... */
 	KEYS_IN_SET = 8,              /* ... which of them meet in one */
-	COMPARED_MAX = 64,            /* stored copies with which a mail is compared */
-	NOTED_MAX = 256               /* damaged mails that are healed at once */
+	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
 static const char index_magic[] = "imap_backup idx2";
@@ -754,8 +753,7 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 		info->gone = state.gone;
 		info->others = state.others;
 		info->fits = info->exists && !state.writing && info->octets == state.octets &&
-			     access(index, F_OK) != 0 &&
-			     fstat(fd, &st) == 0 &&
+			     access(index, F_OK) != 0 && fstat(fd, &st) == 0 &&
 			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS;
 	}
 	close(fd);
@@ -1189,6 +1187,11 @@ static int64_t made_unbound(struct mbox *m, const uint8_t octets[20], struct mbo
 	return k != 0 ? k : made_find(m, octets, MADE_GONE, id, place, e);
 }
 
+void mbox_made_id(struct mbox_id *id, const uint8_t key[20])
+{
+	made_id(id, key, 1);
+}
+
 /* ======== reading the mbox: verify, scan ======== */
 
 /*
@@ -1211,7 +1214,10 @@ static void reader_init(struct reader *r, struct mbox *m, off_t from, off_t end)
 	r->octets = 1;
 }
 
-/* Returns 1 and the next piece, 0 at the end, or -1. A line's first piece has its first 300 octets. */
+/*
+ * Returns 1 and the next piece, 0 at the end, or -1. A line's first piece has its first 290 octets, and
+ * behind each piece that does not end the line the next 8 can be looked at.
+ */
 static int reader_next(struct reader *r, struct err *e)
 {
 	struct mbox *m = r->m;
@@ -1228,16 +1234,16 @@ static int reader_next(struct reader *r, struct err *e)
 			want = (size_t)(r->end - r->next);
 		if (read_all(m, m->fd, m->buffer + r->n, want, r->next, &got, e) != 0)
 			return -1;
-		if (got == 0)
-			r->end = r->next;
 		r->next += (off_t)got;
 		r->n += got;
+		if (got < want)
+			r->end = r->next;
 	}
 	if (r->at == r->n)
 		return 0;
 	r->piece = m->buffer + r->at;
 	lf = memchr(r->piece, '\n', r->n - r->at);
-	r->octets = lf != NULL ? (size_t)(lf - r->piece) + 1 : r->n - r->at;
+	r->octets = lf != NULL ? (size_t)(lf - r->piece) + 1 : r->n - r->at - (r->next < r->end ? 8 : 0);
 	r->at += r->octets;
 	return 1;
 }
@@ -1268,6 +1274,12 @@ static int parse_state(const uint8_t *p)
 		state = state << 4 | hex_digit(p[i]);
 	}
 	return state;
+}
+
+/* Return true if the line is a Message-ID field that we have made, or one that looks like it. */
+static bool is_made_line(const uint8_t *p, size_t n)
+{
+	return n > 13 && memcmp(p, "Message-ID: ", 12) == 0 && is_made((const char *)p + 12, n - 13);
 }
 
 /*
@@ -1313,9 +1325,7 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 		}
 		sum_feed(&sum, p, reader->octets);
 		/* The mail as it was on the wire: without the Message-ID that we made, and our quoting. */
-		if (line > 2u + (r->digits > 0) || !reader->line_start || reader->octets < 13 ||
-		    memcmp(p, "Message-ID: ", 12) != 0 ||
-		    !is_made((const char *)p + 12, reader->octets - 13)) {
+		if (line > 2u + (r->digits > 0) || !reader->line_start || !is_made_line(p, reader->octets)) {
 			wire += reader->octets + (p[reader->octets - 1] == '\n');
 			while (quotes < reader->octets && p[quotes] == '>')
 				quotes++;
@@ -1341,6 +1351,103 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 	return more;
 }
 
+/* The time in a From line of n octets (RFC 4155), or INT64_MIN; the original's tell none. */
+static int64_t from_time(const uint8_t *p, size_t n)
+{
+	char line[128], month[4];
+	int day, hour, min, sec, year;
+
+	if (n >= sizeof line)
+		return INT64_MIN;
+	memcpy(line, p, n);
+	line[n] = '\0';
+	if (sscanf(line, "From %*s %*3s %3s %2d %2d:%2d:%2d %4d", month, &day, &hour, &min, &sec, &year) != 6 ||
+	    month_of(month) == 0 || strncmp(line, "From nobody ", 12) == 0)
+		return INT64_MIN;
+	return ((days_of(year, month_of(month), (unsigned)day) * 24 + hour) * 60 + min) * 60 + sec;
+}
+
+/* Our two lines in front of a mail; BODY_AT octets whatever the time (RFC 4155). */
+static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
+{
+	static const char days[] = "SunMonTueWedThuFriSat";
+	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	time_t t = (time_t)when_sec;
+	struct tm tm;
+
+	if (when_sec < INT64_C(-62167219200) || when_sec > INT64_C(253402300799) || t != when_sec)
+		t = 0; /* not in the years 0 to 9999 */
+	gmtime_r(&t, &tm);
+	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0000\n", BODY_AT);
+	memcpy(out + 19, days + 3 * tm.tm_wday, 3);
+	memcpy(out + 23, months + 3 * tm.tm_mon, 3);
+	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
+	if (out[27] == '0')
+		out[27] = ' ';
+	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
+	put_digits(out + 33, 2, 10, (unsigned)tm.tm_min);
+	put_digits(out + 36, 2, 10, (unsigned)tm.tm_sec);
+	put_digits(out + 39, 4, 10, (unsigned)(tm.tm_year + 1900));
+	put_digits(out + DIGITS_AT, 4, 16, state);
+}
+
+static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
+{
+	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
+	char text[MBOX_MADE_MAX];
+	uint8_t key[20];
+
+	mail->offset = r->offset;
+	mail->octets = r->octets;
+	mail->head = r->head;
+	mail->digits = r->digits;
+	mail->state = r->state;
+	mail->id = r->id;
+	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
+	memcpy(mail->name, h->text, n);
+	mail->name[h->fields > 0 ? n : 0] = '\0';
+	mail->base =
+		r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
+	if (!is_made(mail->name, strlen(mail->name)))
+		return;
+	/* It looks like one that was made: it is, if its key is that of the mail's header. */
+	mbox_made_end(&h->made, key);
+	made_text(text, key, 1);
+	mail->made = memcmp(text, mail->name, 41) == 0;
+	if (mail->made)
+		mbox_made_id(&mail->base, key);
+}
+
+/* Read the mail that begins at 'at' and ends before 'end', whatever stands there. As scan_mail(). */
+static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, struct mbox_mail *mail,
+		     struct err *e)
+{
+	struct mbox_header header;
+	struct reader reader;
+	int64_t when_sec;
+	int more;
+
+	reader_init(&reader, m, at, end);
+	if (reader_next(&reader, e) < 0)
+		return -1;
+	when_sec = from_time(reader.piece, reader.octets);
+	if ((more = scan_mail(&reader, r, &header, e)) >= 0)
+		mail_fill(mail, r, &header);
+	mail->when_sec = when_sec;
+	return more;
+}
+
+/* Return 1 if a From line begins there, else 0, or -1. */
+static int from_at(struct mbox *m, off_t at, struct err *e)
+{
+	char from[5];
+	size_t got;
+
+	if (read_all(m, m->fd, from, sizeof from, at, &got, e) != 0)
+		return -1;
+	return got == sizeof from && memcmp(from, "From ", sizeof from) == 0;
+}
+
 /* Append records for the messages between 'from' and 'end'; the first octets there are "From ". */
 static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 {
@@ -1363,23 +1470,35 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 	return more;
 }
 
-/* Return 1 if the record's message stands in the mbox, whole; its state is read. 0: it does not; -1. */
-static int verify(struct mbox *m, struct record *r, struct err *e)
+/*
+ * Read the mail of a record, with its state as it is by now. *wrong receives what is wrong with the mail,
+ * or NULL; then *mail may tell less.
+ */
+static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, const char **wrong, struct err *e)
 {
-	struct mbox_header header;
-	struct reader reader;
+	char head[BODY_AT], wanted[BODY_AT];
 	struct record found;
-	int got;
+	size_t got;
+	bool ours; /* the From line: but for the time, it is known */
+	int more;
 
-	reader_init(&reader, m, r->offset, r->offset + r->octets);
-	got = reader_next(&reader, e);
-	if (got <= 0 || !reader_at(&reader, "From "))
-		return got < 0 ? -1 : 0;
-	got = scan_mail(&reader, &found, &header, e);
-	if (got < 0)
+	if (read_all(m, m->fd, head, BODY_AT, r->offset, &got, e) != 0 ||
+	    (more = mail_read(m, r->offset, r->offset + r->octets, &found, mail, e)) < 0)
 		return -1;
-	r->state = found.state;
-	return got == 0 && found.octets == r->octets && found.head == r->head && found.sum == r->sum;
+	head_text(wanted, mail->when_sec, found.state);
+	ours = r->digits == DIGITS_AT && ((r->kind & RECORD_SCANNED) == 0 || memcmp(head, wanted, 19) == 0);
+	*wrong = NULL;
+	if (got < 5 || memcmp(head, "From ", 5) != 0)
+		*wrong = "no From line stands where it begins";
+	else if (found.digits != r->digits || found.head != r->head ||
+		 (ours && memcmp(head, wanted, DIGITS_AT) != 0))
+		*wrong = "its first lines are damaged";
+	else if (more == 0 && found.octets < r->octets)
+		*wrong = "it is cut off";
+	else if (found.octets != r->octets || found.sum != r->sum)
+		*wrong = "its octets differ from those that were stored";
+	r->state = found.digits > 0 ? found.state : r->state;
+	return 0;
 }
 
 /* Read only its state, unless it has none. 1, 0 if none stands where the record says, -1. */
@@ -1617,17 +1736,6 @@ off_t mbox_place(struct mbox *m, uint32_t uid)
 
 /* ======== opening ======== */
 
-/* Return 1 if a From line begins there, else 0, or -1. */
-static int from_at(struct mbox *m, off_t at, struct err *e)
-{
-	char from[5];
-	size_t got;
-
-	if (read_all(m, m->fd, from, sizeof from, at, &got, e) != 0)
-		return -1;
-	return got == sizeof from && memcmp(from, "From ", sizeof from) == 0;
-}
-
 /*
  * Take the next record of the index into memory, with the state that its mail has in the mbox. One that the
  * index's header, 'state', does not count is of a run that died: its mail is verified. Returns 1, 0 if it
@@ -1637,6 +1745,8 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 {
 	uint32_t i = m->now.records;
 	unsigned before = r->state;
+	struct mbox_mail mail;
+	const char *wrong = NULL;
 	int good = 1;
 
 	if ((r->kind & ENTRY_OTHER) == 0) {
@@ -1644,7 +1754,7 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 			return 0;
 		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
 		if (i >= state->records)
-			good = verify(m, r, e);
+			good = verify(m, r, &mail, &wrong, e) != 0 ? -1 : wrong == NULL;
 		else if (state->writing || m->flushed > state->octets)
 			good = reread_state(m, r, e);
 	}
@@ -2124,34 +2234,8 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 
 /* ======== storing ======== */
 
-/* Our two lines in front of a mail; BODY_AT octets whatever the time (RFC 4155). */
-static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
+int mbox_begin(struct mbox *m, struct err *e)
 {
-	static const char days[] = "SunMonTueWedThuFriSat";
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-	time_t t = (time_t)when_sec;
-	struct tm tm;
-
-	if (when_sec < INT64_C(-62167219200) || when_sec > INT64_C(253402300799) || t != when_sec)
-		t = 0; /* not in the years 0 to 9999 */
-	gmtime_r(&t, &tm);
-	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0000\n", BODY_AT);
-	memcpy(out + 19, days + 3 * tm.tm_wday, 3);
-	memcpy(out + 23, months + 3 * tm.tm_mon, 3);
-	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
-	if (out[27] == '0')
-		out[27] = ' ';
-	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
-	put_digits(out + 33, 2, 10, (unsigned)tm.tm_min);
-	put_digits(out + 36, 2, 10, (unsigned)tm.tm_sec);
-	put_digits(out + 39, 4, 10, (unsigned)(tm.tm_year + 1900));
-	put_digits(out + DIGITS_AT, 4, 16, state);
-}
-
-int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
-{
-	char head[BODY_AT];
-
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
 	if (mark_writing(m, e) != 0)
@@ -2165,8 +2249,7 @@ int mbox_begin(struct mbox *m, int64_t when_sec, struct err *e)
 	m->whole_header = true;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
-	head_text(head, when_sec, 0);
-	if (put(m, head, BODY_AT, e) != 0) {
+	if (put(m, (char[BODY_AT]){ 0 }, BODY_AT, e) != 0) { /* mbox_end() knows what stands there */
 		mbox_abort(m);
 		return -1;
 	}
@@ -2557,6 +2640,89 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	return r;
 }
 
+/* ======== damage ======== */
+
+int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e)
+{
+	const struct record noted = { .offset = at, .id = *id };
+	char path[PATH_OCTETS + 16];
+	uint8_t p[RECORD_OCTETS];
+	int fd, r = 0;
+
+	index_path(m->path, ".damaged", path);
+	if ((fd = open_file(path, O_WRONLY | O_CREAT | O_APPEND, e)) < 0)
+		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
+	record_pack(&noted, p);
+	if (write(fd, p, sizeof p) != (ssize_t)sizeof p)
+		r = err_errno(e, E_SYSTEM, "%s: cannot write", path);
+	close(fd);
+	return r;
+}
+
+/* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. */
+static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
+{
+	uint32_t next = i;
+	char head[BODY_AT];
+	size_t got;
+
+	/* Our two lines may be what is damaged: then other readers would not find where it begins. */
+	if (r->digits == DIGITS_AT) {
+		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 || reread_state(m, r, e) < 0)
+			return -1;
+		head_text(head, from_time((const uint8_t *)head, got), r->state);
+		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
+			return -1;
+		m->data_dirty = true;
+	}
+	do {
+		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))
+			set_uid(m, next, 0);
+	} while ((next = m->entries[next].next) != i);
+	return tear(m, i, e);
+}
+
+int mbox_heal(struct mbox *m, struct err *e)
+{
+	char path[PATH_OCTETS + 16];
+	uint8_t p[RECORD_OCTETS];
+	struct record noted, r;
+	uint32_t *place, i;
+	size_t got = 0;
+	int fd, healed = 0;
+
+	index_path(m->path, ".damaged", path);
+	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0)
+		return 0;
+	/* The digits in the mbox are ahead of the index, as it says then; and all is asked for once more. */
+	m->now.claim.uidnext = 0;
+	if (mark_writing(m, e) != 0)
+		healed = -1;
+	for (off_t at = 0; healed >= 0; at += RECORD_OCTETS) {
+		if (read_all(m, fd, p, sizeof p, at, &got, e) != 0 || got < sizeof p || !record_unpack(&noted, p))
+			break;
+		if (ring_find(m, &noted.id, &place, &r, e) != 0)
+			break;
+		i = *place - 1;
+		do {
+			if (*place == 0 || record_get(m, i = m->entries[i].next, &r, e) != 0)
+				break;
+			if (r.offset != noted.offset || m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
+				continue;
+			healed += heal(m, i, &r, e) == 0;
+		} while (i != *place - 1);
+	}
+	close(fd);
+	if (healed < 0 || e->code != E_NONE)
+		return -1;
+	order_make(m);
+	rings_sort(m);
+	if (mbox_commit(m, NULL, e) != 0)
+		return -1;
+	unlink(path);
+	return healed;
+}
+
 /* ======== file names ======== */
 
 size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const char *also)
@@ -2596,351 +2762,90 @@ const char *mbox_name(const struct mbox *m)
 	return m->name;
 }
 
-/* The time in a From line of n octets (RFC 4155), or INT64_MIN. */
-static int64_t from_time(const uint8_t *p, size_t n)
-{
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-	char line[128], month[4];
-	const char *found, *day;
-	int d, h, min, sec, y;
-	int64_t days;
-
-	if (n >= sizeof line || n < 6)
-		return INT64_MIN;
-	memcpy(line, p, n);
-	line[n] = '\0';
-	if (strncmp(line, "From nobody ", 12) == 0 || (day = strchr(line + 5, ' ')) == NULL ||
-	    sscanf(day, " %*3s %3s %2d %2d:%2d:%2d %4d", month, &d, &h, &min, &sec, &y) != 6 ||
-	    strlen(month) != 3 || (found = strstr(months, month)) == NULL || (found - months) % 3 != 0)
-		return INT64_MIN;
-	/* Days of the civil calendar, years beginning in March. */
-	int m = (int)(found - months) / 3 + 1;
-	int64_t year = y - (m <= 2), era = (year >= 0 ? year : year - 399) / 400, of_era = year - era * 400;
-	int64_t of_year = (153 * (m + (m > 2 ? -3 : 9)) + 2) / 5 + d - 1;
-
-	days = era * 146097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719468;
-	return ((days * 24 + h) * 60 + min) * 60 + sec;
-}
-
-void mbox_made_id(struct mbox_id *id, const uint8_t key[20])
-{
-	made_id(id, key, 1);
-}
-
-static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
-{
-	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
-	char text[MBOX_MADE_MAX];
-	uint8_t key[20];
-
-	mail->offset = r->offset;
-	mail->octets = r->octets;
-	mail->head = r->head;
-	mail->digits = r->digits;
-	mail->state = r->state;
-	mail->id = r->id;
-	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
-	memcpy(mail->name, h->text, n);
-	mail->name[h->fields > 0 ? n : 0] = '\0';
-	mail->base =
-		r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
-	if (!is_made(mail->name, strlen(mail->name)))
-		return;
-	/* It looks like one that was made: it is, if its key is that of the mail's header. */
-	mbox_made_end(&h->made, key);
-	made_text(text, key, 1);
-	mail->made = memcmp(text, mail->name, 41) == 0;
-	if (mail->made)
-		mbox_made_id(&mail->base, key);
-}
-
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 {
-	struct mbox_header header;
-	struct reader reader;
 	struct record r;
-	int got;
+	int good = 1;
 
-	reader_init(&reader, m, *at, m->flushed);
-	if ((got = reader_next(&reader, e)) <= 0)
-		return got;
-	if (!reader_at(&reader, "From "))
-		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"",
-			       m->path);
-	mail->when_sec = from_time(reader.piece, reader.octets);
-	if (scan_mail(&reader, &r, &header, e) < 0)
+	if (*at >= m->flushed)
+		return 0;
+	if ((good = from_at(m, *at, e)) == 0)
+		err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"", m->path);
+	if (good <= 0 || mail_read(m, *at, m->flushed, &r, mail, e) < 0)
 		return -1;
-	mail_fill(mail, &r, &header);
 	*at += r.octets;
 	return 1;
 }
 
-int mbox_read(struct mbox *m, const struct mbox_mail *mail, bool crlf,
+int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e)
 {
-	static const char from[] = "From ";
+	const bool stands = form == MBOX_AS_STORED;
 	const off_t end = mail->offset + mail->octets;
+	const char *line_end = form == MBOX_CRLF ? "\r\n" : "\n";
+	off_t at = mail->offset + (stands ? 0 : (off_t)mail->head);
+	bool first = true, open = false, empty = false;
+	bool held = false; /* a '>', the last of those with which a line begins: "From " may follow */
 	struct reader reader;
-	off_t at = mail->offset + mail->head;
-	bool first = true, open = false, held = false; /* a '>' is held back: "From " may follow, ... */
-	int prefix = 0, got;                           /* ... of which so much has; -1: within a line */
+	int got;
 
 	for (reader_init(&reader, m, at, end); (got = reader_next(&reader, e)) > 0; first = false) {
 		const uint8_t *p = reader.piece;
-		size_t n = reader.octets, run;
+		size_t n = reader.octets, run = 0;
 		bool lf = p[n - 1] == '\n';
 
 		at += (off_t)n;
-		if ((at == end && reader.line_start && n == 1 &&
-		     lf) || /* the empty line behind each mail */
-		    (first && mail->made && n > 13 && memcmp(p, "Message-ID: ", 12) == 0 &&
-		     is_made((const char *)p + 12, n - 13)))
-			continue;
-		if (reader.line_start)
-			prefix = 0;
-		while (prefix >= 0 && n > 0) {
-			for (run = 0; prefix == 0 && run < n && p[run] == '>';)
-				run++;
-			if (run > 0) {
-				if (take(context, p, run - !held) != 0)
-					return -1;
-				held = true;
-			} else if (held && *p == (uint8_t)from[prefix]) {
-				run = 1;
-				if (++prefix < 5) {
-					p++, n--;
-					continue;
-				}
-				held = false;
-				if (take(context, from, 5) != 0)
-					return -1;
-				prefix = -1;
-			} else {
-				if ((held && take(context, ">", 1) != 0) ||
-				    take(context, from, (size_t)prefix) != 0)
-					return -1;
-				held = false;
-				prefix = -1;
-			}
-			p += run;
-			n -= run;
-		}
 		open = !lf;
-		lf = lf && n > 0;
-		if (take(context, p, n - lf) != 0 ||
-		    (lf && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0))
+		empty = reader.line_start && n == 1 && lf;
+		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5)
+			put_digits((char *)m->buffer + (reader.at - 5), 4, 16, mail->state & ~(unsigned)MBOX_GONE);
+		if (!stands && ((empty && at == end) || (first && mail->made && is_made_line(p, n))))
+			continue;
+		while (!stands && (reader.line_start || held) && run < n && p[run] == '>')
+			run++;
+		if (run == n) {
+			if (take(context, p, n - !held) != 0)
+				return -1;
+			held = true;
+			continue;
+		}
+		if (held + run > 0 && reader.n - (size_t)(p - m->buffer) >= run + 5 &&
+		    memcmp(p + run, "From ", 5) == 0) {
+			p += !held;
+			n -= !held;
+		} else if (held && take(context, ">", 1) != 0) {
+			return -1;
+		}
+		held = false;
+		if (take(context, p, n - lf) != 0 || (lf && take(context, line_end, strlen(line_end)) != 0))
 			return -1;
 	}
 	if (got < 0 || at < end)
 		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
-	if (prefix >= 0 &&
-	    ((held && take(context, ">", 1) != 0) || take(context, from, (size_t)prefix) != 0))
+	if ((held && take(context, ">", 1) != 0) || (open && take(context, line_end, strlen(line_end)) != 0))
 		return -1;
-	return open && take(context, crlf ? "\r\n" : "\n", 1u + crlf) != 0 ? -1 : 0;
+	return stands && !empty ? take(context, "\n", 1) : 0;
 }
 
-int mbox_copy(struct mbox *m, const struct mbox_mail *mail, unsigned state,
-	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e)
-{
-	uint8_t end[2] = { 0 };
-	size_t got;
-
-	for (off_t at = 0; at < mail->octets; at += (off_t)got) {
-		off_t left = mail->octets - at;
-
-		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
-			     mail->offset + at, &got, e) != 0)
-			return -1;
-		if (got == 0)
-			return err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
-		if (at == 0 && mail->digits > 0)
-			put_digits((char *)m->buffer + mail->digits, 4, 16, state);
-		end[0] = got > 1 ? m->buffer[got - 2] : end[1];
-		end[1] = m->buffer[got - 1];
-		if (take(context, m->buffer, got) != 0)
-			return -1;
-	}
-	return memcmp(end, "\n\n", 2) != 0 ? take(context, "\n\n", end[1] == '\n' ? 1 : 2) : 0;
-}
-
-int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e)
-{
-	char path[PATH_OCTETS + 16], line[2 * sizeof id->octets + 1] = "";
-	int fd, written;
-
-	index_path(m->path, ".damaged", path);
-	if ((fd = open_file(path, O_WRONLY | O_CREAT | O_APPEND, e)) < 0)
-		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
-	for (size_t i = 0; i < sizeof id->octets; i++)
-		put_digits(line + 2 * i, 2, 16, id->octets[i]);
-	written = dprintf(fd, "%lld %s\n", (long long)at, line);
-	close(fd);
-	return written > 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot write", path);
-}
-
-/* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. */
-static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
-{
-	uint8_t p[RECORD_OCTETS];
-	char head[BODY_AT];
-	struct sum sum = { 0 };
-	size_t got;
-	uint32_t next = i;
-
-	/* Its own two lines may be what is damaged: then other readers would not find where it begins. */
-	if (r->digits == DIGITS_AT) {
-		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 || reread_state(m, r, e) < 0)
-			return -1;
-		head_text(head, from_time((const uint8_t *)head, got), r->state);
-		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
-			return -1;
-		m->data_dirty = true;
-	}
-	if (tear(m, i, e) != 0)
-		return -1;
-	do {
-		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))
-			set_uid(m, next, 0);
-	} while ((next = m->entries[next].next) != i);
-	/* From now on it is as it should be: it is told once. */
-	for (off_t at = r->head; at < r->octets; at += (off_t)got) {
-		off_t left = r->octets - at;
-
-		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
-			     r->offset + at, &got, e) != 0)
-			return -1;
-		if (got == 0)
-			break;
-		sum_feed(&sum, m->buffer, got);
-	}
-	if (record_get(m, i, r, e) != 0)
-		return -1;
-	m->now.mix ^= record_pack(r, p);
-	r->sum = sum_end(&sum);
-	m->now.mix ^= record_pack(r, p);
-	return write_all(m, m->index, p, sizeof p, RECORDS_AT + (off_t)i * RECORD_OCTETS, e);
-}
-
-int mbox_heal(struct mbox *m, struct err *e)
-{
-	char path[PATH_OCTETS + 16], hex[33] = "";
-	struct { long long at; char id[33]; } noted[NOTED_MAX];
-	unsigned n = 0;
-	int healed = 0;
-	struct record r;
-	FILE *f;
-
-	index_path(m->path, ".damaged", path);
-	if ((f = fopen(path, "r")) == NULL)
-		return 0;
-	while (n < NOTED_MAX && fscanf(f, "%lld %32s", &noted[n].at, noted[n].id) == 2)
-		n++;
-	fclose(f);
-	/* The digits in the mbox are ahead of the index, as it says then; and all is asked for once more. */
-	m->now.claim.uidnext = 0;
-	if (n > 0 && mark_writing(m, e) != 0)
-		return -1;
-	for (uint32_t i = 0; i < m->now.records; i++) {
-		unsigned k = 0;
-
-		if (m->entries[i].bits & ENTRY_OTHER)
-			continue;
-		if (record_get(m, i, &r, e) != 0)
-			return -1;
-		for (size_t b = 0; b < sizeof r.id.octets; b++)
-			put_digits(hex + 2 * b, 2, 16, r.id.octets[b]);
-		while (k < n && (noted[k].at != r.offset || strcmp(noted[k].id, hex) != 0))
-			k++;
-		if (k == n)
-			continue;
-		if (heal(m, i, &r, e) != 0)
-			return -1;
-		healed++;
-	}
-	order_make(m);
-	rings_sort(m);
-	keys_forget(m);
-	if (mbox_commit(m, NULL, e) != 0)
-		return -1;
-	unlink(path);
-	return healed;
-}
-
-/* What a verification knows and has found. */
+/* What is told of a verification's findings. */
 struct verification {
-	struct mbox *m;
 	mbox_finding *tell;
 	void *context;
 	struct mbox_verified *sum;
 };
 
-/* Tell what is wrong with the mail at 'at', whose ID is read if there is one. */
-static int verify_tell(struct verification *v, bool damage, off_t at, const char *what, struct err *e)
+static void verify_tell(struct verification *v, bool damage, off_t at, const char *id, const char *what)
 {
-	struct mbox_mail mail = { .name = "" };
-	struct err ignored = { 0 };
-	off_t next = at;
-
-	if (mbox_walk(v->m, &next, &mail, &ignored) < 0 && ignored.code != E_FORMAT)
-		return err_set(e, ignored.code, "%s", ignored.text);
 	v->sum->damaged += damage;
-	v->tell(v->context, damage, at, mail.name, what);
-	return 0;
-}
-
-/* Return what is wrong with the octets of a record's mail, "" if nothing is; NULL with *e. */
-static const char *verify_octets(struct mbox *m, const struct record *r, unsigned *state, struct err *e)
-{
-	const size_t field = sizeof status_field - 1;
-	struct sum sum = { 0 };
-	const char *wrong = "";
-	size_t got;
-
-	for (off_t at = 0; at < r->octets; at += (off_t)got) {
-		off_t left = r->octets - at;
-		size_t skip = 0;
-
-		if (read_all(m, m->fd, m->buffer, left < BUFFER_OCTETS ? (size_t)left : BUFFER_OCTETS,
-			     r->offset + at, &got, e) != 0)
-			return NULL;
-		if (got == 0)
-			return "it is cut off";
-		if (at == 0) {
-			int digits = r->digits > 0 && got >= r->head ? parse_state(m->buffer + r->digits)
-								     : 0;
-			char head[BODY_AT];
-
-			if (got < 5 || memcmp(m->buffer, "From ", 5) != 0)
-				wrong = "no From line stands where it begins";
-			else if (got < r->head || (r->digits > 0 && (digits < 0 || r->digits < field ||
-								     memcmp(m->buffer + r->digits - field,
-									    status_field, field) != 0)))
-				wrong = "its status line is damaged";
-			else if (r->digits ==
-				 DIGITS_AT) { /* a head of ours: but for the time, it is known */
-				int64_t when_sec = from_time(m->buffer, FROM_OCTETS);
-
-				head_text(head, when_sec, (unsigned)digits);
-				if (when_sec == INT64_MIN || memcmp(head, m->buffer, DIGITS_AT) != 0)
-					wrong = "its From line is damaged";
-			}
-			*state = digits < 0 ? r->state : (unsigned)digits;
-			skip = r->head < got ? r->head : got;
-		}
-		sum_feed(&sum, m->buffer + skip, got - skip);
-	}
-	if (wrong[0] == '\0' && sum_end(&sum) != r->sum)
-		wrong = "its octets differ from those that were stored";
-	return wrong;
+	v->tell(v->context, damage, at, id, what);
 }
 
 /* Go through the mails that the index does not know. */
-static int verify_rest(struct verification *v, off_t at, struct err *e)
+static int verify_rest(struct mbox *m, struct verification *v, off_t at, struct err *e)
 {
-	struct mbox *m = v->m;
-	struct mbox_mail mail;
-	uint32_t before = v->sum->mails;
-	off_t from = at, last = at;
+	const uint32_t before = v->sum->mails;
+	const off_t from = at;
+	struct mbox_mail mail = { .offset = at };
 	char end[2] = "\n\n", what[80];
 	size_t got;
 	int more;
@@ -2948,44 +2853,44 @@ static int verify_rest(struct verification *v, off_t at, struct err *e)
 	while ((more = mbox_walk(m, &at, &mail, e)) > 0) {
 		v->sum->mails++;
 		v->sum->gone += (mail.state & MBOX_GONE) != 0;
-		last = mail.offset;
 	}
 	if (more < 0 && e->code == E_FORMAT) {
 		*e = (struct err){ 0 };
-		return verify_tell(v, true, at, "no mail begins here", e);
+		verify_tell(v, true, at, "", "no mail begins here");
+		return 0;
 	}
 	if (more < 0 || (at - from >= 2 && read_all(m, m->fd, end, 2, at - 2, &got, e) != 0))
 		return -1;
-	if (at > from && memcmp(end, "\n\n", 2) != 0 && verify_tell(v, true, last, "it is cut off", e) != 0)
-		return -1;
-	if (m->now.records > 0 && at > from) {
-		snprintf(what, sizeof what, "from here on %lu mails stand in no index",
-			 (unsigned long)(v->sum->mails - before));
-		return verify_tell(v, false, from, what, e);
-	}
+	if (memcmp(end, "\n\n", 2) != 0)
+		verify_tell(v, true, mail.offset, mail.name, "it is cut off");
+	snprintf(what, sizeof what, "from here on %lu mails stand in no index",
+		 (unsigned long)(v->sum->mails - before));
+	if (m->now.records > 0 && at > from)
+		verify_tell(v, false, from, "", what);
 	return 0;
 }
 
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e)
 {
-	struct verification v = { .m = m, .tell = tell, .context = context, .sum = sum };
+	struct verification v = { .tell = tell, .context = context, .sum = sum };
 	const char *unfit = m->mended[0] != '\0' && m->flushed > 0 ? m->mended : NULL;
-	off_t at = 0;
+	off_t at = 0, next = 0;
 	uint64_t mix = 0;
-	uint8_t packed[RECORD_OCTETS];
 
 	*sum = (struct mbox_verified){ .octets = m->flushed };
 	for (uint32_t i = 0; i < m->now.records && unfit == NULL; i++) {
-		struct err damaged = { 0 };
+		struct mbox_mail mail;
+		struct err ignored = { 0 };
 		struct record r;
-		unsigned state = 0;
+		unsigned state;
 		const char *wrong;
-		char from[5];
-		size_t got;
+		uint8_t packed[RECORD_OCTETS];
+		int good = 1;
 
-		if (record_get(m, i, &r, &damaged) != 0) {
-			if (damaged.code != E_FORMAT)
-				return err_set(e, damaged.code, "%s", damaged.text);
+		if (record_get(m, i, &r, e) != 0) {
+			if (e->code != E_FORMAT)
+				return -1;
+			*e = (struct err){ 0 };
 			unfit = "a record of the index is damaged";
 			break;
 		}
@@ -2996,38 +2901,35 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 			unfit = "the index does not fit";
 			break;
 		}
-		if ((wrong = verify_octets(m, &r, &state, e)) == NULL)
+		state = r.state;
+		if (verify(m, &r, &mail, &wrong, e) != 0)
 			return -1;
-		if (wrong[0] != '\0' && (verify_tell(&v, true, at, wrong, e) != 0 || mbox_note(m, at, &r.id, e) != 0))
-			return -1;
-		if (wrong[0] == '\0' && state != r.state && !m->now.writing &&
-		    verify_tell(&v, false, at, "its state differs from the index", e) != 0)
-			return -1;
+		if (wrong != NULL && (r.kind & ENTRY_TORN) == 0) { /* of which it is known */
+			verify_tell(&v, true, at, mail.name, wrong);
+			if (mbox_note(m, at, &r.id, e) != 0)
+				return -1;
+		} else if (wrong == NULL && state != r.state && !m->now.writing) {
+			verify_tell(&v, false, at, mail.name, "its state differs from the index");
+		}
 		sum->mails++;
-		sum->gone += (state & MBOX_GONE) != 0;
+		sum->gone += (r.state & MBOX_GONE) != 0;
 		if (r.octets > m->flushed - at)
 			return 0;
+		next = at;
 		at += r.octets;
 		/* If no other mail follows where it should, the rest has moved: one damage, not thousands. */
-		if (wrong[0] != '\0' && at < m->flushed) {
-			off_t next = r.offset;
-			struct mbox_mail mail;
-
-			if (read_all(m, m->fd, from, 5, at, &got, e) != 0)
-				return -1;
-			if (got == 5 && memcmp(from, "From ", 5) == 0)
-				continue;
-			if (mbox_walk(m, &next, &mail, &damaged) > 0)
-				at = next;
+		if (wrong != NULL && at < m->flushed && (good = from_at(m, at, e)) < 0)
+			return -1;
+		if (good == 0) {
+			at = mbox_walk(m, &next, &mail, &ignored) > 0 ? next : at;
 			unfit = "from here on the index does not fit";
 		}
 	}
 	if (unfit == NULL && at > 0 && !m->now.writing && mix != m->now.mix)
 		unfit = "the index does not fit";
-	if (unfit != NULL && verify_tell(&v, false, at, unfit, e) != 0)
-		return -1;
-	if (unfit == NULL && at < m->flushed && m->now.writing &&
-	    verify_tell(&v, false, at, "the last run was cut off", e) != 0)
-		return -1;
-	return verify_rest(&v, at, e);
+	if (unfit == NULL && at < m->flushed && m->now.writing)
+		unfit = "the last run was cut off";
+	if (unfit != NULL)
+		verify_tell(&v, false, at, "", unfit);
+	return verify_rest(m, &v, at, e);
 }

@@ -238,7 +238,7 @@ static void archive_make(char **mbox, size_t *n, char **index, size_t *m)
 
 	must(mbox_open(&box, path, "INBOX", 0, &e) == 0);
 	for (uint32_t i = 0; i < 4; i++)
-		must(mbox_begin(box, i, &e) == 0 && mbox_write(box, mails[i], strlen(mails[i]), &e) == 0 &&
+		must(mbox_begin(box, &e) == 0 && mbox_write(box, mails[i], strlen(mails[i]), &e) == 0 &&
 		     mbox_end(box, 3 + i, i, i, &e) == 1);
 	must(mbox_close(box, &claim, &e) == 0);
 	snprintf(name, sizeof name, "%s.index", path);

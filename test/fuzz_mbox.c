@@ -137,7 +137,7 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 			mbox_commit(m, NULL, &e);
 			break;
 		default:
-			if (mbox_begin(m, p[1], &e) == 0 && mbox_write(m, p, n, &e) == 0)
+			if (mbox_begin(m, &e) == 0 && mbox_write(m, p, n, &e) == 0)
 				mbox_end(m, mbox_next_uid(m, uid) == uid ? 99 : uid, p[1], p[0], &e);
 			else
 				mbox_abort(m);
@@ -249,7 +249,7 @@ static void round_trip(const uint8_t *p, size_t n, size_t piece)
 		const uint8_t *next = memchr(p, 0xFF, n);
 		size_t length = next != NULL ? (size_t)(next - p) : n;
 
-		must(mbox_begin(m, (int64_t)length, &e) == 0);
+		must(mbox_begin(m, &e) == 0);
 		for (size_t i = 0; i < length; i += piece)
 			must(mbox_write(m, p + i, length - i < piece ? length - i : piece, &e) == 0);
 		if (length % 7 == 6) {
