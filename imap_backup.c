@@ -82,7 +82,7 @@ enum {
 	CHAIN_DEPTH = 8,                /* issuers of its own */
 	CHAIN_SIGNATURES = 32,          /* checked, of all that a chain could be made to cost */
 	CONNECT_SEC = 15,               /* for an address of a host, unless it is the last one */
-	STREAM_PLAIN_OCTETS = 16 << 10, /* read at once without TLS */
+	STREAM_RAW_OCTETS = 16 << 10,   /* read from the socket at once */
 	DRIP_RATE = 16,                 /* octets a second: what comes more slowly ... */
 	DRIP_TIMEOUTS = 30,             /* ... for so many times "timeout" comes for ever */
 	COMPRESS_RATE = 6000,           /* octets a ms, 50 Mbit/s: a slower line is worth it */
@@ -2106,7 +2106,8 @@ static void trust_load(struct trust *t, const char *path)
 
 /*
  * TCP, TLS, timeouts and counters; it knows no IMAP. Everything sticks: after an error each call
- * fails and s->err says why. What arrives is lent from the TLS engine's own buffer, uncopied.
+ * fails and s->err says why. What arrives is lent from the TLS engine's own buffer, or without TLS from
+ * ours, uncopied.
  */
 struct tls {
 	br_ssl_client_context client;
@@ -2123,7 +2124,8 @@ struct stream {
 	struct err err;          /* the first error; sticks */
 	const uint8_t *at, *end; /* what has arrived and is not consumed */
 	size_t lent;             /* octets of the TLS engine's that 'end' ends */
-	uint8_t *plain;          /* owned; without TLS they are here */
+	uint8_t *raw;            /* owned; as read from the socket, of which ... */
+	size_t raw_at, raw_end;  /* ... these octets were not taken yet */
 	struct inflate *inflate; /* owned; NULL: nothing is compressed */
 	uint64_t in, out;        /* octets of payload, as they are on the line */
 	unsigned waits;          /* how often it was our turn to wait for an answer */
@@ -2193,9 +2195,13 @@ static int stream_wait(struct stream *s, short events, unsigned seconds, const c
 	}
 }
 
-static ssize_t stream_receive(struct stream *s, void *to, size_t n)
+/*
+ * Have octets from the socket in s->raw. Servers send small records, and BearSSL would read each in two
+ * parts: on a PC as many calls of the system cost more than to decrypt.
+ */
+static int stream_receive(struct stream *s)
 {
-	for (;;) {
+	while (s->raw_at == s->raw_end) {
 		ssize_t got;
 
 		/* Records without content, or compressed data without output, could go on for ever. */
@@ -2205,10 +2211,12 @@ static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 					   EMPTY_MAX);
 		if (stream_stop(s, false) != 0)
 			return -1;
-		got = recv(s->fd, to, n, 0);
+		got = recv(s->fd, s->raw, STREAM_RAW_OCTETS, 0);
 		if (got > 0) {
 			s->empty += (size_t)got;
-			return got;
+			s->raw_at = 0;
+			s->raw_end = (size_t)got;
+			break;
 		}
 		if (got == 0)
 			return stream_fail(s, E_NET,
@@ -2225,6 +2233,7 @@ static ssize_t stream_receive(struct stream *s, void *to, size_t n)
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
 		}
 	}
+	return 0;
 }
 
 static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
@@ -2367,9 +2376,12 @@ static int tls_run(struct stream *s, unsigned wanted)
 			return 0;
 		} else if (state & BR_SSL_RECVREC) {
 			octets = br_ssl_engine_recvrec_buf(engine, &room);
-			if ((n = stream_receive(s, octets, room)) < 0)
+			if (stream_receive(s) != 0)
 				return -1;
-			br_ssl_engine_recvrec_ack(engine, (size_t)n);
+			room = room < s->raw_end - s->raw_at ? room : s->raw_end - s->raw_at;
+			memcpy(octets, s->raw + s->raw_at, room);
+			s->raw_at += room;
+			br_ssl_engine_recvrec_ack(engine, room);
 		} else {
 			return stream_fail(s, E_PROTO, "the server talks while TLS cannot listen");
 		}
@@ -2449,14 +2461,14 @@ static void stream_close(struct stream *s)
 		close(s->fd);
 	if (s->tls != NULL)
 		wipe(s->tls, sizeof *s->tls);
-	if (s->plain != NULL)
-		wipe(s->plain, STREAM_PLAIN_OCTETS);
+	if (s->raw != NULL)
+		wipe(s->raw, STREAM_RAW_OCTETS);
 	free(s->tls);
-	free(s->plain);
+	free(s->raw);
 	free(s->inflate);
 	s->fd = -1;
 	s->tls = NULL;
-	s->plain = NULL;
+	s->raw = NULL;
 	s->inflate = NULL;
 }
 
@@ -2503,10 +2515,8 @@ static int stream_open(struct stream *s, const struct account *account, const st
 					   ? " (\"ssl\": true uses port 993)"
 					   : "");
 	}
-	if (account->ssl == SSL_ON)
-		return stream_start_tls(s, trust);
-	s->plain = allocate(STREAM_PLAIN_OCTETS);
-	return 0;
+	s->raw = allocate(STREAM_RAW_OCTETS);
+	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
 /* Return true if the server is on this machine, so that nobody can listen on the way. */
@@ -2542,12 +2552,11 @@ static int stream_take(struct stream *s, const uint8_t **at, const uint8_t **end
 		*at = br_ssl_engine_recvapp_buf(engine, &n);
 		s->lent = n;
 	} else {
-		ssize_t got = stream_receive(s, s->plain, STREAM_PLAIN_OCTETS);
-
-		if (got < 0)
+		if (stream_receive(s) != 0)
 			return -1;
-		*at = s->plain;
-		n = (size_t)got;
+		*at = s->raw + s->raw_at;
+		n = s->raw_end - s->raw_at;
+		s->raw_at = s->raw_end;
 	}
 	*end = *at + n;
 	s->in += n;
@@ -4120,7 +4129,6 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 static int imap_greet(struct imap *im, const struct trust *trust)
 {
 	const struct account *account = im->s.account;
-	uint8_t *plain;
 
 	/* "* OK", "* PREAUTH" or "* BYE"; HTTP servers and the like say something else. */
 	while (imap_blanks(im) == '\n')
@@ -4140,12 +4148,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	if (!im->preauth && im->capabilities & CAP_STARTTLS) {
 		if (imap_do(im, "STARTTLS", imap_send(im, NULL, "STARTTLS"), &im->s.err) != 0)
 			return -1;
-		plain = im->s.plain;
 		if (stream_start_tls(&im->s, trust) != 0)
 			return -1;
-		im->s.plain = NULL;
-		im->s.at = im->s.end = NULL;
-		free(plain);
 		im->capabilities = 0; /* nothing that was said in the clear counts any more */
 		im->capabilities_known = false;
 		return imap_know_capabilities(im);

@@ -716,7 +716,7 @@ static void serve(struct imap *im, const char *text, size_t n, size_t pieces)
 
 	*im = (struct imap){ .flight = IMAP_FLIGHT_MAX - 8 };
 	im->s = (struct stream){ .fd = -1, .account = &account, .timeout_sec = 1,
-				 .plain = allocate(STREAM_PLAIN_OCTETS) };
+				 .raw = allocate(STREAM_RAW_OCTETS) };
 	said = text;
 	said_octets = n;
 	piece = pieces;
