@@ -28,7 +28,7 @@
  *
  * The index, all numbers little-endian:
  *
- *        0  "imap_backup idx2", u32 length of the mailbox's name, u32 its checksum, the name
+ *        0  "imap_backup idx3", u32 length of the mailbox's name, u32 its checksum, the name
  *     1536  the index's state (struct state)
  *     2048  a record of 64 octets for each message or other name of one, in the order of storing
  *
@@ -69,7 +69,7 @@ enum {
 	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
-static const char index_magic[] = "imap_backup idx2";
+static const char index_magic[] = "imap_backup idx3";
 static const char status_field[] = "X-Mozilla-Status: ";
 static const char made_domain[] = "@imap_backup.py.local>";
 
@@ -110,14 +110,14 @@ static bool is_space(uint8_t c)
 }
 
 /*
- * The checksum of stored octets and of the index: a chain of multiplications over little-endian
- * words, as fast as memory. It finds what power cuts, bit rot and other programs do; it is no
- * defence against somebody who computes it too.
+ * The checksum of stored octets and of the index: two chains of multiplications over little-endian
+ * words, since a CPU can do two at a time; as fast as memory. It finds what power cuts, bit rot and
+ * other programs do; it is no defence against somebody who computes it too.
  */
 struct sum {
-	uint64_t value;
+	uint64_t even, odd; /* of the words */
 	uint64_t octets;
-	uint8_t rest[8]; /* octets % 8 of them wait for their word to be whole */
+	uint8_t rest[16]; /* octets % 16 of them wait for their two words to be whole */
 };
 
 static uint64_t sum_step(uint64_t value, uint64_t word)
@@ -128,29 +128,36 @@ static uint64_t sum_step(uint64_t value, uint64_t word)
 
 static void sum_feed(struct sum *s, const uint8_t *p, size_t n)
 {
-	size_t rest = s->octets % 8;
+	uint64_t even = s->even, odd = s->odd;
+	size_t rest = s->octets % 16, take = n < 16 - rest ? n : 16 - rest;
 
 	s->octets += n;
 	if (rest > 0) {
-		size_t take = n < 8 - rest ? n : 8 - rest;
-
 		memcpy(s->rest + rest, p, take);
 		p += take;
 		n -= take;
-		if (rest + take < 8)
+		if (rest + take < 16)
 			return;
-		s->value = sum_step(s->value, get_word(s->rest));
+		even = sum_step(even, get_word(s->rest));
+		odd = sum_step(odd, get_word(s->rest + 8));
 	}
-	for (; n >= 8; p += 8, n -= 8)
-		s->value = sum_step(s->value, get_word(p));
+	for (; n >= 16; p += 16, n -= 16) {
+		even = sum_step(even, get_word(p));
+		odd = sum_step(odd, get_word(p + 8));
+	}
+	s->even = even;
+	s->odd = odd;
 	memcpy(s->rest, p, n);
 }
 
 static uint64_t sum_end(const struct sum *s)
 {
-	uint64_t value = sum_step(s->value, get_number(s->rest, s->octets % 8));
+	uint8_t last[16] = { 0 };
 
-	return sum_step(value, s->octets);
+	memcpy(last, s->rest, s->octets % 16);
+	/* The length stands between the two, for sum_step() does not tell its arguments apart. */
+	return sum_step(sum_step(sum_step(s->even, get_word(last)), s->octets),
+			sum_step(s->odd, get_word(last + 8)));
 }
 
 static uint64_t sum_of(const uint8_t *p, size_t n)
@@ -1605,7 +1612,7 @@ static int put(struct mbox *m, const void *octets, size_t n, struct err *e)
 		p += part;
 		n -= part;
 	}
-	memcpy(m->buffer + m->buffered, p, n);
+	memmove(m->buffer + m->buffered, p, n); /* memcpy() is inlined with -Os, and slow for a short line */
 	m->buffered += n;
 	return 0;
 }
