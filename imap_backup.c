@@ -2124,8 +2124,7 @@ struct stream {
 	struct err err;          /* the first error; sticks */
 	const uint8_t *at, *end; /* what has arrived and is not consumed */
 	size_t lent;             /* octets of the TLS engine's that 'end' ends */
-	uint8_t *raw;            /* owned; as read from the socket, of which ... */
-	size_t raw_at, raw_end;  /* ... these octets were not taken yet */
+	size_t raw_at, raw_end;  /* octets of 'raw' that were not taken yet */
 	struct inflate *inflate; /* owned; NULL: nothing is compressed */
 	uint64_t in, out;        /* octets of payload, as they are on the line */
 	unsigned waits;          /* how often it was our turn to wait for an answer */
@@ -2136,6 +2135,7 @@ struct stream {
 	int64_t stop_ms;         /* when it was first seen that the run is to end; 0: not yet */
 	bool sent;               /* something was sent since the last wait */
 	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
+	uint8_t raw[STREAM_RAW_OCTETS]; /* as read from the socket */
 };
 
 PRINTF(3, 4) static int stream_fail(struct stream *s, enum err_code code, const char *format, ...)
@@ -2164,35 +2164,38 @@ static int stream_stop(struct stream *s, bool silent)
 	return stream_fail(s, E_STOPPED, stop_asked ? "stopped by a signal" : "the parent process is gone");
 }
 
-/* Wait until the socket can be read (POLLIN) or written (POLLOUT), in all for so many seconds. */
+/*
+ * Wait until the socket can be read (POLLIN) or written (POLLOUT), in all for so many seconds; what is to
+ * be read may also come too slowly.
+ */
 static int stream_wait(struct stream *s, short events, unsigned seconds, const char *what)
 {
-	int64_t began = now_ms(), quiet_ms = events == POLLIN ? s->quiet_ms : 0;
+	const int64_t began = now_ms(), quiet_ms = events == POLLIN ? s->quiet_ms : 0;
+	struct pollfd fd = { .fd = s->fd, .events = events };
+	int64_t waited_ms;
 
+	if (events == POLLIN && s->owed_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
+		return stream_fail(s, E_NET, "the server sends less than %d octets a second", DRIP_RATE);
 	if (events == POLLIN && s->sent) {
 		s->waits++;
 		s->sent = false;
 	}
-	for (;;) {
-		struct pollfd fd = { .fd = s->fd, .events = events };
-		int64_t left = (int64_t)seconds * 1000 - quiet_ms - (now_ms() - began);
-		int n = poll(&fd, 1, left < 1000 ? left < 0 ? 0 : (int)left : 1000);
+	do {
+		int n = poll(&fd, 1, 1000);
 
 		if (n < 0 && errno != EINTR)
 			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
 		if (stream_stop(s, n == 0) != 0)
 			return -1;
-		if (n > 0 && left > 0) {
-			int64_t waited_ms = now_ms() - began;
-
+		waited_ms = now_ms() - began;
+		if (n > 0 && quiet_ms + waited_ms <= (int64_t)seconds * 1000) {
 			s->waited_ms += waited_ms;
 			s->owed_ms += waited_ms;
 			s->quiet_ms += waited_ms;
 			return 0;
 		}
-		if (left <= (n == 0 ? 1000 : 0))
-			return stream_fail(s, E_NET, "%s: nothing for %u seconds", what, seconds);
-	}
+	} while (quiet_ms + waited_ms < (int64_t)seconds * 1000);
+	return stream_fail(s, E_NET, "%s: nothing for %u seconds", what, seconds);
 }
 
 /*
@@ -2211,7 +2214,7 @@ static int stream_receive(struct stream *s)
 					   EMPTY_MAX);
 		if (stream_stop(s, false) != 0)
 			return -1;
-		got = recv(s->fd, s->raw, STREAM_RAW_OCTETS, 0);
+		got = recv(s->fd, s->raw, sizeof s->raw, 0);
 		if (got > 0) {
 			s->empty += (size_t)got;
 			s->raw_at = 0;
@@ -2222,38 +2225,28 @@ static int stream_receive(struct stream *s)
 			return stream_fail(s, E_NET,
 					   s->tls != NULL ? "connection cut without a TLS close"
 							  : "connection closed by the server");
-		if (errno == EAGAIN || errno == EWOULDBLOCK) {
-			if (s->owed_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
-				return stream_fail(s, E_NET,
-						   "the server sends less than %d octets a second",
-						   DRIP_RATE);
-			if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
-				return -1;
-		} else if (errno != EINTR) {
+		if (errno != EAGAIN && errno != EINTR)
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
-		}
+		if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
+			return -1;
 	}
 	return 0;
 }
 
 static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 {
-	for (;;) {
-		ssize_t put = send(s->fd, from, n, MSG_NOSIGNAL);
+	ssize_t put;
 
-		if (put > 0) {
-			s->sent = true;
-			return put;
-		}
-		if (put < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-			if (stream_wait(s, POLLOUT, s->timeout_sec, "sending to the server") != 0)
-				return -1;
-		} else if (errno == EPIPE || errno == ECONNRESET) {
+	while ((put = send(s->fd, from, n, MSG_NOSIGNAL)) < 0) {
+		if (errno == EPIPE || errno == ECONNRESET)
 			return (ssize_t)n; /* it is in vain, but reading tells more: a BYE may be there */
-		} else if (errno != EINTR) {
+		if (errno != EAGAIN && errno != EINTR)
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
-		}
+		if (stream_wait(s, POLLOUT, s->timeout_sec, "sending to the server") != 0)
+			return -1;
 	}
+	s->sent = true;
+	return put;
 }
 
 #define SUITE(name) BR_TLS_##name, #name
@@ -2280,49 +2273,44 @@ enum { N_SUITES = sizeof tls_suites / sizeof *tls_suites };
 /* Why the handshake or the connection failed, in words. */
 static int tls_fail(struct stream *s)
 {
-	static const char no_tls[] = "what answers does not speak TLS (a proxy or captive portal?)";
+	static const char no_tls[] =
+		"no TLS is spoken here (143 is the port for \"ssl\": false, 993 for true; or a proxy answers)";
 	static const struct {
 		int code;
-		bool final; /* it would be the same at the next try */
+		enum err_code grade;
 		const char *text;
 	} words[] = {
-		{ BR_ERR_BAD_VERSION, false, no_tls },
-		{ BR_ERR_UNKNOWN_TYPE, false, no_tls },
-		{ BR_ERR_BAD_MAC, false, "data damaged on the way" },
-		{ BR_ERR_NO_RANDOM, true, "no random numbers: /dev/urandom cannot be read" },
-		{ BR_ERR_WRONG_KEY_USAGE, true, "the certificate's key usage does not allow this cipher" },
-		{ BR_ERR_RECV_FATAL_ALERT + 40, true,
+		{ BR_ERR_BAD_VERSION, E_ACCOUNT, no_tls },
+		{ BR_ERR_UNKNOWN_TYPE, E_NET, no_tls },
+		{ BR_ERR_UNSUPPORTED_VERSION, E_ACCOUNT,
+		  "the server speaks only TLS 1.0 or 1.1; BearSSL speaks 1.2" },
+		{ BR_ERR_BAD_MAC, E_NET, "data damaged on the way" },
+		{ BR_ERR_NO_RANDOM, E_ACCOUNT, "no random numbers: /dev/urandom cannot be read" },
+		{ BR_ERR_WRONG_KEY_USAGE, E_ACCOUNT,
+		  "the certificate's key usage does not allow this cipher" },
+		{ BR_ERR_RECV_FATAL_ALERT + 40, E_ACCOUNT,
 		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, or have an "
 		  "RSA-PSS or Ed25519 key)" },
-		{ BR_ERR_RECV_FATAL_ALERT + 70, true,
+		{ BR_ERR_RECV_FATAL_ALERT + 70, E_ACCOUNT,
 		  "the server speaks only TLS 1.3, or only something older than 1.2; BearSSL speaks 1.2" },
-		{ BR_ERR_RECV_FATAL_ALERT + 80, false, "the server has an internal error" },
-		{ BR_ERR_RECV_FATAL_ALERT + 112, true, "the server does not know this host name" },
+		{ BR_ERR_RECV_FATAL_ALERT + 80, E_NET, "the server has an internal error" },
+		{ BR_ERR_RECV_FATAL_ALERT + 112, E_ACCOUNT, "the server does not know this host name" },
 	};
-	struct tls *t = s->tls;
-	const struct verifier *v = &t->verifier;
-	int code = br_ssl_engine_last_error(&t->client.eng);
-	const char *host = s->account->host;
-	bool unpinned = s->account->pins == 0 && *v->fingerprint != '\0';
+	const struct verifier *v = &s->tls->verifier;
+	const char *host = s->account->host, *pin = s->account->pins == 0 ? v->fingerprint : "";
+	int code = br_ssl_engine_last_error(&s->tls->client.eng);
 
-	if (s->err.code != E_NONE)
-		return -1;
 	if (code == BR_ERR_OK)
 		return stream_fail(s, E_NET, "connection closed by the server");
 	if (v->err.code != E_NONE)
 		return stream_fail(s, E_ACCOUNT, "%.60s: %s%s%s%s", host, v->err.text,
-				   unpinned ? "; to trust it alone: \"tls_fingerprint\": \"" : "",
-				   unpinned ? v->fingerprint : "", unpinned ? "\"" : "");
-	if (code == BR_ERR_UNSUPPORTED_VERSION)
-		return stream_fail(
-			s, E_ACCOUNT, "%s: TLS: %s", host,
-			t->client.eng.version_in != 0
-				? "the server speaks only TLS 1.0 or 1.1; BearSSL speaks 1.2"
-				: "no TLS is spoken here (143 is the port for \"ssl\": false, 993 for true)");
+				   *pin != '\0' ? "; to trust it alone: \"tls_fingerprint\": \"" : "", pin,
+				   *pin != '\0' ? "\"" : "");
+	if (code == BR_ERR_UNSUPPORTED_VERSION && s->tls->client.eng.version_in == 0)
+		code = BR_ERR_BAD_VERSION; /* nothing like a record has come */
 	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
 		if (words[i].code == code)
-			return stream_fail(s, words[i].final ? E_ACCOUNT : E_NET, "%s: TLS: %s", host,
-					   words[i].text);
+			return stream_fail(s, words[i].grade, "%s: TLS: %s", host, words[i].text);
 	return stream_fail(s, code < 64 ? E_ACCOUNT : E_NET, "%s: TLS failed with BearSSL's error %d", host,
 			   code);
 }
@@ -2461,14 +2449,11 @@ static void stream_close(struct stream *s)
 		close(s->fd);
 	if (s->tls != NULL)
 		wipe(s->tls, sizeof *s->tls);
-	if (s->raw != NULL)
-		wipe(s->raw, STREAM_RAW_OCTETS);
+	wipe(s->raw, sizeof s->raw);
 	free(s->tls);
-	free(s->raw);
 	free(s->inflate);
 	s->fd = -1;
 	s->tls = NULL;
-	s->raw = NULL;
 	s->inflate = NULL;
 }
 
@@ -2515,7 +2500,6 @@ static int stream_open(struct stream *s, const struct account *account, const st
 					   ? " (\"ssl\": true uses port 993)"
 					   : "");
 	}
-	s->raw = allocate(STREAM_RAW_OCTETS);
 	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
@@ -2524,16 +2508,13 @@ static bool stream_is_local(const struct stream *s)
 {
 	struct sockaddr_storage own, peer;
 	socklen_t n = sizeof own, m = sizeof peer;
-	size_t at = offsetof(struct sockaddr_in6, sin6_addr), octets = sizeof(struct in6_addr);
+	char text[2][64];
 
-	if (getsockname(s->fd, (struct sockaddr *)&own, &n) != 0 ||
-	    getpeername(s->fd, (struct sockaddr *)&peer, &m) != 0 || own.ss_family != peer.ss_family)
-		return false;
-	if (own.ss_family == AF_INET) {
-		at = offsetof(struct sockaddr_in, sin_addr);
-		octets = sizeof(struct in_addr);
-	}
-	return memcmp((char *)&own + at, (char *)&peer + at, octets) == 0;
+	return getsockname(s->fd, (struct sockaddr *)&own, &n) == 0 &&
+	       getpeername(s->fd, (struct sockaddr *)&peer, &m) == 0 &&
+	       getnameinfo((struct sockaddr *)&own, n, text[0], sizeof *text, NULL, 0, NI_NUMERICHOST) == 0 &&
+	       getnameinfo((struct sockaddr *)&peer, m, text[1], sizeof *text, NULL, 0, NI_NUMERICHOST) == 0 &&
+	       strcmp(text[0], text[1]) == 0;
 }
 
 /* At least one octet as it comes over the line, lent until the next call. */
