@@ -1150,8 +1150,8 @@ struct inflate {
 	size_t bits;                   /* what is; the next bit is the lowest, and 0 follows the last */
 	unsigned n_bits;               /* of a register: 64 would be slow where it has 32 */
 	const char *wrong;             /* with the compressed data, in words; sticks */
-	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_DATA, INFLATE_OVER } state;
-	bool last;         /* this block is */
+	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_DATA } state;
+	bool last;         /* the block read now, or just read, is */
 	bool full;         /* the ring has been written round */
 	unsigned at;       /* where in the ring the next octet belongs */
 	unsigned left;     /* octets of the stored block, or of the match in hand */
@@ -1319,6 +1319,9 @@ static bool inflate_block(struct inflate *f)
 {
 	unsigned v, check;
 
+	if (f->last) /* the other bits of its last octet mean nothing */
+		return inflate_take(f, f->n_bits % 8, &v) && inflate_take(f, 8, &v) &&
+		       inflate_fail(f, "octets after its end");
 	if (!inflate_take(f, 3, &v))
 		return false;
 	f->last = v & 1;
@@ -1348,24 +1351,16 @@ static bool inflate_block(struct inflate *f)
 static bool inflate_stored(struct inflate *f)
 {
 	unsigned v;
-	size_t n = 0;
 
-	if (f->left > 0) { /* it may be in f->bits, or not here yet */
+	for (bool any = false; f->left > 0; any = true) {
+		if (f->at == INFLATE_WINDOW || (any && f->n_bits == 0 && f->in == f->end))
+			return true; /* it goes out first */
 		if (!inflate_take(f, 8, &v))
 			return false;
 		f->window[f->at++] = (uint8_t)v;
 		f->left--;
 	}
-	if (f->n_bits == 0)
-		n = (size_t)(f->end - f->in);
-	n = n < f->left ? n : f->left;
-	n = n < INFLATE_WINDOW - f->at ? n : INFLATE_WINDOW - f->at;
-	memcpy(f->window + f->at, f->in, n);
-	f->in += n;
-	f->at += (unsigned)n;
-	f->left -= (unsigned)n;
-	if (f->left == 0)
-		f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
+	f->state = INFLATE_BLOCK;
 	return true;
 }
 
@@ -1435,7 +1430,7 @@ static bool inflate_data(struct inflate *f)
 				continue;
 			}
 			if (on && symbol == INFLATE_END) {
-				f->state = f->last ? INFLATE_OVER : INFLATE_BLOCK;
+				f->state = INFLATE_BLOCK;
 				break;
 			}
 			on = on && inflate_pair(f, &bits, &n_bits, symbol, &left, &distance);
@@ -1456,23 +1451,13 @@ static bool inflate_data(struct inflate *f)
 	return on;
 }
 
-/* The last block has ended; its octet's other bits mean nothing. */
-static bool inflate_over(struct inflate *f)
-{
-	unsigned v;
-
-	return inflate_take(f, f->n_bits % 8, &v) && inflate_take(f, 8, &v) &&
-	       inflate_fail(f, "octets after its end");
-}
-
 /*
  * Decode until there is something to give out. *out and *n receive it: at least one octet, lent until
  * the next call. Returns 0, or -1 if f->wrong says what is wrong, or else ask() had nothing.
  */
 static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
 {
-	static bool (*const steps[])(struct inflate *) = { inflate_block, inflate_stored, inflate_data,
-							   inflate_over }; /* by state */
+	static bool (*const steps[])(struct inflate *) = { inflate_block, inflate_stored, inflate_data };
 	unsigned from;
 
 	if (f->at == INFLATE_WINDOW) {
@@ -1480,7 +1465,7 @@ static int inflate_run(struct inflate *f, const uint8_t **out, size_t *n)
 		f->at = 0;
 	}
 	from = f->at;
-	while (f->at == from && f->wrong == NULL && steps[f->state](f))
+	while (f->at == from && f->wrong == NULL && steps[f->state](f)) /* a step for each state */
 		;
 	*out = f->window + from;
 	*n = f->at - from;
