@@ -1714,32 +1714,21 @@ static int host_judge(const struct verifier *v, struct err *e)
 		       *text != '\0' ? text : "another name", v->host);
 }
 
-/* Judge whether a name lies within the base of a name constraint. */
-static int name_in_base(unsigned tag, struct der name, struct der base)
+/* Return true if a name lies within the base of a name constraint. */
+static bool name_in_base(unsigned tag, struct der name, struct der base)
 {
 	size_t n = der_octets(name), m = der_octets(base);
-	bool inside = true;
 
-	switch (tag) {
-	case NAME_DNS: /* the base, or with more in front; with a dot in front it stands only for those */
-		inside = n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
-			 (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
-		break;
-	case NAME_ADDRESS: /* and a mask */
-		if (m != 8 && m != 32)
-			return NAME_UNCLEAR;
-		for (size_t i = 0; i < n; i++)
-			inside = inside && ((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) == 0;
-		inside = inside && m == 2 * n;
-		break;
-	case NAME_DIRECTORY:
-		inside = der_next(&base, DER_SEQUENCE, &base) && n >= (m = der_octets(base)) &&
-			 memcmp(name.at, base.at, m) == 0;
-		break;
-	default:
-		return NAME_UNCLEAR;
-	}
-	return inside ? NAME_INSIDE : NAME_OUTSIDE;
+	if (tag == NAME_DNS) /* the base, or with more in front; with a dot in front it stands only for those */
+		return n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
+		       (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
+	if (tag == NAME_DIRECTORY)
+		return der_next(&base, DER_SEQUENCE, &base) && n >= (m = der_octets(base)) &&
+		       memcmp(name.at, base.at, m) == 0;
+	for (size_t i = 0; i < n; i++) /* of an address; the base has a mask behind it */
+		if (((name.at[i] ^ der_octet(base, i)) & der_octet(base, n + i)) != 0)
+			return false;
+	return m == 2 * n;
 }
 
 /* Judge one name by the name constraints of an issuer (RFC 5280 4.2.1.10); it may have none. */
@@ -1752,21 +1741,22 @@ static int name_judge(struct der constraints, unsigned tag, struct der name)
 		if (!der_next(&constraints, list, &trees))
 			continue;
 		while (der_octets(trees) > 0) {
-			int place;
+			bool inside;
 
 			if (!der_next(&trees, DER_SEQUENCE, &tree))
 				return NAME_UNCLEAR;
 			if (der_octet(tree, 0) != tag)
 				continue;
-			/* A minimum or maximum may follow. What is excluded may be spelt in another way. */
+			/* A minimum or maximum may follow. A directory that is excluded may be spelt otherwise. */
 			if (!der_next(&tree, tag, &base) || der_octets(tree) > 0 ||
-			    (place = name_in_base(tag, name, base)) == NAME_UNCLEAR ||
-			    (list == 0xA1 && tag == NAME_DIRECTORY))
+			    !(tag == NAME_DNS || (tag == NAME_DIRECTORY && list == 0xA0) ||
+			      (tag == NAME_ADDRESS && (der_octets(base) == 8 || der_octets(base) == 32))))
 				return NAME_UNCLEAR;
-			if (list == 0xA1 && place == NAME_INSIDE)
+			inside = name_in_base(tag, name, base);
+			if (list == 0xA1 && inside)
 				return NAME_OUTSIDE;
 			limited = limited || list == 0xA0;
-			permitted = permitted || place == NAME_INSIDE;
+			permitted = permitted || inside;
 		}
 	}
 	if (der_octets(constraints) > 0)
@@ -2008,10 +1998,10 @@ static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_
 					      verifier_get_pkey };
 
 /*
- * Read the certificates of a PEM file (RFC 7468) that BearSSL can use. Our own reader: BearSSL's loses
- * a certificate without a final line end, and all of them in a file with CRLF.
+ * Read the certificates of a PEM file (RFC 7468) that BearSSL can use, or say in t->err why not. Our own
+ * reader: BearSSL's loses a certificate without a final line end, and all of them in a file with CRLF.
  */
-static int trust_read(struct trust *t, const char *path, struct err *e)
+static void trust_read(struct trust *t, const char *path)
 {
 	FILE *file = fopen(path, "re");
 	size_t n = 0, room;
@@ -2022,8 +2012,10 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	uint8_t *der;
 	char line[256];
 
-	if (file == NULL || fstat(fileno(file), &st) != 0)
-		return err_errno(e, E_ACCOUNT, "%s: cannot read the CA bundle", path);
+	if (file == NULL || fstat(fileno(file), &st) != 0) {
+		err_errno(&t->err, E_ACCOUNT, "%s: cannot read the CA bundle", path);
+		return;
+	}
 	room = st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX;
 	der = allocate(room);
 	t->anchors = (struct der){ der, der };
@@ -2040,9 +2032,9 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 			digits = 0;
 		}
 		for (const char *p = line; inside && *p != '\0' && *p != '=' && *p != '-'; p++) {
-			const char *digit = strchr(base64_digits, *p);
+			const char *digit = memchr(base64_digits, *p, 64);
 
-			if (digit == NULL || digit - base64_digits > 63)
+			if (digit == NULL)
 				continue;
 			bits = bits << 6 | (uint32_t)(digit - base64_digits);
 			if (++digits % 4 != 1 && n < room)
@@ -2051,12 +2043,11 @@ static int trust_read(struct trust *t, const char *path, struct err *e)
 	}
 	fclose(file);
 	if (der_octets(t->anchors) == 0)
-		return err_set(e, E_ACCOUNT,
-			       "%s: no certificate in it that could be used; expected a PEM file", path);
-	return 0;
+		err_set(&t->err, E_ACCOUNT,
+			"%s: no certificate in it that could be used; expected a PEM file", path);
 }
 
-/* Load a CA bundle, or say in t->err why not: the file named, else SSL_CERT_FILE, else the first usual place that has one. */
+/* Load a CA bundle: the file named, else SSL_CERT_FILE, else the first usual place that has one. */
 static void trust_load(struct trust *t, const char *path)
 {
 	static const char *const places[] = {
@@ -2072,19 +2063,17 @@ static void trust_load(struct trust *t, const char *path)
 	};
 
 	t->named = path;
-	if (path == NULL)
-		path = getenv("SSL_CERT_FILE");
+	path = path != NULL ? path : getenv("SSL_CERT_FILE");
 	for (size_t i = 0; path == NULL && i < sizeof places / sizeof *places; i++)
-		if (access(places[i], R_OK) == 0)
-			path = places[i];
-	if (path == NULL)
-		err_set(&t->err, E_ACCOUNT,
-			"this device has no CA bundle (looked for SSL_CERT_FILE, %s, "
-			"%s and others); copy cacert.pem from curl.se and name it as \"ca_file\", or "
-			"set \"tls_fingerprint\" (--check prints it)",
-			places[0], places[3]);
+		path = access(places[i], R_OK) == 0 ? places[i] : NULL;
+	if (path != NULL)
+		trust_read(t, path);
 	else
-		trust_read(t, path, &t->err);
+		err_set(&t->err, E_ACCOUNT,
+			"this device has no CA bundle (looked for SSL_CERT_FILE, %s, %s and others); copy "
+			"cacert.pem from curl.se and name it as \"ca_file\", or set \"tls_fingerprint\" "
+			"(--check prints it)",
+			places[0], places[3]);
 }
 
 /* ======== stream: moves octets to and from one server ======== */
@@ -2403,9 +2392,9 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 /* Connect the socket to one address. */
 static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds)
 {
-	int on = 1, error = 0;
+	const int64_t began = now_ms();
+	int on = 1, error;
 	socklen_t n = sizeof error;
-	int64_t began = now_ms();
 
 	s->fd = socket(address->ai_family, address->ai_socktype, address->ai_protocol);
 	if (s->fd < 0)
@@ -2415,17 +2404,16 @@ static int stream_connect(struct stream *s, const struct addrinfo *address, unsi
 	setsockopt(s->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 	setsockopt(s->fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
 	s->sent = true;
-	if (connect(s->fd, address->ai_addr, address->ai_addrlen) != 0) {
-		if (errno != EINPROGRESS)
-			return stream_fail(s, E_NET, "%s", strerror(errno));
+	error = connect(s->fd, address->ai_addr, address->ai_addrlen) == 0 ? 0 : errno;
+	if (error == EINPROGRESS) {
 		s->waits++;
 		if (stream_wait(s, POLLOUT, seconds, "connecting") != 0)
 			return -1;
-		if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0 || error != 0)
-			return stream_fail(s, E_NET, "%s", strerror(error));
+		if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0)
+			error = errno;
 	}
 	s->connect_ms = now_ms() - began;
-	return 0;
+	return error == 0 ? 0 : stream_fail(s, E_NET, "%s", strerror(error));
 }
 
 static void stream_close(struct stream *s)
@@ -2595,19 +2583,16 @@ static int stream_put(struct stream *s, const uint8_t *p, size_t n)
 	if (s->err.code != E_NONE)
 		return -1;
 	s->out += n;
-	while (n > 0) {
-		size_t part;
-
+	for (size_t part; n > 0; p += part, n -= part) {
 		if (s->tls != NULL) {
-			br_ssl_engine_context *engine = &s->tls->client.eng;
 			uint8_t *to;
 
 			if (tls_run(s, BR_SSL_SENDAPP) != 0)
 				return -1;
-			to = br_ssl_engine_sendapp_buf(engine, &part);
+			to = br_ssl_engine_sendapp_buf(&s->tls->client.eng, &part);
 			part = part < n ? part : n;
 			memcpy(to, p, part);
-			br_ssl_engine_sendapp_ack(engine, part);
+			br_ssl_engine_sendapp_ack(&s->tls->client.eng, part);
 		} else {
 			ssize_t put = stream_transmit(s, p, n);
 
@@ -2615,8 +2600,6 @@ static int stream_put(struct stream *s, const uint8_t *p, size_t n)
 				return -1;
 			part = (size_t)put;
 		}
-		p += part;
-		n -= part;
 	}
 	return 0;
 }
