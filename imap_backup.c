@@ -105,7 +105,7 @@ enum {
 	IMAP_FLIGHT_OCTETS = 4 << 10,   /* and octets: more could block both sides */
 	IMAP_NOISE_MAX = 16 << 20,      /* octets without anything that we asked for */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
-	SET_TEXT_OCTETS = IMAP_LINE_MAX - 120, /* of a command are its UIDs */
+	SET_TEXT_OCTETS = IMAP_LINE_MAX - 100, /* of a command are its UIDs */
 	BATCH_RANGES = 128,                    /* of UIDs in one command */
 	RECORD_MAX = 4096,                     /* octets of what a process reports at once: PIPE_BUF */
 	REPORT_MAX = 4 << 20,                  /* of what --json tells of an account */
@@ -2730,58 +2730,36 @@ static uint32_t set_next(const struct set *set, uint32_t uid)
 	return set->ranges[low].low > uid ? set->ranges[low].low : uid;
 }
 
-static bool set_has(const struct set *set, uint32_t uid)
-{
-	return uid != 0 && set_next(set, uid) == uid;
-}
-
-/* Write a range as a sequence set does (RFC 3501 9), closed with NUL; returns its length. */
-static size_t range_text(char out[24], const struct range *r)
-{
-	int n = sprintf(out, "%lu", (unsigned long)r->low);
-
-	if (r->high > r->low)
-		n += sprintf(out + n, ":%lu", (unsigned long)r->high);
-	return (size_t)n;
-}
-
-/* Take up to 'count' UIDs out of a sorted set, lowest first, as many as a command's line holds. */
-static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH_RANGES])
+/*
+ * Take up to 'count' UIDs out of a set, lowest first, as many as a command's line holds. They are given as ranges,
+ * and as text (RFC 3501 9, sequence-set). Returns how many ranges they are.
+ */
+static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH_RANGES],
+			 char text[SET_TEXT_OCTETS])
 {
 	unsigned n = 0;
 	size_t octets = 0;
-	char text[24];
 
-	while (n < BATCH_RANGES && count > 0 && set->taken < set->n) {
-		struct range *range = &set->ranges[set->taken];
-		uint32_t part = range->high - range->low;
+	set_sort(set);
+	while (n < BATCH_RANGES && count > 0 && set->taken < set->n && octets < SET_TEXT_OCTETS - 24) {
+		struct range *from = &set->ranges[set->taken];
+		uint32_t most = from->high - from->low,
+			 high = from->low + (most < count - 1 ? most : count - 1);
 
-		part = part < count - 1 ? part : count - 1;
-		out[n] = (struct range){ range->low, range->low + part };
-		if ((octets += range_text(text, &out[n]) + 1) > SET_TEXT_OCTETS)
-			break;
-		n++;
-		count -= part + 1;
-		if (range->low + part == range->high)
+		out[n++] = (struct range){ from->low, high };
+		octets += (size_t)sprintf(text + octets, "%s%lu", n > 1 ? "," : "",
+					  (unsigned long)from->low);
+		if (high > from->low)
+			octets += (size_t)sprintf(text + octets, ":%lu", (unsigned long)high);
+		count -= high - from->low + 1;
+		if (high == from->high)
 			set->taken++;
 		else
-			range->low += part + 1;
+			from->low = high + 1;
 	}
 	if (set->taken == set->n)
 		set_clear(set);
 	return n;
-}
-
-/* Write ranges as a sequence set, ascending; returns its length. */
-static size_t ranges_text(char *out, const struct range *ranges, unsigned n)
-{
-	size_t length = 0;
-
-	for (unsigned i = 0; i < n; i++) {
-		length += range_text(out + length, &ranges[i]);
-		out[length++] = i + 1 < n ? ',' : '\0';
-	}
-	return length - (n > 0);
 }
 
 /* ======== imap: sends commands and reads responses ======== */
@@ -2822,7 +2800,6 @@ struct command {
 	bool examines; /* it is EXAMINE: what comes right before its answer is of its owner's mailbox */
 	void *owner;   /* the mailbox that asks, NULL: the connection itself; with: */
 	unsigned kind; /* what is asked, in the owner's words */
-	bool single;   /* one UID, asked for again because it did not come before */
 	unsigned n;
 	struct range ranges[BATCH_RANGES]; /* the UIDs */
 };
@@ -3066,6 +3043,8 @@ static bool imap_literal(struct imap *im, uint64_t *octets)
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
 static void imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
+	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
+		imap_noise(im, octets); /* do not even wait for it */
 	while (octets > 0 && imap_peek(im) >= 0) {
 		size_t n = (size_t)(im->s.end - im->s.at);
 
@@ -5879,7 +5858,21 @@ enum sync_kind {
 	KIND_IDS,      /* Message-IDs of UIDs */
 	KIND_MADE_IDS, /* what made Message-IDs are made of */
 	KIND_MAILS,
-	KIND_STILL_LISTED /* which of the mails that did not come are there? */
+	KIND_MAIL,         /* a single one, as it did not come with others, or may break the line */
+	KIND_STILL_LISTED, /* which of the mails that did not come are there? */
+	KINDS
+};
+
+/* What is asked of UIDs, and what is to be asked of those that it leaves undone. */
+static const struct {
+	const char *items;
+	enum sync_kind then;
+} fetches[KINDS] = {
+	[KIND_IDS] = { "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])", KIND_MAILS },
+	[KIND_MADE_IDS] = { "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (From To Cc Date Subject)])",
+			    KIND_MAILS },
+	[KIND_MAILS] = { "(UID FLAGS INTERNALDATE BODY.PEEK[])", KIND_MAIL },
+	[KIND_MAIL] = { "(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])", KIND_STILL_LISTED },
 };
 
 enum sync_stage {
@@ -5943,7 +5936,7 @@ struct sync {
 	uint32_t list_to;             /* the listing is to be asked for, up to this UID; or 0 */
 	struct range flags;           /* of these UIDs the flags are to be asked for; high 0: of none */
 	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
-	struct set listing, ask, ask_made, want, again, failed; /* UIDs; 'again' is asked for one by one */
+	struct set listing, todo[KINDS]; /* UIDs: which there are, and what is to be asked of which */
 	struct incoming in;
 };
 
@@ -6135,7 +6128,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 }
 
 /*
- * All that is stored was found at the server by its Message-ID, or is gone; 'want' is what only the server has.
+ * All that is stored was found at the server by its Message-ID, or is gone; what only the server has is due as a mail.
  * Of that, what the last complete backup should have is damage. Then choose at random what to compare.
  */
 static int sync_sample(struct sync *y)
@@ -6143,13 +6136,13 @@ static int sync_sample(struct sync *y)
 	const uint32_t should = y->claim.uidvalidity == y->old.uidvalidity ? y->old.uidnext : 0;
 	uint32_t left = 0, due, uid;
 
-	set_sort(&y->want);
-	for (uid = 1; (uid = set_next(&y->want, uid)) != 0 && uid < UINT32_MAX; uid++) {
+	set_sort(&y->todo[KIND_MAILS]);
+	for (uid = 1; (uid = set_next(&y->todo[KIND_MAILS], uid)) != 0 && uid < UINT32_MAX; uid++) {
 		y->counts.stored += uid >= should;
-		if (uid < should && sync_add(y, &y->failed, uid) != 0)
+		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid) != 0)
 			return -1;
 	}
-	set_clear(&y->want);
+	set_clear(&y->todo[KIND_MAILS]);
 	y->sampled = true;
 	for (uid = 1; (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++)
 		left += mbox_place(y->m, uid) >= 0;
@@ -6158,7 +6151,7 @@ static int sync_sample(struct sync *y)
 		if (mbox_place(y->m, uid) < 0 || (uint32_t)rand() % left-- >= due)
 			continue;
 		due--;
-		if (sync_add(y, &y->want, uid) != 0)
+		if (sync_add(y, &y->todo[KIND_MAILS], uid) != 0)
 			return -1;
 	}
 	return 0;
@@ -6231,7 +6224,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 		return imap_noise(y->session->im, fetch.octets);
 	sync_passed(y, fetch.uid, false);
 	if (!made && !mbox_header_end(&y->in.header, &id))
-		return sync_add(y, &y->ask_made, fetch.uid);
+		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch.uid);
 	if (made)
 		mbox_made_end(&y->in.made, key);
 	known = made ? mbox_bind_made(y->m, fetch.uid, key, size, &y->err)
@@ -6350,29 +6343,6 @@ static int sync_send_listing(struct sync *y, enum sync_kind kind, const char *ui
 			 strcmp(uids, "1:*") != 0 ? "UID " : "", strcmp(uids, "1:*") != 0 ? uids : "ALL");
 }
 
-static int sync_send_batch(struct sync *y, enum sync_kind kind, bool single, const struct range *ranges,
-			   unsigned n)
-{
-	static const char *const items[] = {
-		[KIND_IDS] = "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
-		[KIND_MADE_IDS] =
-			"(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (From To Cc Date Subject)])",
-		[KIND_MAILS] = "(UID FLAGS INTERNALDATE BODY.PEEK[])",
-	};
-	char uids[SET_TEXT_OCTETS + 1];
-	struct command *c;
-
-	ranges_text(uids, ranges, n);
-	if (sync_send(y, kind, "UID FETCH %s %s", uids,
-		      single ? "(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])" : items[kind]) != 0)
-		return -1;
-	c = &y->session->im->ring[y->session->im->tag % IMAP_FLIGHT_MAX];
-	c->single = single;
-	c->n = n;
-	memcpy(c->ranges, ranges, n * sizeof *ranges);
-	return 0;
-}
-
 /*
  * Return true if enough mails are on their way for now. They come before the answer to COMPRESS would:
  * as long as the line may turn out to be slow, they are two batches, or more if these are small.
@@ -6437,7 +6407,7 @@ static bool sync_lives(void *context, uint32_t uid)
 {
 	struct sync *y = context;
 
-	return set_has(&y->listing, uid) || (sync_has_window(y) && uid < set_next(&y->listing, 1));
+	return set_next(&y->listing, uid) == uid || (sync_has_window(y) && uid < set_next(&y->listing, 1));
 }
 
 /* Return true if the mailbox has told which mails it has, and their flags as far as they are asked for. */
@@ -6449,7 +6419,7 @@ static bool sync_is_listed(const struct sync *y)
 /* The listing and the flags are known: what is not stored is to be asked about, or at once to be fetched. */
 static int sync_plan(struct sync *y)
 {
-	struct set *into = sync_fetches_all(y) ? &y->want : &y->ask;
+	enum sync_kind unknown = sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
 	uint32_t known;
 
 	y->foresee = 0;
@@ -6463,7 +6433,8 @@ static int sync_plan(struct sync *y)
 			if (known != 0 && known < uid)
 				known = mbox_next_uid(y->m, uid);
 			if (uid != known && !sync_asked(y, uid) &&
-			    sync_add(y, sync_is_poison(y, uid) ? &y->failed : into, uid) != 0)
+			    sync_add(y, &y->todo[sync_is_poison(y, uid) ? KIND_STILL_LISTED : unknown],
+				     uid) != 0)
 				return -1;
 		}
 	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
@@ -6475,18 +6446,17 @@ static int sync_plan(struct sync *y)
 /* All that did not come was asked about again: those that are still listed are failures. */
 static void sync_count_failures(struct sync *y)
 {
-	char visible[300];
-	unsigned n;
+	uint64_t n;
+	struct range ranges[BATCH_RANGES];
+	char uids[SET_TEXT_OCTETS];
 
 	set_sort(&y->listing);
-	if (y->listing.n == 0)
+	if ((n = set_count(&y->listing)) == 0)
 		return;
-	n = y->listing.n < 8 ? (unsigned)y->listing.n : 8;
-	ranges_text(visible, y->listing.ranges, n);
-	y->counts.failures += set_count(&y->listing);
-	log_error("%llu mails listed that %s: UID %s%s", (unsigned long long)set_count(&y->listing),
-		  y->session->compare ? "the last backup should have, and has not" : "could not be fetched",
-		  visible, y->listing.n > n ? " ..." : "");
+	y->counts.failures += n;
+	set_take(&y->listing, UINT_MAX, ranges, uids);
+	log_error("%llu mails listed that %s: UID %.100s", (unsigned long long)n,
+		  y->session->compare ? "the last backup should have, and has not" : "could not be fetched", uids);
 }
 
 /* Everything that is listed is stored, known, or failed: mark what has gone. */
@@ -6536,25 +6506,27 @@ static enum sync_kind sync_due(struct sync *y)
 			return KIND_NONE;
 		case SYNC_BIND:
 		case SYNC_FETCH: {
-			bool mails = y->stage == SYNC_FETCH && (!s->dry || y->sampled);
-			bool asks = y->ask.n > 0 || y->ask_made.n > 0;
+			bool mails = y->stage == SYNC_FETCH && (!s->dry || y->sampled) &&
+				     y->todo[KIND_MAILS].n > 0;
+			bool asks = y->todo[KIND_IDS].n > 0 || y->todo[KIND_MADE_IDS].n > 0;
 
 			if (y->attempt.careful && y->pending > 0)
 				return KIND_NONE;
-			if (mails && y->want.n > 0 && !sync_holds_back(y) &&
-			    (!asks || set_count(&y->want) >= 2 * (uint64_t)s->config->email_batch))
-				return KIND_MAILS;
+			if (mails && !sync_holds_back(y) &&
+			    (!asks ||
+			     set_count(&y->todo[KIND_MAILS]) >= 2 * (uint64_t)s->config->email_batch))
+				return y->attempt.careful ? KIND_MAIL : KIND_MAILS;
 			if (asks)
-				return y->ask.n > 0 ? KIND_IDS : KIND_MADE_IDS;
-			if (y->pending > 0 || (mails && y->want.n > 0))
+				return y->todo[KIND_IDS].n > 0 ? KIND_IDS : KIND_MADE_IDS;
+			if (y->pending > 0 || mails)
 				return KIND_NONE;
-			if (mails && y->again.n > 0)
-				return KIND_MAILS;
 			if (y->stage == SYNC_FETCH) {
-				y->counts.stored += s->dry ? set_count(&y->want) : 0;
+				if (!s->dry && y->todo[KIND_MAIL].n > 0)
+					return KIND_MAIL;
+				y->counts.stored += s->dry ? set_count(&y->todo[KIND_MAILS]) : 0;
 				set_clear(&y->listing);
-				for (size_t i = 0; s->compare && i < y->failed.n; i++)
-					set_add(&y->listing, y->failed.ranges[i].low, y->failed.ranges[i].high);
+				for (size_t i = 0; s->compare && i < y->todo[KIND_STILL_LISTED].n; i++)
+					set_add(&y->listing, y->todo[KIND_STILL_LISTED].ranges[i].low, y->todo[KIND_STILL_LISTED].ranges[i].high);
 				y->stage = SYNC_RECHECK;
 				break;
 			}
@@ -6572,7 +6544,7 @@ static enum sync_kind sync_due(struct sync *y)
 			break;
 		}
 		case SYNC_RECHECK:
-			if (y->failed.n > 0 && !s->dry)
+			if (y->todo[KIND_STILL_LISTED].n > 0 && !s->dry)
 				return KIND_STILL_LISTED;
 			if (y->pending > 0)
 				return KIND_NONE;
@@ -6593,62 +6565,64 @@ static enum sync_kind sync_due(struct sync *y)
 	return KIND_NONE;
 }
 
+/* Have UIDs that STATUS lets expect asked for: a batch, or, unless most are gaps, as many as the wire takes. */
+static int sync_foresee(struct sync *y, enum sync_kind kind, unsigned most)
+{
+	const struct imap_status *status = &y->box->status;
+	uint32_t first = y->foresee, left = status->uidnext - first;
+	bool all = (y->empty || y->old.uidvalidity != status->uidvalidity) &&
+		   status->messages >= status->uidnext / 2;
+
+	y->foresee = all && left > most ? first + most : 0;
+	return set_add(&y->todo[kind], first, first + (left < most ? left : most) - 1)
+		       ? 0
+		       : sync_out_of_room(y);
+}
+
 /* Send what is due, or EXAMINE in front of it. */
 static int sync_ask(struct sync *y, enum sync_kind kind)
 {
 	const struct config *config = y->session->config;
+	struct imap *im = y->session->im;
+	struct set *from = &y->todo[kind];
+	unsigned most = kind == KIND_MAILS ? config->email_batch : config->header_batch, n;
 	struct range ranges[BATCH_RANGES];
-	char uids[SET_TEXT_OCTETS + 1], changed[48];
-	unsigned n, most = kind == KIND_MAILS ? config->email_batch : config->header_batch;
-	struct set *from = kind == KIND_IDS ? &y->ask : kind == KIND_MADE_IDS ? &y->ask_made : &y->want;
-	bool single;
+	char uids[SET_TEXT_OCTETS], changed[48] = "";
+	struct command *c;
 
-	if (y->session->im->wire != y)
+	if (im->wire != y)
 		return sync_send_examine(y);
-	switch (kind) {
-	case KIND_LISTING:
+	if (kind == KIND_LISTING) {
 		snprintf(uids, sizeof uids, "1:%lu", (unsigned long)y->list_to);
 		if (y->list_to == UINT32_MAX)
 			strcpy(uids, "1:*");
 		y->list_to = 0;
 		return sync_send_listing(y, kind, uids);
-	case KIND_FLAGS:
-		changed[0] = '\0';
+	}
+	if (kind == KIND_FLAGS) {
 		if (y->since > 0)
 			snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)",
 				 (unsigned long long)y->since);
-		n = y->flags.high;
+		snprintf(uids, sizeof uids, "%lu:%lu", (unsigned long)y->flags.low,
+			 (unsigned long)y->flags.high);
 		y->flags.high = 0;
-		return sync_send(y, kind, "UID FETCH %lu:%lu (FLAGS)%s", (unsigned long)y->flags.low,
-				 (unsigned long)n, changed);
-	case KIND_STILL_LISTED:
-		set_sort(&y->failed);
-		n = set_take(&y->failed, UINT_MAX, ranges);
-		ranges_text(uids, ranges, n);
-		return sync_send_listing(y, kind, uids);
-	default:
-		break;
+		return sync_send(y, kind, "UID FETCH %s (FLAGS)%s", uids, changed);
 	}
-	if (y->stage == SYNC_LIST) {
-		const struct imap_status *status = &y->box->status;
-		uint32_t left = status->uidnext - y->foresee;
-		/* All UIDs are new? Then as many as may be on the wire, unless most of them are gaps. */
-		bool all = (y->empty || y->old.uidvalidity != status->uidvalidity) &&
-			   status->messages >= status->uidnext / 2;
-
-		most = left < most ? left : most;
-		ranges[0] = (struct range){ y->foresee, y->foresee + most - 1 };
-		y->foresee = all && left > most ? y->foresee + most : 0;
-		return sync_send_batch(y, kind, false, ranges, 1);
-	}
-	single = kind == KIND_MAILS && (y->want.n == 0 || y->attempt.careful);
-	if (kind == KIND_MAILS && y->want.n == 0)
-		from = &y->again;
-	if (single || (y->attempt.careful && y->attempt.careful_asks))
+	if (y->stage == SYNC_LIST && sync_foresee(y, kind, most) != 0)
+		return -1;
+	if (kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0)
+		from = &y->todo[KIND_MAILS];
+	if (kind == KIND_MAIL || (y->attempt.careful && y->attempt.careful_asks))
 		most = 1;
-	set_sort(from);
-	n = set_take(from, most, ranges);
-	return sync_send_batch(y, kind, single, ranges, n);
+	n = set_take(from, kind == KIND_STILL_LISTED ? UINT_MAX : most, ranges, uids);
+	if (kind == KIND_STILL_LISTED)
+		return sync_send_listing(y, kind, uids);
+	if (sync_send(y, kind, "UID FETCH %s %s", uids, fetches[kind].items) != 0)
+		return -1;
+	c = &im->ring[im->tag % IMAP_FLIGHT_MAX];
+	c->n = n;
+	memcpy(c->ranges, ranges, n * sizeof *ranges);
+	return 0;
 }
 
 /* -- what was answered -- */
@@ -6747,27 +6721,28 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 {
 	const struct imap_result *result = &c->result;
 	unsigned sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
-	struct set *to = c->kind != KIND_MAILS ? &y->want : c->single ? &y->failed : &y->again;
+	bool single = c->kind == KIND_MAIL;
 
-	if (sec == VAGUE_SEC && c->single)
+	if (sec == VAGUE_SEC && single)
 		y->attempt.vague++;
 	/* Yahoo is "unavailable" for ever to a batch that holds a broken mail: wait once, then ask singly. */
 	if (sec > 0 &&
-	    (sec != VAGUE_SEC || (c->single ? y->attempt.vague > VAGUE_MAX : !y->attempt.doubtful))) {
+	    (sec != VAGUE_SEC || (single ? y->attempt.vague > VAGUE_MAX : !y->attempt.doubtful))) {
 		y->attempt.doubtful = true;
 		return imap_refused(&y->err, result, "fetching mails");
 	}
 	if (result->condition == IMAP_BAD)
 		y->session->im->one_at_a_time = true;
-	set_sort(&y->ask_made);
+	set_sort(&y->todo[KIND_MADE_IDS]);
 	for (unsigned i = 0; i < c->n; i++)
 		for (uint32_t uid = set_next(&y->listing, c->ranges[i].low);
 		     uid != 0 && uid <= c->ranges[i].high;
 		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
-			if (mbox_next_uid(y->m, uid) != uid && !set_has(&y->ask_made, uid) &&
-			    !sync_asked(y, uid) && sync_add(y, to, uid) != 0)
+			if (mbox_next_uid(y->m, uid) != uid && !sync_asked(y, uid) &&
+			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid &&
+			    sync_add(y, &y->todo[fetches[c->kind].then], uid) != 0)
 				return -1;
-	if (c->single && result->condition != IMAP_OK)
+	if (single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
 			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
 	return 0;
@@ -6822,7 +6797,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 
 	if (c->kind == KIND_LISTING && a->way < LISTING_FETCH)
 		a->way++;
-	if (c->kind != KIND_IDS && c->kind != KIND_MADE_IDS && c->kind != KIND_MAILS)
+	if (fetches[c->kind].items == NULL)
 		return;
 	high = c->ranges[c->n - 1].high;
 	for (unsigned i = 0; i < c->n; i++) {
@@ -6843,7 +6818,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 	} else {
 		a->careful = true;
 		a->careful_uid = high;
-		a->careful_asks = c->kind != KIND_MAILS;
+		a->careful_asks = fetches[c->kind].then == KIND_MAILS;
 		a->broken_uid = (uint32_t)uid;
 	}
 }
@@ -6859,7 +6834,6 @@ static bool sync_is_barred(const struct sync *y)
 /* Close the mailbox's archive, if it is open: with the claim of a complete pass, or as it is. */
 static void sync_close(struct sync *y, bool complete)
 {
-	struct set *const sets[] = { &y->listing, &y->ask, &y->ask_made, &y->want, &y->again, &y->failed };
 	char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 16];
 	struct err closing = { 0 };
 	struct mbox_info info;
@@ -6888,8 +6862,9 @@ static void sync_close(struct sync *y, bool complete)
 		strcat(path, ".index");
 		unlink(path);
 	}
-	for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
-		set_free(sets[i]);
+	set_free(&y->listing);
+	for (unsigned i = 0; i < KINDS; i++)
+		set_free(&y->todo[i]);
 	y->m = NULL;
 	y->stage = SYNC_CLOSED;
 	y->pending = y->awaited = 0;
@@ -6985,8 +6960,11 @@ static void session_finish(struct session *s, struct sync *y)
 /* Return true if the mailbox knows of something to ask for, now or after the answers to come. */
 static bool sync_has_more(const struct sync *y)
 {
-	return y->attempt.careful || y->foresee != 0 || y->ask.n > 0 || y->ask_made.n > 0 ||
-	       y->want.n > 0 || y->again.n > 0 || y->failed.n > 0;
+	bool more = y->attempt.careful || y->foresee != 0;
+
+	for (unsigned i = 0; i < KINDS; i++)
+		more = more || y->todo[i].n > 0;
+	return more;
 }
 
 /* Have every mailbox send what it can, the first one first; begin others as long as the wire has room. */
@@ -7009,7 +6987,7 @@ static void session_send(struct session *s)
 			session_speak(s, y);
 			sync_open(y);
 		}
-		if (y->want.n > 0 && stream_is_slow(&im->s) && imap_may_compress(im)) {
+		if (y->todo[KIND_MAILS].n > 0 && stream_is_slow(&im->s) && imap_may_compress(im)) {
 			imap_compress(im);
 			return;
 		}
@@ -7282,8 +7260,8 @@ static int restore_look(struct restore *r, struct err *e)
 	struct imap *im = r->im;
 	const struct imap_result *result;
 	struct range ranges[BATCH_RANGES];
-	char uids[SET_TEXT_OCTETS + 1];
-	unsigned tag, n;
+	char uids[SET_TEXT_OCTETS];
+	unsigned tag;
 
 	r->n = 0;
 	set_clear(&r->nameless);
@@ -7317,8 +7295,7 @@ static int restore_look(struct restore *r, struct err *e)
 	r->asks_made = true;
 	set_sort(&r->nameless);
 	r->nameless.taken = 0;
-	while ((n = set_take(&r->nameless, 500, ranges)) > 0) {
-		ranges_text(uids, ranges, n);
+	while (set_take(&r->nameless, 500, ranges, uids) > 0) {
 		if (restore_wait(r) != 0 || imap_send(im, NULL, "UID FETCH %s %s", uids, made) == 0)
 			return -1;
 	}
