@@ -2884,20 +2884,13 @@ static int imap_proto(struct imap *im, const char *found, const char *expected)
  * send an empty line behind a literal. What a word is made of depends on where it stands. Errors stick: after
  * one there are no more octets, so that whoever reads asks only at the end.
  */
-enum { BLANK = 1, ENDS_KEYWORD = 2, ENDS_NAME = 4, ENDS_ATOM = 8, ENDS_TEXT = 16 };
-static const uint8_t octet_class[256] = {
-	[' '] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
-	['\t'] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
-	['\r'] = BLANK | ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
-	['\n'] = ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM | ENDS_TEXT,
-	[')'] = ENDS_KEYWORD | ENDS_NAME | ENDS_ATOM,
-	['('] = ENDS_NAME | ENDS_ATOM,
-	['['] = ENDS_ATOM, /* "BODY[", "[UIDNEXT 5]" */
-	[']'] = ENDS_ATOM,
-	['{'] = ENDS_ATOM,
-	['"'] = ENDS_ATOM,
-	[','] = ENDS_ATOM, /* between UIDs */
-};
+enum { BLANK = 1, ENDS_KEYWORD = 2, ENDS_NAME = 4, ENDS_ATOM = 8, ENDS_WORD = 14, ENDS_TEXT = 16 };
+static const uint8_t octet_class[256] = { [' '] = BLANK | ENDS_WORD,  ['\t'] = BLANK | ENDS_WORD,
+					  ['\r'] = BLANK | ENDS_WORD, ['\n'] = ENDS_WORD | ENDS_TEXT,
+					  [')'] = ENDS_WORD,          ['('] = ENDS_NAME | ENDS_ATOM,
+					  ['['] = ENDS_ATOM,          [']'] = ENDS_ATOM,
+					  ['{'] = ENDS_ATOM,          ['"'] = ENDS_ATOM,
+					  [','] = ENDS_ATOM };
 
 /* Count octets that nobody may have asked for. Whoever finds an answer of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
@@ -3323,27 +3316,23 @@ static unsigned imap_flag(const char *word)
 /* Read what stands in the brackets of BODY[...]: which literal is this? */
 static enum imap_section imap_section(struct imap *im)
 {
-	char text[200] = "";
-	uint64_t ignored;
-	size_t n = 0;
+	enum imap_section section = SECTION_MAIL;
+	char word[IMAP_ATOM_MAX];
 
 	while (!imap_at_end(im) &&
 	       !imap_is(im, ']')) { /* "<0>" may follow, a part: that is no value to us */
-		int c = toupper(imap_peek(im));
-
-		if (c == '{') { /* a field's name may be a literal; it comes with the next octets */
-			imap_literal(im, &ignored);
-			continue;
-		}
-		imap_next(im);
-		if (n < sizeof text - 1)
-			text[n++] = (char)c;
+		if (imap_peek(im) == '"' || imap_peek(im) == '{')
+			imap_string(im, word, sizeof word);
+		else if (imap_atom(im, word) == 0)
+			imap_next(im);
+		else if (section == SECTION_MAIL)
+			section = SECTION_NONE;
+		if (strcasecmp(word, "MESSAGE-ID") == 0)
+			section = SECTION_ID;
+		else if (strcasecmp(word, "SUBJECT") == 0)
+			section = SECTION_MADE;
 	}
-	if (n == 0 || strncmp(text, "HEADER.FIELDS(", 14) != 0)
-		return n == 0 ? SECTION_MAIL : SECTION_NONE;
-	if (strstr(text, "MESSAGE-ID") != NULL)
-		return SECTION_ID;
-	return strstr(text, "SUBJECT") != NULL ? SECTION_MADE : SECTION_NONE;
+	return section;
 }
 
 /*
@@ -3523,18 +3512,6 @@ static void imap_status_response(struct imap *im)
 	imap_line_end(im);
 }
 
-static void imap_namespace(struct imap *im)
-{
-	char delimiter[4];
-
-	if (imap_is(im, '(') && imap_is(im, '(')) {
-		imap_string(im, im->prefix, sizeof im->prefix);
-		imap_string(im, delimiter, sizeof delimiter);
-		im->delimiter = strcasecmp(delimiter, "NIL") == 0 ? '\0' : delimiter[0];
-	}
-	imap_line_end(im);
-}
-
 /* Read "* OK text" and its like. */
 static void imap_condition(struct imap *im, const char *word)
 {
@@ -3561,7 +3538,7 @@ static void imap_condition(struct imap *im, const char *word)
 static void imap_untagged(struct imap *im)
 {
 	uint32_t number = isdigit(imap_blanks(im)) ? (uint32_t)imap_number(im, UINT32_MAX) : 0;
-	char word[IMAP_ATOM_MAX];
+	char word[IMAP_ATOM_MAX], delimiter[4];
 
 	imap_atom(im, word); /* "": home.pl: "* [COPYUID ...]" */
 	if (word_place("OK NO BAD PREAUTH BYE", word) >= 0 || *word == '\0') {
@@ -3574,8 +3551,11 @@ static void imap_untagged(struct imap *im)
 		imap_status_response(im);
 	} else if (word_place("SEARCH ESEARCH", word) >= 0 && im->on_uids != NULL) {
 		imap_search(im, word[0] == 'E');
-	} else if (strcmp(word, "NAMESPACE") == 0) {
-		imap_namespace(im);
+	} else if (strcmp(word, "NAMESPACE") == 0 && imap_is(im, '(') && imap_is(im, '(')) {
+		imap_string(im, im->prefix, sizeof im->prefix);
+		imap_string(im, delimiter, sizeof delimiter);
+		im->delimiter = strcasecmp(delimiter, "NIL") == 0 ? '\0' : delimiter[0];
+		imap_line_end(im);
 	} else {
 		if (strcmp(word, "EXISTS") == 0)
 			im->exists = number;
@@ -3786,29 +3766,19 @@ static const char *imap_quote(const struct imap *im, char *out, size_t size, con
 	return out;
 }
 
-/* Tell of a refused command as an error: E_WAIT, or E_REFUSED. */
+/* Tell of a command that was refused as an error: E_WAIT, or E_REFUSED. Returns 0 if it was not refused. */
 static int imap_refused(struct err *e, const struct imap_result *result, const char *what)
 {
-	unsigned sec = imap_wait_asked(result);
+	unsigned sec;
 
+	if (result == NULL || result->condition == IMAP_OK)
+		return 0;
+	sec = imap_wait_asked(result);
 	if (e->code == E_NONE)
 		e->wait_sec = sec;
 	return err_set(e, sec > 0 ? E_WAIT : E_REFUSED, "%s: the server says %s %s%s%s%s", what,
 		       result->condition == IMAP_BAD ? "BAD" : "NO", result->code[0] != '\0' ? "[" : "",
 		       result->code, result->code[0] != '\0' ? "] " : "", result->text);
-}
-
-/* Send one command and wait for it. A refusal is an error in *e and leaves the line as it is. */
-static int imap_do(struct imap *im, const char *what, unsigned tag, struct err *e)
-{
-	const struct imap_result *result = imap_wait(im, tag);
-
-	if (result == NULL) {
-		if (e->code == E_NONE)
-			*e = im->s.err;
-		return -1;
-	}
-	return result->condition == IMAP_OK ? 0 : imap_refused(e, result, what);
 }
 
 /* What the server can do. Where it refuses to say, what its greeting told counts. */
@@ -3856,19 +3826,15 @@ static char *base64(char *out, const void *octets, size_t n, bool url)
 	const uint8_t *p = octets;
 	size_t length = 0;
 
-	for (size_t i = 0; i < n; i += 3) {
-		uint32_t bits = (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) |
-				(i + 2 < n ? p[i + 2] : 0);
+	for (size_t bit = 0; bit < 8 * n; bit += 6) {
+		size_t i = bit / 8;
+		unsigned two = (unsigned)p[i] << 8 | (i + 1 < n ? p[i + 1] : 0u);
+		unsigned digit = two >> (10 - bit % 8) & 63;
 
-		for (unsigned k = 0; k < 4; k++) {
-			unsigned digit = bits >> (18 - 6 * k) & 63;
-
-			if (i + k <= n)
-				out[length++] = base64_digits[url && digit > 61 ? digit + 2 : digit];
-			else if (!url)
-				out[length++] = '=';
-		}
+		out[length++] = base64_digits[url && digit > 61 ? digit + 2 : digit];
 	}
+	while (!url && length % 4 != 0)
+		out[length++] = '=';
 	out[length] = '\0';
 	return out;
 }
@@ -4057,37 +4023,34 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 static int imap_greet(struct imap *im, const struct trust *trust)
 {
 	const struct account *account = im->s.account;
+	bool local = stream_is_local(&im->s) && !account->never_clear;
+	const struct imap_result *result;
 
 	/* "* OK", "* PREAUTH" or "* BYE"; HTTP servers and the like say something else. */
-	while (imap_blanks(im) == '\n')
-		imap_next(im);
+	while (imap_is(im, '\n'))
+		;
 	if (imap_peek(im) >= 0 && imap_peek(im) != '*')
 		return imap_proto(im, "no IMAP greeting", "\"* OK\"");
 	if (imap_response(im) != 0)
 		return -1;
-	if (account->ssl == SSL_ON)
-		return imap_know_capabilities(im);
-	if (im->preauth && (account->never_clear || !stream_is_local(&im->s)))
+	if (account->ssl != SSL_ON && im->preauth && !local)
 		return stream_fail(&im->s, E_ACCOUNT,
 				   "the server lets us in without a login and without "
 				   "TLS (PREAUTH): it cannot be trusted; try \"ssl\": true");
 	if (imap_know_capabilities(im) != 0)
 		return -1;
+	if (account->ssl == SSL_ON)
+		return 0;
 	if (!im->preauth && im->capabilities & CAP_STARTTLS) {
-		if (imap_do(im, "STARTTLS", imap_send(im, NULL, "STARTTLS"), &im->s.err) != 0)
-			return -1;
-		if (stream_start_tls(&im->s, trust) != 0)
+		result = imap_wait(im, imap_send(im, NULL, "STARTTLS"));
+		if (result == NULL || imap_refused(&im->s.err, result, "STARTTLS") != 0 ||
+		    stream_start_tls(&im->s, trust) != 0)
 			return -1;
 		im->capabilities = 0; /* nothing that was said in the clear counts any more */
 		im->capabilities_known = false;
 		return imap_know_capabilities(im);
 	}
-	if (account->ssl == SSL_OFF && !account->never_clear) {
-		if (!stream_is_local(&im->s))
-			log_warn("%s offers no STARTTLS: the password goes over the line in the clear, as "
-				 "\"ssl\": false says",
-				 account->host);
-	} else if (account->never_clear || !stream_is_local(&im->s)) {
+	if (!local && (account->never_clear || account->ssl != SSL_OFF))
 		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; %s", account->host,
 				   account->port,
 				   account->pins > 0
@@ -4096,7 +4059,10 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 					   ? "port 993 speaks TLS at once"
 					   : "set \"ssl\": true for TLS on port 993, or \"ssl\": false to "
 					     "send the password in the clear");
-	}
+	if (!local)
+		log_warn(
+			"%s offers no STARTTLS: the password goes over the line in the clear, as \"ssl\": false says",
+			account->host);
 	return 0;
 }
 
@@ -5355,7 +5321,8 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 			      *mailboxes_find(l, BY_NAME, "INBOX") > 0;
 	}
 	if (!with_status && im->s.err.code == E_NONE)
-		imap_do(im, "listing the mailboxes", imap_send(im, NULL, "LIST \"\" \"*\""), e);
+		imap_refused(e, imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\"")),
+			     "listing the mailboxes");
 	for (uint32_t i = 0; i < l->n; i++)
 		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
 			l->boxes[i].prefix = strlen(im->prefix);
@@ -5880,8 +5847,7 @@ enum sync_stage {
 	SYNC_LIST,    /* listing, flags, and what STATUS lets expect: the answers decide how it goes on */
 	SYNC_BIND,    /* UIDVALIDITY is new: all UIDs are bound to stored mails first */
 	SYNC_FETCH,   /* what is not stored is asked for */
-	SYNC_RECHECK, /* is what did not come still there? */
-	SYNC_MARK,    /* what the server has no more is marked */
+	SYNC_RECHECK, /* is what did not come still there? Then what the server has no more is marked */
 	SYNC_MOVED,   /* mails that live on under another UID get its flags */
 	SYNC_OVER
 };
@@ -5906,9 +5872,8 @@ struct attempt {
 
 /* What a FETCH response has brought so far, and how it is taken in. */
 struct incoming {
-	enum { GETS_NOTHING, GETS_ID, GETS_MADE, GETS_MAIL, GOT_MAIL, GETS_SAMPLE } gets; /* of the literal in hand */
-	struct mbox_header header; /* GETS_ID */
-	struct mbox_made made;     /* GETS_MADE */
+	enum { GETS_NOTHING, GETS_LITERAL, GETS_SAMPLE, GOT_MAIL } gets;
+	struct mbox_header header; /* of the literal in hand */
 	br_sha256_context hash;    /* GETS_SAMPLE: of the mail with LF for CRLF, as it is archived ... */
 	uint8_t last;              /* ... and its last octet */
 	struct imap_fetch apart;   /* the last response without a mail: flags and date may come so */
@@ -5933,10 +5898,8 @@ struct sync {
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
 	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
 	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
-	uint32_t list_to;             /* the listing is to be asked for, up to this UID; or 0 */
-	struct range flags;           /* of these UIDs the flags are to be asked for; high 0: of none */
 	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
-	struct set listing, todo[KINDS]; /* UIDs: which there are, and what is to be asked of which */
+	struct set listing, todo[KINDS]; /* UIDs: which there are, and of which each kind is to be asked */
 	struct incoming in;
 };
 
@@ -5971,9 +5934,9 @@ static int sync_out_of_room(struct sync *y)
 		       MBOX_MAILS_MAX);
 }
 
-static int sync_add(struct sync *y, struct set *set, uint32_t uid)
+static int sync_add(struct sync *y, struct set *set, uint32_t low, uint32_t high)
 {
-	return set_add(set, uid, uid) ? 0 : sync_out_of_room(y);
+	return set_add(set, low, high) ? 0 : sync_out_of_room(y);
 }
 
 /* -- what comes -- */
@@ -5994,9 +5957,7 @@ static int on_uids(void *context, uint32_t low, uint32_t high)
 
 	if (y == NULL || !sync_lists(y))
 		return 0;
-	if (high - low >= MBOX_MAILS_MAX || !set_add(&y->listing, low, high))
-		return sync_out_of_room(y);
-	return 0;
+	return high - low < MBOX_MAILS_MAX ? sync_add(y, &y->listing, low, high) : sync_out_of_room(y);
 }
 
 /* Return true if a command on the wire asks for this UID's header or mail. */
@@ -6066,6 +6027,12 @@ static int sync_store(struct sync *y)
 }
 
 /* -- comparing with the server -- */
+
+static void sample_begin(struct incoming *in)
+{
+	br_sha256_init(&in->hash);
+	in->last = '\n';
+}
 
 /* Take in octets of a mail that is compared; the CR that may belong to a line end is held back. */
 static void sample_feed(struct incoming *in, const uint8_t *p, size_t n)
@@ -6139,7 +6106,7 @@ static int sync_sample(struct sync *y)
 	set_sort(&y->todo[KIND_MAILS]);
 	for (uid = 1; (uid = set_next(&y->todo[KIND_MAILS], uid)) != 0 && uid < UINT32_MAX; uid++) {
 		y->counts.stored += uid >= should;
-		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid) != 0)
+		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid, uid) != 0)
 			return -1;
 	}
 	set_clear(&y->todo[KIND_MAILS]);
@@ -6151,7 +6118,7 @@ static int sync_sample(struct sync *y)
 		if (mbox_place(y->m, uid) < 0 || (uint32_t)rand() % left-- >= due)
 			continue;
 		due--;
-		if (sync_add(y, &y->todo[KIND_MAILS], uid) != 0)
+		if (sync_add(y, &y->todo[KIND_MAILS], uid, uid) != 0)
 			return -1;
 	}
 	return 0;
@@ -6167,41 +6134,34 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		return -1;
 	if (fetch->uid != 0 ? !sync_wants(y, fetch->uid) : y->pending == 0)
 		return 0; /* nobody asked for it */
-	if (fetch->section == SECTION_ID) {
+	if (fetch->section != SECTION_MAIL)
 		mbox_header_init(&y->in.header);
-		y->in.gets = GETS_ID;
-	} else if (fetch->section == SECTION_MADE) {
-		mbox_made_init(&y->in.made);
-		y->in.gets = GETS_MADE;
-	} else if (fetch->octets > 0 && !y->session->dry) {
-		if (mbox_begin(y->m, &y->err) != 0)
-			return -1;
-		y->in.gets = GETS_MAIL;
-	} else if (fetch->octets > 0 && y->sampled) {
-		br_sha256_init(&y->in.hash);
-		y->in.last = '\n';
-		y->in.gets = GETS_SAMPLE;
-	}
-	return y->in.gets != GETS_NOTHING;
+	else if (fetch->octets == 0 || (y->session->dry && !y->sampled))
+		return 0;
+	else if (y->sampled)
+		sample_begin(&y->in);
+	else if (mbox_begin(y->m, &y->err) != 0)
+		return -1;
+	y->in.gets = fetch->section == SECTION_MAIL && y->sampled ? GETS_SAMPLE : GETS_LITERAL;
+	return 1;
 }
 
 static int on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
 {
 	struct sync *y = context;
 
-	(void)fetch;
-	if (y->in.gets == GETS_MAIL) {
+	if (fetch->section == SECTION_MAIL) {
 		y->counts.octets += n;
 		y->session->octets += n;
 		y->session->progress(y->session->context, 0, n);
-		return mbox_write(y->m, octets, n, &y->err);
-	}
-	if (y->in.gets == GETS_SAMPLE)
+		if (!y->sampled)
+			return mbox_write(y->m, octets, n, &y->err);
 		sample_feed(&y->in, octets, n);
-	else if (y->in.gets == GETS_ID)
+	} else if (fetch->section == SECTION_ID) {
 		mbox_header_feed(&y->in.header, octets, n);
-	else
-		mbox_made_feed(&y->in.made, octets, n);
+	} else {
+		mbox_made_feed(&y->in.header.made, octets, n);
+	}
 	return 0;
 }
 
@@ -6213,7 +6173,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 {
 	struct imap_fetch fetch = *response;
 	uint64_t size = fetch.has_size ? fetch.size : 0;
-	bool made = y->in.gets == GETS_MADE;
+	bool made = fetch.section == SECTION_MADE;
 	struct mbox_id id;
 	uint8_t key[20];
 	int known;
@@ -6224,9 +6184,9 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 		return imap_noise(y->session->im, fetch.octets);
 	sync_passed(y, fetch.uid, false);
 	if (!made && !mbox_header_end(&y->in.header, &id))
-		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch.uid);
+		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch.uid, fetch.uid);
 	if (made)
-		mbox_made_end(&y->in.made, key);
+		mbox_made_end(&y->in.header.made, key);
 	known = made ? mbox_bind_made(y->m, fetch.uid, key, size, &y->err)
 		     : mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
@@ -6243,7 +6203,11 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 
 	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
 		return 0;
-	if (y->in.gets == GETS_MAIL) {
+	if (y->in.gets == GETS_LITERAL && fetch->section != SECTION_MAIL)
+		return sync_bind(y, fetch);
+	if (y->in.gets == GETS_SAMPLE)
+		return sample_end(y, fetch->uid);
+	if (y->in.gets == GETS_LITERAL) {
 		y->in.gets = sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
 		if (y->in.gets == GETS_NOTHING) {
 			mbox_abort(y->m);
@@ -6253,10 +6217,6 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		fetch_merge(&y->in.mail, &y->in.apart);
 		return y->in.mail.has_date ? sync_store(y) : 0;
 	}
-	if (y->in.gets == GETS_ID || y->in.gets == GETS_MADE)
-		return sync_bind(y, fetch);
-	if (y->in.gets == GETS_SAMPLE)
-		return sample_end(y, fetch->uid);
 	if (y->in.gets == GOT_MAIL) {
 		fetch_merge(&y->in.mail, fetch);
 		if (sync_store(y) != 0)
@@ -6275,7 +6235,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		return 0;
 	y->in.apart = *fetch;
 	lists = y->attempt.way == LISTING_FETCH && sync_lists(y);
-	if (lists && sync_add(y, &y->listing, fetch->uid) != 0)
+	if (lists && sync_add(y, &y->listing, fetch->uid, fetch->uid) != 0)
 		return -1;
 	if ((lists || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
 	    y->in.told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
@@ -6287,31 +6247,20 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 
 /* -- what is asked -- */
 
-/* Send a command of the mailbox's; batches have their UIDs in the command's ranges already. */
-static int sync_send(struct sync *y, enum sync_kind kind, const char *format, ...)
-	__attribute__((format(printf, 3, 4)));
-
-static int sync_send(struct sync *y, enum sync_kind kind, const char *format, ...)
+/* A command of the mailbox's is on the wire, unless its tag is 0. */
+static int sync_sent(struct sync *y, enum sync_kind kind, unsigned tag)
 {
 	struct imap *im = y->session->im;
-	char line[IMAP_LINE_MAX * 3];
-	struct command *c;
-	va_list arguments;
+	struct command *c = &im->ring[tag % IMAP_FLIGHT_MAX];
 
-	va_start(arguments, format);
-	vsnprintf(line, sizeof line, format, arguments);
-	va_end(arguments);
-	if (imap_send(im, NULL, "%s", line) == 0)
+	if (tag == 0)
 		return sync_fail(y, &im->s.err);
-	c = &im->ring[im->tag % IMAP_FLIGHT_MAX];
 	c->owner = y;
 	c->kind = kind;
 	y->pending++;
 	y->awaited += kind == KIND_LISTING || kind == KIND_FLAGS;
-	if (kind == KIND_EXAMINE) {
-		c->examines = true;
-		im->wire = y;
-	}
+	c->examines = kind == KIND_EXAMINE;
+	im->wire = y;
 	return 0;
 }
 
@@ -6322,25 +6271,31 @@ static int sync_send_examine(struct sync *y)
 	const char *condstore = im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "";
 	char quoted[2 * MBOX_NAME_MAX + 20];
 
+	unsigned tag;
+
 	if (!y->attempt.literal)
-		return sync_send(y, KIND_EXAMINE, "EXAMINE %s%s",
-				 imap_quote(im, quoted, sizeof quoted, y->box->name), condstore);
+		return sync_sent(y, KIND_EXAMINE,
+				 imap_send(im, NULL, "EXAMINE %s%s",
+					   imap_quote(im, quoted, sizeof quoted, y->box->name), condstore));
 	snprintf(quoted, sizeof quoted, "%s%s", y->box->name, condstore);
-	if (sync_send(y, KIND_EXAMINE, "EXAMINE {%zu}", strlen(y->box->name)) != 0)
+	tag = imap_send(im, NULL, "EXAMINE {%zu}", strlen(y->box->name));
+	if (sync_sent(y, KIND_EXAMINE, tag) != 0)
 		return -1;
-	imap_continue(im, im->tag, quoted);
+	imap_continue(im, tag, quoted);
 	return im->s.err.code != E_NONE ? sync_fail(y, &im->s.err) : 0;
 }
 
-/* Ask which of these UIDs, a sequence set, the mailbox has. */
-static int sync_send_listing(struct sync *y, enum sync_kind kind, const char *uids)
+/* Ask which of these UIDs, a sequence set, the mailbox has. Returns the tag. */
+static unsigned sync_send_listing(struct sync *y, const char *uids)
 {
-	bool esearch = y->attempt.way == LISTING_ESEARCH && y->session->im->capabilities & CAP_ESEARCH;
+	struct imap *im = y->session->im;
+	bool esearch = y->attempt.way == LISTING_ESEARCH && im->capabilities & CAP_ESEARCH;
+	bool all = strcmp(uids, "1:4294967295") == 0;
 
 	if (y->attempt.way == LISTING_FETCH)
-		return sync_send(y, kind, "UID FETCH %s (UID)", uids);
-	return sync_send(y, kind, "UID SEARCH%s %s%s", esearch ? " RETURN (ALL)" : "",
-			 strcmp(uids, "1:*") != 0 ? "UID " : "", strcmp(uids, "1:*") != 0 ? uids : "ALL");
+		return imap_send(im, NULL, "UID FETCH %s (UID)", all ? "1:*" : uids);
+	return imap_send(im, NULL, "UID SEARCH%s %s%s", esearch ? " RETURN (ALL)" : "", all ? "" : "UID ",
+			 all ? "ALL" : uids);
 }
 
 /*
@@ -6410,12 +6365,6 @@ static bool sync_lives(void *context, uint32_t uid)
 	return set_next(&y->listing, uid) == uid || (sync_has_window(y) && uid < set_next(&y->listing, 1));
 }
 
-/* Return true if the mailbox has told which mails it has, and their flags as far as they are asked for. */
-static bool sync_is_listed(const struct sync *y)
-{
-	return y->awaited == 0 && y->list_to == 0 && y->flags.high == 0;
-}
-
 /* The listing and the flags are known: what is not stored is to be asked about, or at once to be fetched. */
 static int sync_plan(struct sync *y)
 {
@@ -6433,7 +6382,7 @@ static int sync_plan(struct sync *y)
 			if (known != 0 && known < uid)
 				known = mbox_next_uid(y->m, uid);
 			if (uid != known && !sync_asked(y, uid) &&
-			    sync_add(y, &y->todo[sync_is_poison(y, uid) ? KIND_STILL_LISTED : unknown],
+			    sync_add(y, &y->todo[sync_is_poison(y, uid) ? KIND_STILL_LISTED : unknown], uid,
 				     uid) != 0)
 				return -1;
 		}
@@ -6476,12 +6425,51 @@ static int sync_mark(struct sync *y)
 			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
 				 (unsigned long)live);
 		if (moved[1] != 0) {
-			y->flags = (struct range){ moved[0], moved[1] };
 			y->since = 0;
 			y->stage = SYNC_MOVED;
+			return sync_add(y, &y->todo[KIND_FLAGS], moved[0], moved[1]);
 		}
 	}
 	return 0;
+}
+
+/* Return the first of the kinds, up to one of them, of which there is something to be asked. */
+static enum sync_kind sync_first_todo(const struct sync *y, enum sync_kind last)
+{
+	for (unsigned kind = KIND_NONE; kind <= last; kind++)
+		if (y->todo[kind].n > 0)
+			return kind;
+	return KIND_NONE;
+}
+
+/* No command of the stage is left, sent or to be sent: begin the next one. */
+static void sync_next_stage(struct sync *y)
+{
+	switch (y->stage) {
+	case SYNC_BIND: /* the new UIDVALIDITY is committed together with all known UIDs */
+		y->rekeyed = false;
+		y->stage = SYNC_FETCH;
+		if (!y->session->dry)
+			mbox_commit(y->m,
+				    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
+							  .unseen = UINT32_MAX,
+							  .traits = y->claim.traits },
+				    &y->err);
+		if (y->session->compare)
+			sync_sample(y);
+		break;
+	case SYNC_FETCH:
+		y->counts.stored += y->session->dry ? set_count(&y->todo[KIND_MAILS]) : 0;
+		set_clear(&y->listing);
+		y->stage = SYNC_RECHECK;
+		break;
+	case SYNC_RECHECK:
+		sync_count_failures(y);
+		sync_mark(y);
+		break;
+	default:
+		y->stage = SYNC_OVER;
+	}
 }
 
 /*
@@ -6490,78 +6478,44 @@ static int sync_mark(struct sync *y)
  */
 static enum sync_kind sync_due(struct sync *y)
 {
-	struct session *s = y->session;
+	static const enum sync_kind last[] = { [SYNC_LIST] = KIND_FLAGS,
+					       [SYNC_BIND] = KIND_MADE_IDS,
+					       [SYNC_FETCH] = KIND_MAIL,
+					       [SYNC_RECHECK] = KIND_STILL_LISTED,
+					       [SYNC_MOVED] = KIND_FLAGS };
+	const struct session *s = y->session;
+	const bool careful = y->attempt.careful;
 
-	while (y->err.code == E_NONE)
-		switch (y->stage) {
-		case SYNC_LIST:
+	while (y->err.code == E_NONE && y->stage != SYNC_CLOSED && y->stage != SYNC_OVER) {
+		enum sync_kind most = s->dry && !y->sampled && last[y->stage] > KIND_MADE_IDS
+						      ? KIND_MADE_IDS
+						      : last[y->stage];
+		enum sync_kind kind = sync_first_todo(y, most);
+
+		if (y->stage == SYNC_LIST) {
 			/* Without STATUS the mailbox itself must first tell of itself. */
 			if (!sync_is_open(y) && !y->box->status.known)
 				return s->im->wire != y ? KIND_EXAMINE : KIND_NONE;
-			if (y->list_to != 0 || y->flags.high != 0)
-				return y->list_to != 0 ? KIND_LISTING : KIND_FLAGS;
-			if (y->foresee != 0 && y->awaited > 0 &&
-			    !(sync_fetches_all(y) && sync_holds_back(y)))
-				return sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
-			return KIND_NONE;
-		case SYNC_BIND:
-		case SYNC_FETCH: {
-			bool mails = y->stage == SYNC_FETCH && (!s->dry || y->sampled) &&
-				     y->todo[KIND_MAILS].n > 0;
-			bool asks = y->todo[KIND_IDS].n > 0 || y->todo[KIND_MADE_IDS].n > 0;
-
-			if (y->attempt.careful && y->pending > 0)
-				return KIND_NONE;
-			if (mails && !sync_holds_back(y) &&
-			    (!asks ||
-			     set_count(&y->todo[KIND_MAILS]) >= 2 * (uint64_t)s->config->email_batch))
-				return y->attempt.careful ? KIND_MAIL : KIND_MAILS;
-			if (asks)
-				return y->todo[KIND_IDS].n > 0 ? KIND_IDS : KIND_MADE_IDS;
-			if (y->pending > 0 || mails)
-				return KIND_NONE;
-			if (y->stage == SYNC_FETCH) {
-				if (!s->dry && y->todo[KIND_MAIL].n > 0)
-					return KIND_MAIL;
-				y->counts.stored += s->dry ? set_count(&y->todo[KIND_MAILS]) : 0;
-				set_clear(&y->listing);
-				for (size_t i = 0; s->compare && i < y->todo[KIND_STILL_LISTED].n; i++)
-					set_add(&y->listing, y->todo[KIND_STILL_LISTED].ranges[i].low, y->todo[KIND_STILL_LISTED].ranges[i].high);
-				y->stage = SYNC_RECHECK;
-				break;
-			}
-			/* The new UIDVALIDITY is committed together with all known UIDs. */
-			y->rekeyed = false;
-			y->stage = SYNC_FETCH;
-			if (s->compare)
-				sync_sample(y);
-			if (!s->dry)
-				mbox_commit(y->m,
-					    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
-								  .unseen = UINT32_MAX,
-								  .traits = y->claim.traits },
-					    &y->err);
-			break;
+			if (kind != KIND_NONE || y->foresee == 0 || y->awaited == 0)
+				return kind;
+			if (sync_fetches_all(y))
+				return sync_holds_back(y) ? KIND_NONE : KIND_MAILS;
+			return KIND_IDS;
 		}
-		case SYNC_RECHECK:
-			if (y->todo[KIND_STILL_LISTED].n > 0 && !s->dry)
-				return KIND_STILL_LISTED;
-			if (y->pending > 0)
-				return KIND_NONE;
-			sync_count_failures(y);
-			y->stage = SYNC_MARK;
-			break;
-		case SYNC_MARK:
-			sync_mark(y);
-			break;
-		case SYNC_MOVED:
-			if (y->flags.high != 0 || y->awaited > 0)
-				return y->flags.high != 0 ? KIND_FLAGS : KIND_NONE;
-			y->stage = SYNC_OVER;
-			break;
-		default:
+		if (careful && y->pending > 0)
 			return KIND_NONE;
-		}
+		/* Mails wait for all Message-IDs, unless they are many. */
+		if (most == KIND_MAIL && kind != KIND_NONE && kind != KIND_MAIL &&
+		    set_count(&y->todo[KIND_MAILS]) >=
+			    (kind < KIND_MAILS ? 2 * s->config->email_batch : 1) &&
+		    !sync_holds_back(y))
+			return careful ? KIND_MAIL : KIND_MAILS;
+		if (kind == KIND_MAILS || (kind == KIND_MAIL && y->pending > 0))
+			return KIND_NONE;
+		if (kind != KIND_NONE || y->pending > 0)
+			return kind;
+		sync_next_stage(y);
+	}
 	return KIND_NONE;
 }
 
@@ -6574,9 +6528,7 @@ static int sync_foresee(struct sync *y, enum sync_kind kind, unsigned most)
 		   status->messages >= status->uidnext / 2;
 
 	y->foresee = all && left > most ? first + most : 0;
-	return set_add(&y->todo[kind], first, first + (left < most ? left : most) - 1)
-		       ? 0
-		       : sync_out_of_room(y);
+	return sync_add(y, &y->todo[kind], first, first + (left < most ? left : most) - 1);
 }
 
 /* Send what is due, or EXAMINE in front of it. */
@@ -6584,40 +6536,29 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 {
 	const struct config *config = y->session->config;
 	struct imap *im = y->session->im;
-	struct set *from = &y->todo[kind];
-	unsigned most = kind == KIND_MAILS ? config->email_batch : config->header_batch, n;
+	bool few = kind == KIND_IDS || kind == KIND_MADE_IDS || kind == KIND_MAILS;
+	unsigned most = !few ? UINT_MAX : kind == KIND_MAILS ? config->email_batch : config->header_batch;
 	struct range ranges[BATCH_RANGES];
 	char uids[SET_TEXT_OCTETS], changed[48] = "";
+	enum sync_kind from;
 	struct command *c;
+	unsigned n;
 
 	if (im->wire != y)
 		return sync_send_examine(y);
-	if (kind == KIND_LISTING) {
-		snprintf(uids, sizeof uids, "1:%lu", (unsigned long)y->list_to);
-		if (y->list_to == UINT32_MAX)
-			strcpy(uids, "1:*");
-		y->list_to = 0;
-		return sync_send_listing(y, kind, uids);
-	}
-	if (kind == KIND_FLAGS) {
-		if (y->since > 0)
-			snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)",
-				 (unsigned long long)y->since);
-		snprintf(uids, sizeof uids, "%lu:%lu", (unsigned long)y->flags.low,
-			 (unsigned long)y->flags.high);
-		y->flags.high = 0;
-		return sync_send(y, kind, "UID FETCH %s (FLAGS)%s", uids, changed);
-	}
-	if (y->stage == SYNC_LIST && sync_foresee(y, kind, most) != 0)
+	if (few && y->stage == SYNC_LIST && sync_foresee(y, kind, most) != 0)
 		return -1;
-	if (kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0)
-		from = &y->todo[KIND_MAILS];
-	if (kind == KIND_MAIL || (y->attempt.careful && y->attempt.careful_asks))
+	if (kind == KIND_MAIL || (few && y->attempt.careful && y->attempt.careful_asks))
 		most = 1;
-	n = set_take(from, kind == KIND_STILL_LISTED ? UINT_MAX : most, ranges, uids);
-	if (kind == KIND_STILL_LISTED)
-		return sync_send_listing(y, kind, uids);
-	if (sync_send(y, kind, "UID FETCH %s %s", uids, fetches[kind].items) != 0)
+	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
+	n = set_take(&y->todo[from], most, ranges, uids);
+	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
+		return sync_sent(y, kind, sync_send_listing(y, uids));
+	if (kind == KIND_FLAGS && y->since > 0)
+		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
+	if (kind == KIND_FLAGS)
+		return sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s (FLAGS)%s", uids, changed));
+	if (sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s %s", uids, fetches[kind].items)) != 0)
 		return -1;
 	c = &im->ring[im->tag % IMAP_FLIGHT_MAX];
 	c->n = n;
@@ -6639,8 +6580,8 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 		y->attempt.literal = true;
 		return err_set(&y->err, E_FORMAT, "the server does not take the name as a quoted string");
 	}
-	if (result->condition != IMAP_OK)
-		return imap_refused(&y->err, result, "opening the mailbox");
+	if (imap_refused(&y->err, result, "opening the mailbox") != 0)
+		return -1;
 	if (sync_is_open(y) && im->box.uidvalidity != y->claim.uidvalidity)
 		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
 	if (sync_is_open(y))
@@ -6657,7 +6598,7 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
-		y->flags.high = 0;
+		set_clear(&y->todo[KIND_FLAGS]);
 	}
 	if (y->empty && !y->session->dry)
 		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
@@ -6671,14 +6612,11 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 {
 	const struct imap *im = y->session->im;
 	bool refused = result->condition != IMAP_OK;
-	uint32_t below = result->below;
 
 	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
 		return imap_refused(&y->err, result, "listing the mails");
-	if (!refused && below > 0) { /* go on below them, keeping what we have */
-		y->list_to = below - 1;
-		return 0;
-	}
+	if (!refused && result->below > 0) /* go on below them, keeping what we have */
+		return sync_add(y, &y->todo[KIND_LISTING], 1, result->below - 1);
 	set_sort(&y->listing);
 	if (set_count(&y->listing) > MBOX_MAILS_MAX)
 		return sync_out_of_room(y);
@@ -6687,8 +6625,7 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way == LISTING_ESEARCH)) {
 		y->attempt.way++;
 		set_clear(&y->listing);
-		y->list_to = UINT32_MAX;
-		return 0;
+		return sync_add(y, &y->todo[KIND_LISTING], 1, UINT32_MAX);
 	}
 	if (!y->complete && im->exists != UINT32_MAX) {
 		log_error("the server has %lu mails but lists %llu: none is marked as gone",
@@ -6701,19 +6638,14 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 /* Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. */
 static int sync_flagged(struct sync *y, const struct imap_result *result)
 {
-	uint32_t below = result->below;
-
-	if (result->condition == IMAP_OK) { /* RFC 9738: go on below */
-		y->flags.high = below > 0 ? below - 1 : 0;
-		return 0;
-	}
+	if (result->condition == IMAP_OK) /* RFC 9738: go on below */
+		return result->below > 0 ? sync_add(y, &y->todo[KIND_FLAGS], 1, result->below - 1) : 0;
 	if (y->session->im->exists == 0)
 		return 0; /* some take no UIDs of an empty mailbox */
 	if (y->since == 0 || imap_wait_asked(result) > 0)
 		return imap_refused(&y->err, result, "asking for flags");
 	y->since = 0; /* what it offers, it does not have */
-	y->flags.high = mbox_last_uid(y->m);
-	return 0;
+	return sync_add(y, &y->todo[KIND_FLAGS], 1, mbox_last_uid(y->m));
 }
 
 /* A batch was answered: what it left undone is asked for again. */
@@ -6740,20 +6672,11 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
 			if (mbox_next_uid(y->m, uid) != uid && !sync_asked(y, uid) &&
 			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid &&
-			    sync_add(y, &y->todo[fetches[c->kind].then], uid) != 0)
+			    sync_add(y, &y->todo[fetches[c->kind].then], uid, uid) != 0)
 				return -1;
 	if (single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
 			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);
-	return 0;
-}
-
-/* Mails that may or may not be there for the server's limit count as being there. */
-static int sync_rechecked(struct sync *y, const struct command *c)
-{
-	if (c->result.condition != IMAP_OK)
-		return imap_refused(&y->err, &c->result, "listing the mails");
-	y->counts.failures += c->result.below > 0;
 	return 0;
 }
 
@@ -6777,9 +6700,12 @@ static int sync_answered(struct sync *y, const struct command *c)
 		    0)
 			return -1;
 		/* Before the batches that were foreseen are looked at: what these leave undone is then known. */
-		return y->stage == SYNC_LIST && sync_is_listed(y) ? sync_plan(y) : 0;
+		if (y->stage == SYNC_LIST && y->awaited == 0 && sync_first_todo(y, KIND_FLAGS) == KIND_NONE)
+			return sync_plan(y);
+		return 0;
 	case KIND_STILL_LISTED:
-		return sync_rechecked(y, c);
+		y->counts.failures += c->result.below > 0; /* there may be more of them */
+		return imap_refused(&y->err, &c->result, "listing the mails");
 	default:
 		return sync_batch_done(y, c);
 	}
@@ -6902,18 +6828,17 @@ static int sync_open(struct sync *y)
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
 	y->foresee = s->compare ? 0 : sync_foresees(y);
-	y->list_to = UINT32_MAX;
-	y->flags = (struct range){ 1, 0 };
 	y->sampled = false;
 	if (s->compare) {
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
 		y->counts = (struct counts){ 0 };
 	}
-	if (y->old.uidvalidity != 0)
-		y->flags.high = mbox_last_uid(y->m);
 	y->stage = SYNC_LIST;
-	return 0;
+	if (y->old.uidvalidity != 0 && mbox_last_uid(y->m) > 0 &&
+	    sync_add(y, &y->todo[KIND_FLAGS], 1, mbox_last_uid(y->m)) != 0)
+		return -1;
+	return sync_add(y, &y->todo[KIND_LISTING], 1, UINT32_MAX);
 }
 
 /* What is said from here on is of this mailbox, or, with NULL, of none. */
@@ -6960,11 +6885,7 @@ static void session_finish(struct session *s, struct sync *y)
 /* Return true if the mailbox knows of something to ask for, now or after the answers to come. */
 static bool sync_has_more(const struct sync *y)
 {
-	bool more = y->attempt.careful || y->foresee != 0;
-
-	for (unsigned i = 0; i < KINDS; i++)
-		more = more || y->todo[i].n > 0;
-	return more;
+	return y->attempt.careful || y->foresee != 0 || sync_first_todo(y, KINDS - 1) != KIND_NONE;
 }
 
 /* Have every mailbox send what it can, the first one first; begin others as long as the wire has room. */

@@ -1234,7 +1234,7 @@ static void test_patterns(void)
 	check(!name_matches(NULL, &box), "no patterns");
 }
 
-/* Is a listing complete? 1, 0; -1: an error. What is asked again is in list_to. */
+/* Is a listing complete? 1, 0; -1: an error. What is asked again is in todo. */
 static void test_listing(void)
 {
 	static const struct { const char *said; int complete; uint32_t again; const char *error; } rows[] = {
@@ -1257,6 +1257,7 @@ static void test_listing(void)
 		struct session session = { .im = &im };
 		struct sync y = { .session = &session, .awaited = 1, .pending = 1, .stage = SYNC_OVER };
 		struct command *c;
+		uint32_t again;
 
 		serve(&im, rows[i].said, strlen(rows[i].said), 1000);
 		im.tag = 1;
@@ -1268,10 +1269,12 @@ static void test_listing(void)
 		c = imap_answer(&im);
 		check((c != NULL ? sync_answered(&y, c) : -1) == (rows[i].complete < 0 ? -1 : 0), "listing %zu: %s", i,
 		      y.err.text);
-		check(y.complete == (rows[i].complete > 0) && y.list_to == rows[i].again, "listing %zu: %d %lu", i,
-		      y.complete, (unsigned long)y.list_to);
+		again = y.todo[KIND_LISTING].n > 0 ? y.todo[KIND_LISTING].ranges[0].high : 0;
+		check(y.complete == (rows[i].complete > 0) && again == rows[i].again, "listing %zu: %d %lu", i,
+		      y.complete, (unsigned long)again);
 		check(strstr(y.err.text, rows[i].error) != NULL, "listing %zu: %s", i, y.err.text);
 		set_free(&y.listing);
+		set_free(&y.todo[KIND_LISTING]);
 		stream_close(&im.s);
 	}
 }
