@@ -10,6 +10,7 @@
  *     stream        moves octets to and from one server: TCP, TLS by BearSSL, timeouts
  *     sets          keeps UIDs as ranges
  *     imap          sends commands and reads responses (RFC 3501 and extensions)
+ *     login         begins and ends a connection: greeting, STARTTLS, SASL
  *     http          calls the URLs that are told of a run, and posts OAuth's forms
  *     oauth         signs in once, and keeps a fresh access token from then on
  *     mailboxes     names, files, and which mailboxes have news
@@ -2643,7 +2644,7 @@ struct set {
 	struct range *ranges; /* owned */
 	size_t n, room;
 	size_t taken;  /* ranges before this one have been taken out by set_take() */
-	bool unsorted; /* set_sort() is due */
+	bool unsorted; /* they are to be put in order before anybody looks at them */
 };
 
 static void set_clear(struct set *set)
@@ -2703,20 +2704,24 @@ static void set_sort(struct set *set)
 	*set = sorted;
 }
 
-static uint64_t set_count(const struct set *set)
+static uint64_t set_count(struct set *set)
 {
 	uint64_t count = 0;
 
+	set_sort(set);
 	for (size_t i = set->taken; i < set->n; i++)
 		count += (uint64_t)set->ranges[i].high - set->ranges[i].low + 1;
 	return count;
 }
 
-/* Return the smallest UID in a sorted set that is at least 'uid', or 0. */
-static uint32_t set_next(const struct set *set, uint32_t uid)
+/* Return the smallest UID in a set that is at least 'uid', or 0. */
+static uint32_t set_next(struct set *set, uint32_t uid)
 {
-	size_t low = set->taken, high = set->n;
+	size_t low, high;
 
+	set_sort(set);
+	low = set->taken;
+	high = set->n;
 	while (low < high) {
 		size_t middle = low + (high - low) / 2;
 
@@ -3818,7 +3823,9 @@ static unsigned imap_compress(struct imap *im)
 	return im->compress_tag = imap_send(im, NULL, "COMPRESS DEFLATE");
 }
 
-/* -- logging in -- */
+/* ======== login: begins and ends a connection ======== */
+
+/* From the greeting through STARTTLS and SASL to where mailboxes can be opened, and the goodbye. */
 
 /* Encode n octets: 4 for each 3, and NUL; 'url': for URLs, without padding. Returns out. */
 static char *base64(char *out, const void *octets, size_t n, bool url)
@@ -5890,7 +5897,6 @@ struct sync {
 	struct err err; /* why it cannot go on */
 	enum sync_stage stage;
 	struct mbox *m;
-	uint32_t others;              /* duplicates that were left out when it was opened */
 	bool empty;                   /* the archive was: nothing can be known already */
 	bool rekeyed;                 /* UIDVALIDITY is new: flags wait until the UIDs are bound */
 	bool sampled;                 /* what is fetched now is compared with what is stored */
@@ -6136,7 +6142,7 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		return 0; /* nobody asked for it */
 	if (fetch->section != SECTION_MAIL)
 		mbox_header_init(&y->in.header);
-	else if (fetch->octets == 0 || (y->session->dry && !y->sampled))
+	else if (y->session->dry && !y->sampled)
 		return 0;
 	else if (y->sampled)
 		sample_begin(&y->in);
@@ -6208,7 +6214,10 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	if (y->in.gets == GETS_SAMPLE)
 		return sample_end(y, fetch->uid);
 	if (y->in.gets == GETS_LITERAL) {
-		y->in.gets = sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
+		/* One that is really empty has a size that says so: else it will be asked for by itself. */
+		bool whole = fetch->octets > 0 || (fetch->has_size && fetch->size == 0);
+
+		y->in.gets = whole && sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
 		if (y->in.gets == GETS_NOTHING) {
 			mbox_abort(y->m);
 			return imap_noise(y->session->im, fetch->octets);
@@ -6221,15 +6230,6 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 		fetch_merge(&y->in.mail, fetch);
 		if (sync_store(y) != 0)
 			return -1;
-	}
-	if (fetch->section == SECTION_MAIL && fetch->octets == 0 && fetch->has_size && fetch->size == 0 &&
-	    !y->session->dry && sync_wants(y, fetch->uid)) {
-		/* Really empty: the server says so twice. */
-		if (mbox_begin(y->m, &y->err) != 0)
-			return -1;
-		y->in.gets = GOT_MAIL;
-		y->in.mail = *fetch;
-		return sync_store(y);
 	}
 	if (fetch->uid == 0)
 		return 0;
@@ -6399,7 +6399,6 @@ static void sync_count_failures(struct sync *y)
 	struct range ranges[BATCH_RANGES];
 	char uids[SET_TEXT_OCTETS];
 
-	set_sort(&y->listing);
 	if ((n = set_count(&y->listing)) == 0)
 		return;
 	y->counts.failures += n;
@@ -6617,7 +6616,6 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 		return imap_refused(&y->err, result, "listing the mails");
 	if (!refused && result->below > 0) /* go on below them, keeping what we have */
 		return sync_add(y, &y->todo[KIND_LISTING], 1, result->below - 1);
-	set_sort(&y->listing);
 	if (set_count(&y->listing) > MBOX_MAILS_MAX)
 		return sync_out_of_room(y);
 	y->complete = !refused && set_count(&y->listing) == im->exists;
@@ -6665,7 +6663,6 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 	}
 	if (result->condition == IMAP_BAD)
 		y->session->im->one_at_a_time = true;
-	set_sort(&y->todo[KIND_MADE_IDS]);
 	for (unsigned i = 0; i < c->n; i++)
 		for (uint32_t uid = set_next(&y->listing, c->ranges[i].low);
 		     uid != 0 && uid <= c->ranges[i].high;
@@ -6767,7 +6764,7 @@ static void sync_close(struct sync *y, bool complete)
 	if (y->m != NULL) {
 		mbox_tally(y->m, &info);
 		y->counts.back += complete ? mbox_came_back(y->m) : 0;
-		y->counts.others_new += info.others > y->others ? info.others - y->others : 0;
+		y->counts.others_new += info.others > y->counts.others ? info.others - y->counts.others : 0;
 		y->counts.others = info.others;
 		if (mbox_close(y->m,
 			       complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
@@ -6824,7 +6821,7 @@ static int sync_open(struct sync *y)
 	}
 	y->old = *mbox_claimed(y->m);
 	mbox_tally(y->m, &info);
-	y->others = info.others;
+	y->counts.others = info.others;
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
 	y->foresee = s->compare ? 0 : sync_foresees(y);
@@ -6882,12 +6879,6 @@ static void session_finish(struct session *s, struct sync *y)
 	free(y);
 }
 
-/* Return true if the mailbox knows of something to ask for, now or after the answers to come. */
-static bool sync_has_more(const struct sync *y)
-{
-	return y->attempt.careful || y->foresee != 0 || sync_first_todo(y, KINDS - 1) != KIND_NONE;
-}
-
 /* Have every mailbox send what it can, the first one first; begin others as long as the wire has room. */
 static void session_send(struct session *s)
 {
@@ -6922,8 +6913,9 @@ static void session_send(struct session *s)
 				return;
 			continue;
 		}
-		if (y->err.code == E_NONE && sync_has_more(y))
-			return;
+		if (y->err.code == E_NONE &&
+		    (y->attempt.careful || y->foresee != 0 || sync_first_todo(y, KINDS - 1) != KIND_NONE))
+			return; /* it has more to ask for, after the answers to come */
 		link = &y->next;
 	}
 }
@@ -7214,8 +7206,6 @@ static int restore_look(struct restore *r, struct err *e)
 	if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
 		return -1;
 	r->asks_made = true;
-	set_sort(&r->nameless);
-	r->nameless.taken = 0;
 	while (set_take(&r->nameless, 500, ranges, uids) > 0) {
 		if (restore_wait(r) != 0 || imap_send(im, NULL, "UID FETCH %s %s", uids, made) == 0)
 			return -1;
