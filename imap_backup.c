@@ -3384,6 +3384,8 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 	char word[IMAP_ATOM_MAX], text[64];
 	bool doubtful = false; /* nothing that we know has followed the literal yet */
 
+	im->depth = 1;
+	im->depth = imap_is(im, '(');
 	while (!imap_at_end(im)) {
 		bool literal = false;
 
@@ -3408,7 +3410,8 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 		} else if (strcmp(word, "INTERNALDATE") == 0) {
 			imap_string(im, text, sizeof text);
 			/* RFC 5322's form is nobody's INTERNALDATE: the Date header tells more then. */
-			fetch.has_date = strlen(text) >= 25 && (text[1] == '-' || text[2] == '-') &&
+			fetch.has_date = strlen(text) >= 25 &&
+					 strcspn(text, "-") - strspn(text, " ") <= 2 &&
 					 parse_date(text, &fetch.date_sec);
 		} else if (doubtful && strcmp(word, "MODSEQ") != 0) {
 			imap_proto(im, word, end);
@@ -3507,8 +3510,7 @@ static void imap_status_response(struct imap *im)
 
 	im->depth = 1;
 	imap_string(im, name, sizeof name);
-	list = imap_blanks(im) == '(';
-	im->depth = 0;
+	list = imap_is(im, '(');
 	while (list && imap_item(im, word))
 		if (word_place(status_words, word) >= 0)
 			status_note(&status, word, imap_number(im, INT64_MAX));
@@ -5870,7 +5872,8 @@ struct attempt {
 	uint32_t broken_uid;         /* the first that had not come when it broke */
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
 	bool reopened;               /* the archive did not fit, and was put in order */
-	bool literal;                /* the server does not take the name as a quoted string */
+	bool literal;                /* the server does not take the name as a quoted string ... */
+	bool plain;                  /* ... or EXAMINE with (CONDSTORE) */
 	enum listing_way way;        /* the first that did not break the line */
 	unsigned vague;              /* single mails in a row that were refused with a request to wait */
 	unsigned poisons, row;       /* how many; of them, since a mail came */
@@ -6205,18 +6208,19 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 static int on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
-	bool lists;
+	bool lists, whole;
 
 	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
 		return 0;
 	if (y->in.gets == GETS_LITERAL && fetch->section != SECTION_MAIL)
 		return sync_bind(y, fetch);
-	if (y->in.gets == GETS_SAMPLE)
+	/* One that is really empty has a size that says so: else it will be asked for by itself. */
+	whole = fetch->octets > 0 || (fetch->has_size && fetch->size == 0);
+	if (y->in.gets == GETS_SAMPLE && whole)
 		return sample_end(y, fetch->uid);
+	if (y->in.gets == GETS_SAMPLE)
+		y->in.gets = GETS_NOTHING;
 	if (y->in.gets == GETS_LITERAL) {
-		/* One that is really empty has a size that says so: else it will be asked for by itself. */
-		bool whole = fetch->octets > 0 || (fetch->has_size && fetch->size == 0);
-
 		y->in.gets = whole && sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
 		if (y->in.gets == GETS_NOTHING) {
 			mbox_abort(y->m);
@@ -6268,7 +6272,7 @@ static int sync_sent(struct sync *y, enum sync_kind kind, unsigned tag)
 static int sync_send_examine(struct sync *y)
 {
 	struct imap *im = y->session->im;
-	const char *condstore = im->capabilities & CAP_CONDSTORE ? " (CONDSTORE)" : "";
+	const char *condstore = im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? " (CONDSTORE)" : "";
 	char quoted[2 * MBOX_NAME_MAX + 20];
 
 	unsigned tag;
@@ -6572,20 +6576,23 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 {
 	const struct imap *im = y->session->im;
 	const struct imap_status *status = &y->box->status;
+	/* What it does not tell now (RFC 3501 wants it before the answer), STATUS has told. */
 	uint32_t uidnext = im->box.uidnext != 0 ? im->box.uidnext : status->uidnext;
+	uint32_t uidvalidity = im->box.uidvalidity != 0 ? im->box.uidvalidity : status->uidvalidity;
 
-	if (result->condition == IMAP_BAD && imap_needs_literal(y->box->name, false) &&
-	    !y->attempt.literal) {
-		y->attempt.literal = true;
-		return err_set(&y->err, E_FORMAT, "the server does not take the name as a quoted string");
+	if (result->condition == IMAP_BAD &&
+	    !y->attempt.reopened) { /* as it stands: is there another way? */
+		y->attempt.literal = imap_needs_literal(y->box->name, false);
+		y->attempt.plain = !y->attempt.literal;
+		return err_set(&y->err, E_FORMAT, "the server does not take EXAMINE so: %s", result->text);
 	}
 	if (imap_refused(&y->err, result, "opening the mailbox") != 0)
 		return -1;
-	if (sync_is_open(y) && im->box.uidvalidity != y->claim.uidvalidity)
+	if (sync_is_open(y) && uidvalidity != y->claim.uidvalidity)
 		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
 	if (sync_is_open(y))
 		return 0;
-	y->claim = (struct mbox_claim){ .uidvalidity = im->box.uidvalidity,
+	y->claim = (struct mbox_claim){ .uidvalidity = uidvalidity,
 					.uidnext = uidnext,
 					.messages = im->exists,
 					.unseen = status->unseen,
@@ -6593,14 +6600,14 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 					.when_sec = time(NULL),
 					.traits = mailbox_traits(y->box) };
 	/* A UIDNEXT that went back is a mailbox made anew, or a server restored from its backup. */
-	if (im->box.uidvalidity == 0 || im->box.uidvalidity != y->old.uidvalidity ||
+	if (uidvalidity == 0 || uidvalidity != y->old.uidvalidity ||
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
 		mbox_forget_uids(y->m);
 		y->rekeyed = !y->empty;
 		set_clear(&y->todo[KIND_FLAGS]);
 	}
 	if (y->empty && !y->session->dry)
-		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
+		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = uidvalidity,
 							.unseen = UINT32_MAX,
 							.traits = y->claim.traits });
 	return 0;
@@ -6686,7 +6693,8 @@ static int sync_answered(struct sync *y, const struct command *c)
 	y->awaited -= c->kind == KIND_LISTING || c->kind == KIND_FLAGS;
 	if (y->err.code != E_NONE || sync_store(y) != 0)
 		return -1;
-	if (c->kind != KIND_EXAMINE && im->selected && im->box.uidvalidity != y->claim.uidvalidity)
+	if (c->kind != KIND_EXAMINE && im->selected && im->box.uidvalidity != 0 &&
+	    im->box.uidvalidity != y->claim.uidvalidity)
 		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
 	switch (c->kind) {
 	case KIND_EXAMINE:

@@ -143,6 +143,130 @@ def test_two_blanks(t):
     })
 
 
+def rewrites(pattern, to, **more):
+    """What of the server's lines matches is written otherwise."""
+    def line(self, text):
+        Session.line(self, re.sub(pattern, to, text))
+    return Case(tries=1, **dict(dict(line=line), **more))
+
+
+def fetches(change, **more):
+    def fetch_mail(self, number, m, items):
+        self.put(change(number, self.fetch_items(m, items)))
+    return Case(tries=1, **dict(dict(fetch_mail=fetch_mail), **more))
+
+
+def test_words_in_odd_places(t):
+    """Line ends within lists, blanks, brackets, items in another order; one connection all the same."""
+    play(t, {
+        'fetch': fetches(lambda n, i: b'* %d FETCH\r\n (' % n + b' '.join(i) + b')\r\n'),
+        'items': fetches(lambda n, i: b'* %d FETCH (\r\n' % n + b'\r\n'.join(i) + b'\r\n)\r\n'),
+        'items-lf': fetches(lambda n, i: b'* %d FETCH (' % n + b'\n '.join(i) + b'\n)\n'),
+        'behind-body': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i).replace(b'BODY[] {', b'BODY[]\r\n {') + b')\r\n'),
+        'lower': fetches(lambda n, i: b'* %d fetch (' % n + b' '.join(x.split(b' ')[0].lower() + x[len(x.split(b' ')[0]):] for x in i) + b')\r\n'),
+        'two-close': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i) + b'))\r\n'),
+        'no-open': fetches(lambda n, i: b'* %d FETCH ' % n + b' '.join(i) + b'\r\n'),
+        'tabs': fetches(lambda n, i: b'*\t%d\tFETCH\t(' % n + b'\t'.join(i) + b'\t)\t\r\n'),
+        'crcrlf': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i) + b')\r\r\n'),
+        'reversed': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i[::-1]) + b')\r\n'),
+        'unknown': fetches(lambda n, i: b'* %d FETCH (X-GM-LABELS ("\\\\Inbox" [x] "a)b") EMAILID (x[) THREADID NIL ' % n + b' '.join(i) + b')\r\n'),
+        'leading': rewrites(r'^\*', ' *'), 'status-break': rewrites(r'^(\* STATUS \S+) \(', '\\1\r\n ('),
+        'status-break2': rewrites(r'^(\* STATUS .*) (UIDNEXT|UIDVALIDITY)', '\\1\r\n \\2'),
+        'list-break': rewrites(r'^(\* LIST \(\S*\)) ', '\\1\r\n '), 'list-break2': rewrites(r'^(\* LIST \(\S*\) \S+) ', '\\1\r\n '),
+        'search-break': rewrites(r'^(\* SEARCH 1) ', '\\1\r\n ', capabilities=BARE),
+        'esearch-space': rewrites(r',', ', '), 'code-space': rewrites(r'\[(UID\w+) (\d+)\]', r'[ \1  \2 ]'),
+        'code-open': rewrites(r'\[(UID\w+) (\d+)\]', r'[\1 \2'), 'code-text': rewrites(r'\[(UID\w+) (\d+)\].*', r'[\1 \2]'),
+        'code-glued': rewrites(r'OK \[(UID\w+) (\d+)\].*', r'OK[\1 \2]x'),
+        'flags': rewrites(r'^\* FLAGS .*', r'* FLAGS (\\Seen [ ] { "x ( )) y'),
+        'flags-none': rewrites(r'^\* FLAGS .*', r'* FLAGS'), 'permanent': rewrites(r'\[PERMANENTFLAGS.*', r'[PERMANENTFLAGS (\\* ] x'),
+        'exists': rewrites(r'^\* (\d+) EXISTS', r'* \1 EXISTS (x) [y'),
+    })
+
+
+def test_names_of_odd_octets(t):
+    def bare(self, text, octets=None):
+        return text
+
+    def case(*names, **more):
+        return Case(boxes={n: few(2 + i) for i, n in enumerate(('INBOX', *names))}, string=more.pop('string', bare), tries=1, **more)
+    play(t, {
+        'brackets': case('[Gmail]/All Mail', 'a]b', 'x[', delimiter='/'), 'brackets-bare': case('[Gmail]/All', 'a]b', 'x[', capabilities=BARE),
+        'parens': case('a (b)', '(c)', 'd(', 'e)', capabilities=FULL), 'parens-bare': case('a (b)', '(c)', 'd(', 'e)', capabilities=BARE),
+        'quote': case('a"b', "it's", capabilities=FULL), 'star': case('a*b', 'a%b', 'ü', capabilities=FULL),
+        'literals': Case(boxes={n: few(2) for n in ('INBOX', 'a (b)', '{x}', 'A B')}, literals=True, tries=1),
+        'braces': case('x{3}', 'y{'), 'nil': case('NIL', 'nil'), 'plus': case('+', '*', 'A1 OK', capabilities=FULL, string=Session.string),
+    })
+
+
+def bad(*names):
+    def hook(session, tag, name, args):
+        if name in names:
+            session.line(tag + ' BAD no such thing')
+            return True
+    return hook
+
+
+def test_answered_bad(t):
+    """What a server offers and does not have is asked for otherwise."""
+    def condstore(session, tag, name, args):
+        if name == 'EXAMINE' and 'CONDSTORE' in args:
+            session.line(tag + ' BAD no such parameter')
+            return True
+
+    def headers(session, tag, name, args):
+        if name == 'UID_FETCH' and 'HEADER' in args:
+            session.line(tag + ' BAD no headers')
+            return True
+
+    def returns(session, tag, name, args):
+        if 'RETURN' in args:
+            session.line(tag + ' BAD no RETURN')
+            return True
+
+    def changed(session, tag, name, args):
+        if 'CHANGEDSINCE' in args:
+            session.line(tag + ' BAD no CHANGEDSINCE')
+            return True
+    play(t, {
+        'id': Case(hook=bad('ID'), tries=1), 'status': Case(hook=bad('STATUS'), capabilities=BARE, tries=1),
+        'search': Case(hook=bad('UID_SEARCH'), tries=1), 'search-bare': Case(hook=bad('UID_SEARCH'), capabilities=BARE, tries=1),
+        'condstore': Case(hook=condstore), 'headers': Case(hook=headers), 'returns': Case(hook=returns, tries=1),
+        'changed': Case(hook=changed, tries=1),
+    })
+
+
+def test_untagged_data_behind_the_answer(t):
+    def late(words):
+        def examine(self, tag, args):
+            self.late = []
+            self.line = lambda text: self.late.append(text) if any(w in text for w in words) else Session.line(self, text)
+            Session.cmd_EXAMINE(self, tag, args)
+            del self.line
+            for text in self.late:
+                Session.line(self, text)
+        return examine
+    play(t, {
+        'exists': Case(cmd_EXAMINE=late(['EXISTS'])), 'exists-bare': Case(cmd_EXAMINE=late(['EXISTS']), capabilities=BARE),
+        'uidnext': Case(cmd_EXAMINE=late(['UIDNEXT'])), 'modseq': Case(cmd_EXAMINE=late(['MODSEQ'])),
+        'uidvalidity': Case(cmd_EXAMINE=late(['UIDVALIDITY'])),
+        'uidvalidity-bare': Case(cmd_EXAMINE=late(['UIDVALIDITY']), capabilities=BARE),
+        'all': Case(cmd_EXAMINE=late(['EXISTS', 'UIDNEXT', 'UIDVALIDITY', 'MODSEQ', 'FLAGS'])),
+        'all-bare': Case(cmd_EXAMINE=late(['EXISTS', 'UIDNEXT', 'UIDVALIDITY', 'MODSEQ', 'FLAGS']), capabilities=BARE),
+    })
+
+
+def test_dates_in_odd_forms(t):
+    def says(date):
+        def fetch_items(self, m, items):
+            return [b'INTERNALDATE ' + date(m) if i.startswith(b'INTERNALDATE') else i for i in Session.fetch_items(self, m, items)]
+        return Case(tries=1, fetch_items=fetch_items)
+    play(t, {
+        'blanks': says(lambda m: sample.internaldate(m.when).replace(' ', '  ').encode()),
+        'literal': says(lambda m: b'{%d}\r\n' % (len(sample.internaldate(m.when)) - 2) + sample.internaldate(m.when).strip('"').encode()),
+        'lower': says(lambda m: sample.internaldate(m.when).lower().encode()),
+    })
+
+
 # ---- names ----
 
 def bare_names(self, text, octets=None):
