@@ -5920,6 +5920,7 @@ struct session {
 	bool dry;           /* say what would be done */
 	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
 	uint64_t mails, octets; /* that came, to guess the size of a batch */
+	uint64_t bound;         /* mails that were told by their Message-IDs */
 	struct sync *first;     /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
 	struct sync *(*begin)(void *context, bool ahead);
@@ -6200,6 +6201,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 		     : mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
+	y->session->bound += known > 0;
 	if (known > 0 && fetch.has_flags)
 		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
 	return known < 0 ? -1 : 0;
@@ -6449,15 +6451,9 @@ static enum sync_kind sync_first_todo(const struct sync *y, enum sync_kind last)
 static void sync_next_stage(struct sync *y)
 {
 	switch (y->stage) {
-	case SYNC_BIND: /* the new UIDVALIDITY is committed together with all known UIDs */
+	case SYNC_BIND:
 		y->rekeyed = false;
 		y->stage = SYNC_FETCH;
-		if (!y->session->dry)
-			mbox_commit(y->m,
-				    &(struct mbox_claim){ .uidvalidity = y->claim.uidvalidity,
-							  .unseen = UINT32_MAX,
-							  .traits = y->claim.traits },
-				    &y->err);
 		if (y->session->compare)
 			sync_sample(y);
 		break;
@@ -6603,13 +6599,13 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	if (uidvalidity == 0 || uidvalidity != y->old.uidvalidity ||
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
 		mbox_forget_uids(y->m);
-		y->rekeyed = !y->empty;
-		set_clear(&y->todo[KIND_FLAGS]);
-	}
-	if (y->empty && !y->session->dry)
+		/* What is bound or stored from here on is of the new UIDVALIDITY, also if the line breaks soon. */
 		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = uidvalidity,
 							.unseen = UINT32_MAX,
 							.traits = y->claim.traits });
+		y->rekeyed = !y->empty;
+		set_clear(&y->todo[KIND_FLAGS]);
+	}
 	return 0;
 }
 
@@ -6973,7 +6969,7 @@ static int session_run(struct session *s, struct err *e)
 {
 	struct imap *im = s->im;
 
-	s->mails = s->octets = 0;
+	s->mails = s->octets = s->bound = 0;
 	im->on_uids = on_uids;
 	im->on_literal = on_literal;
 	im->on_octets = on_octets;
@@ -8234,7 +8230,7 @@ static void worker_run(struct worker *w)
 			if (session_run(&w->session, &e) == 0)
 				break;
 		}
-		if (w->slot->mails > before)
+		if (w->slot->mails > before || w->session.bound > 0)
 			w->tries = w->expiries = 0;
 		if (!worker_recovers(w, &e))
 			break;

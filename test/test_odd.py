@@ -660,6 +660,24 @@ def test_uids_used_again(t):
             assert not bodies and before == archive.digests(t.dest), (email, said)
 
 
+def test_uids_are_bound_bit_by_bit(t):
+    """A new UIDVALIDITY, and a line that breaks at each second question: what was bound stays so, and is progress."""
+    def hook(session, tag, name, args):
+        if 'HEADER.FIELDS (MESSAGE-ID' in args:
+            session.asked = getattr(session, 'asked', 0) + 1
+            if session.asked > 1:
+                session.drop('close')
+    box = Mailbox(sample.many(9))
+    server = serve(t, {'INBOX': box})
+    t.config(clear(t, server), header_batch_size=3, retries=2)
+    fetched(t, server)
+    box.renumber()
+    box.flag(box.mails[3].uid, '\\Flagged')
+    server.hook = hook
+    said, bodies = fetched(t, server)
+    assert not bodies and not archive.compare(t.mbox(), held(box)), said
+
+
 # ---- servers that break ----
 
 def hangs_up(how, first=False):
