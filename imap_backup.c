@@ -2867,7 +2867,7 @@ struct imap {
 	int (*on_list)(void *context, const char *name, size_t n, char delimiter, bool selectable,
 		       unsigned attributes /* bits of special_uses */);
 	int (*on_status)(void *context, const char *name, const struct imap_status *status);
-	int (*on_uids)(void *context, uint32_t low, uint32_t high);
+	int (*on_uids)(void *context, uint32_t from, uint32_t to); /* the lower one may come last */
 	/* A literal begins (returns 1 if it is wanted), comes, and the response that it stands in ends.
 	 * Which mail it is may only be known then. Responses without a literal have only the end. */
 	int (*on_literal)(void *context, const struct imap_fetch *fetch);
@@ -3042,7 +3042,7 @@ static bool imap_literal(struct imap *im, uint64_t *octets)
 static void imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
 	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
-		imap_noise(im, octets); /* do not even wait for it */
+		imap_noise(im, octets);
 	while (octets > 0 && imap_peek(im) >= 0) {
 		size_t n = (size_t)(im->s.end - im->s.at);
 
@@ -3067,8 +3067,8 @@ static uint64_t imap_string(struct imap *im, char *out, size_t size)
 		return imap_word(im, ENDS_NAME, out, size);
 	if (quoted)
 		imap_next(im);
-	else
-		imap_literal(im, &octets);
+	else if (imap_literal(im, &octets) && octets > IMAP_NOISE_MAX)
+		imap_noise(im, octets); /* do not even wait for it */
 	for (; (quoted || n < octets) && (c = imap_peek(im)) >= 0; n++) {
 		if (quoted && (c == '\r' || c == '\n')) /* it is not closed */
 			break;
@@ -3088,14 +3088,11 @@ static uint64_t imap_string(struct imap *im, char *out, size_t size)
 static void imap_pass(struct imap *im)
 {
 	char ignored[8];
-	uint64_t octets;
 	int c = imap_peek(im);
 
-	if (c == '"')
+	if (c == '"' || c == '{')
 		imap_string(im, ignored, sizeof ignored);
-	else if (c == '{' && imap_literal(im, &octets))
-		imap_pour(im, octets, NULL);
-	else if (c >= 0 && c != '{')
+	else if (c >= 0)
 		imap_next(im);
 }
 
@@ -3434,7 +3431,7 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 static void imap_search(struct imap *im, bool extended)
 {
 	char word[IMAP_ATOM_MAX], *end;
-	bool all = !extended;
+	bool all = !extended; /* the numbers that come are UIDs */
 
 	im->depth = 1; /* the lists are within this one */
 	while (!imap_at_end(im)) {
@@ -3442,19 +3439,19 @@ static void imap_search(struct imap *im, bool extended)
 
 		if (!imap_item(im, word))
 			continue;
-		if (extended && !isdigit((unsigned char)word[0]))
+		if (extended && !isdigit((unsigned char)word[0])) {
 			all = strcmp(word, "ALL") == 0;
-		else if (all) {
-			low = high = strtoumax(word, &end, 10);
-			if (*end == ':')
-				high = strtoumax(end + 1, &end, 10);
-			if (low == 0 || high == 0 || low > UINT32_MAX || high > UINT32_MAX || *end != '\0')
-				imap_proto(im, word, "a UID");
-			else
-				imap_called(im,
-					    im->on_uids(im->context, (uint32_t)(low < high ? low : high),
-							(uint32_t)(low < high ? high : low)));
+			continue;
 		}
+		if (!all)
+			continue;
+		low = high = strtoumax(word, &end, 10);
+		if (*end == ':')
+			high = strtoumax(end + 1, &end, 10);
+		if (low == 0 || high == 0 || low > UINT32_MAX || high > UINT32_MAX || *end != '\0')
+			imap_proto(im, word, "a UID");
+		else
+			imap_called(im, im->on_uids(im->context, (uint32_t)low, (uint32_t)high));
 	}
 	imap_line_end(im);
 }
@@ -5866,8 +5863,7 @@ enum listing_way { LISTING_ESEARCH, LISTING_SEARCH, LISTING_FETCH };
 
 /* What is remembered of a mailbox from one connection to the next, within a worker. */
 struct attempt {
-	bool careful; /* the line broke: one mail at a time now, up to this one: */
-	uint32_t careful_uid;
+	uint32_t careful_uid;        /* the line broke: one mail at a time now, up to this one; or 0 */
 	bool careful_asks;           /* it broke at a header: those too */
 	uint32_t broken_uid;         /* the first that had not come when it broke */
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
@@ -5961,9 +5957,10 @@ static bool sync_lists(const struct sync *y)
 	       (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
 }
 
-static int on_uids(void *context, uint32_t low, uint32_t high)
+static int on_uids(void *context, uint32_t from, uint32_t to)
 {
 	struct sync *y = context;
+	uint32_t low = from < to ? from : to, high = from < to ? to : from;
 
 	if (y == NULL || !sync_lists(y))
 		return 0;
@@ -5996,7 +5993,7 @@ static void sync_passed(struct sync *y, uint32_t uid, bool mail)
 	y->session->im->noise = 0;
 	y->attempt.row = mail ? 0 : y->attempt.row;
 	if (uid >= y->attempt.careful_uid && (mail || y->attempt.careful_asks))
-		y->attempt.careful = false;
+		y->attempt.careful_uid = 0;
 }
 
 /* What one response tells of a mail, and another does not. */
@@ -6328,7 +6325,7 @@ static uint32_t sync_foresees(const struct sync *y)
 	const struct imap_status *status = &y->box->status;
 
 	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time ||
-	    y->attempt.careful || y->attempt.poisons > 0)
+	    y->attempt.careful_uid != 0 || y->attempt.poisons > 0)
 		return 0;
 	if (!y->empty && y->old.uidvalidity == status->uidvalidity)
 		return y->old.uidnext < status->uidnext ? y->old.uidnext : 0;
@@ -6483,7 +6480,7 @@ static enum sync_kind sync_due(struct sync *y)
 					       [SYNC_RECHECK] = KIND_STILL_LISTED,
 					       [SYNC_MOVED] = KIND_FLAGS };
 	const struct session *s = y->session;
-	const bool careful = y->attempt.careful;
+	const bool careful = y->attempt.careful_uid != 0;
 
 	while (y->err.code == E_NONE && y->stage != SYNC_CLOSED && y->stage != SYNC_OVER) {
 		enum sync_kind most = s->dry && !y->sampled && last[y->stage] > KIND_MADE_IDS
@@ -6547,7 +6544,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		return sync_send_examine(y);
 	if (few && y->stage == SYNC_LIST && sync_foresee(y, kind, most) != 0)
 		return -1;
-	if (kind == KIND_MAIL || (few && y->attempt.careful && y->attempt.careful_asks))
+	if (kind == KIND_MAIL || (few && y->attempt.careful_uid != 0 && y->attempt.careful_asks))
 		most = 1;
 	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
 	n = set_take(&y->todo[from], most, ranges, uids);
@@ -6734,16 +6731,15 @@ static void sync_broken(struct sync *y, const struct command *c)
 		if (uid <= c->ranges[i].high)
 			break;
 	}
-	if (a->careful && low == high && low == a->broken_uid && y->session->mails == 0 &&
+	if (a->careful_uid != 0 && low == high && low == a->broken_uid && y->session->mails == 0 &&
 	    a->poisons < POISON_MAX) { /* as the first mail of its connection, too */
 		log_error(
 			"the mail with UID %lu breaks the connection again and again: left out in this run",
 			(unsigned long)low);
 		a->poison[a->poisons++] = low;
 		a->row++;
-		a->careful = false;
+		a->careful_uid = 0;
 	} else {
-		a->careful = true;
 		a->careful_uid = high;
 		a->careful_asks = fetches[c->kind].then == KIND_MAILS;
 		a->broken_uid = (uint32_t)uid;
@@ -6917,8 +6913,8 @@ static void session_send(struct session *s)
 				return;
 			continue;
 		}
-		if (y->err.code == E_NONE &&
-		    (y->attempt.careful || y->foresee != 0 || sync_first_todo(y, KINDS - 1) != KIND_NONE))
+		if (y->err.code == E_NONE && (y->attempt.careful_uid != 0 || y->foresee != 0 ||
+					      sync_first_todo(y, KINDS - 1) != KIND_NONE))
 			return; /* it has more to ask for, after the answers to come */
 		link = &y->next;
 	}

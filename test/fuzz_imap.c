@@ -92,8 +92,8 @@ static int saw_status(void *context, const char *name, const struct imap_status 
 static int saw_uids(void *context, uint32_t low, uint32_t high)
 {
 	(void)context;
-	must(low > 0 && low <= high);
-	return set_add(&seen.uids, low, high) ? 0 : -1;
+	must(low > 0 && high > 0);
+	return set_add(&seen.uids, low < high ? low : high, low < high ? high : low) ? 0 : -1;
 }
 
 static int saw_literal(void *context, const struct imap_fetch *fetch)
@@ -191,7 +191,7 @@ static struct sync *begin(void *context, bool ahead)
 	y = allocate(sizeof *y);
 	y->session = context;
 	y->box = &both[begun];
-	y->attempt.careful = begun == 0 && both[0].has_news;
+	y->attempt.careful_uid = begun == 0 && both[0].has_news;
 	begun++;
 	return y;
 }

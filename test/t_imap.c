@@ -785,7 +785,7 @@ static void test_responses(void)
 		{ "* SEARCH 0\r\n", "", "where a UID was" },
 		{ "* SEARCH x\r\n", "", "sent X where a UID" },
 		{ "*  SEARCH  1  2 \t 3  \r\n", "1:1|2:2|3:3|", NULL },
-		{ "* ESEARCH (TAG \"A7\") UID ALL 1:5,9,8:7\r\n", "1:5|9:9|7:8|", NULL },
+		{ "* ESEARCH (TAG \"A7\") UID ALL 1:5,9,8:7\r\n", "1:5|9:9|8:7|", NULL },
 		{ "* ESEARCH (TAG \"A7\") UID COUNT 5 MODSEQ 9\r\n", "", NULL },
 		{ "* ESEARCH UID PARTIAL (1:500 4:20) ALL 3\r\n", "3:3|", NULL },
 		{ "* ESEARCH UID ALL 1:\r\n", "", "where a UID was" },
