@@ -5706,6 +5706,7 @@ struct export
 {
 	const struct options *o;
 	struct mbox_id id; /* of the one mail */
+	char name[129];    /* its Message-ID, which tells those without one of their own apart */
 	unsigned found;
 	bool differs, write; /* the second pass writes the first mail that was found, and is done */
 	uint8_t hash[br_sha256_SIZE];
@@ -5760,7 +5761,8 @@ static int archive_export(void *context, struct archive *a)
 		if (x->o->all) {
 			if (!x->o->gone || mail.state & MBOX_GONE)
 				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &e);
-		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0) {
+		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0 &&
+			   (!mail.made || strcmp(mail.name, x->name) == 0)) {
 			if (!x->write)
 				failed = export_compare(x, a, &mail, &e);
 			else if (x->found > 0)
@@ -5787,6 +5789,7 @@ static int archives_export(const struct config *c, const struct options *o)
 
 		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
 			 bare ? ">" : "");
+		snprintf(x.name, sizeof x.name, "%.*s", (int)strcspn(field + 12, "\n"), field + 12);
 		mbox_header_init(&header);
 		mbox_header_feed(&header, field, strlen(field));
 		mbox_header_end(&header, &x.id);
@@ -6087,7 +6090,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 	same = mbox_walk(y->m, &at, &mail, &y->err) < 0 ? -1 : sample_is(y, &mail, theirs);
 	/* Nobody knows which is which of mails that no Message-ID tells apart. */
 	while (same == 0 && mail.made && mbox_walk(y->m, &next, &twin, &y->err) > 0)
-		if (memcmp(&twin.base, &mail.base, sizeof twin.base) == 0)
+		if (memcmp(&twin.id, &mail.id, sizeof twin.id) == 0)
 			same = sample_is(y, &twin, theirs);
 	y->counts.compared++;
 	if (same == 0) {
@@ -6164,10 +6167,8 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 		if (!y->sampled)
 			return mbox_write(y->m, octets, n, &y->err);
 		sample_feed(&y->in, octets, n);
-	} else if (fetch->section == SECTION_ID) {
-		mbox_header_feed(&y->in.header, octets, n);
 	} else {
-		mbox_made_feed(&y->in.header.made, octets, n);
+		mbox_header_feed(&y->in.header, octets, n);
 	}
 	return 0;
 }
@@ -6182,7 +6183,6 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	uint64_t size = fetch.has_size ? fetch.size : 0;
 	bool made = fetch.section == SECTION_MADE;
 	struct mbox_id id;
-	uint8_t key[20];
 	int known;
 
 	y->in.gets = GETS_NOTHING;
@@ -6190,12 +6190,9 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	if (!sync_wants(y, fetch.uid))
 		return imap_noise(y->session->im, fetch.octets);
 	sync_passed(y, fetch.uid, false);
-	if (!made && !mbox_header_end(&y->in.header, &id))
+	if (!mbox_header_end(&y->in.header, &id) && !made)
 		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch.uid, fetch.uid);
-	if (made)
-		mbox_made_end(&y->in.header.made, key);
-	known = made ? mbox_bind_made(y->m, fetch.uid, key, size, &y->err)
-		     : mbox_bind(y->m, fetch.uid, &id, size, &y->err);
+	known = mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
 	y->session->bound += known > 0;
@@ -7022,7 +7019,6 @@ struct restore {
 	size_t n, room;
 	struct set nameless; /* UIDs of mails without a Message-ID */
 	struct mbox_header header;
-	struct mbox_made made;
 	bool asks_made;
 	struct { /* mails on the wire, by their tags */
 		off_t at;
@@ -7082,10 +7078,7 @@ static int restore_on_literal(void *context, const struct imap_fetch *fetch)
 
 	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
 		return 0;
-	if (r->asks_made)
-		mbox_made_init(&r->made);
-	else
-		mbox_header_init(&r->header);
+	mbox_header_init(&r->header);
 	return 1;
 }
 
@@ -7094,10 +7087,7 @@ static int restore_on_octets(void *context, const struct imap_fetch *fetch, cons
 	struct restore *r = context;
 
 	(void)fetch;
-	if (r->asks_made)
-		mbox_made_feed(&r->made, octets, n);
-	else
-		mbox_header_feed(&r->header, octets, n);
+	mbox_header_feed(&r->header, octets, n);
 	return 0;
 }
 
@@ -7105,17 +7095,12 @@ static int restore_on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct restore *r = context;
 	struct mbox_id id;
-	uint8_t key[20];
 
 	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
 		return 0;
 	r->im->noise = 0;
-	if (r->asks_made) {
-		mbox_made_end(&r->made, key);
-		mbox_made_id(&id, key);
-	} else if (!mbox_header_end(&r->header, &id)) {
+	if (!mbox_header_end(&r->header, &id) && !r->asks_made)
 		return set_add(&r->nameless, fetch->uid, fetch->uid) ? 0 : -1;
-	}
 	if (r->n == MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	if (r->n == r->room) {
@@ -7429,7 +7414,7 @@ again:
 	for (at = 0; (more = mbox_walk(a->m, &at, &mail, &r->err)) > 0;) {
 		if (mail.state & MBOX_GONE && !r->options->include_gone) {
 			left_out++;
-		} else if (restore_has(r, &mail.base)) {
+		} else if (restore_has(r, &mail.id)) {
 			present++;
 		} else if (restore_is_refused(r, mail.offset)) {
 			continue;

@@ -156,38 +156,29 @@ enum {
 
 /* -- identity: which mail is this? -- */
 
-/* The first 16 octets of the SHA-256 of a Message-ID in its normal form. */
+/*
+ * Which mail is it? Octets of the SHA-256 of its Message-ID in its normal form. Mails without one are told by
+ * the original's key, the SHA-1 over what the server answers to BODY[HEADER.FIELDS (FROM TO CC DATE SUBJECT)],
+ * white space at both ends of the whole removed: the lowest bit of the first octet is 1 then, else 0, and the
+ * mailbox may have several with one identity.
+ */
 struct mbox_id {
 	uint8_t octets[16];
 };
 
 /*
- * The key of a mail without a Message-ID, the original's: SHA-1 over what the server answers to
- * BODY[HEADER.FIELDS (FROM TO CC DATE SUBJECT)], white space at both ends of the whole removed.
- */
-struct mbox_made {
-	br_sha1_context trimmed; /* up to the last octet that is no white space */
-	br_sha1_context ahead;   /* and with the white space behind it, should more follow */
-	bool any;
-};
-
-void mbox_made_init(struct mbox_made *made);
-void mbox_made_feed(struct mbox_made *made, const void *octets, size_t n);
-void mbox_made_end(const struct mbox_made *made, uint8_t key[20]);
-
-/*
  * Reads a mail's header as it flies by and tells its identity: the first Message-ID field,
- * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none, and then
- * 'made' tells it. Memory is fixed whatever the header's size. The fields are private to mbox.c.
+ * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none. Memory is fixed whatever the header's size. The fields are private to mbox.c.
  */
 struct mbox_header {
-	struct mbox_made made;
+	br_sha1_context trimmed; /* of the key, up to the last octet that is no white space; ... */
+	br_sha1_context ahead;   /* ... and with what is behind it, should more follow */
 	br_sha256_context hash; /* of the field in hand ... */
 	char text[128];         /* ... as far as it is not in here */
 	size_t text_octets, id_octets;
 	unsigned fields; /* Message-ID fields so far, counted up to 2; of these two: */
 	struct mbox_id id[2];
-	enum { MBOX_ID_NONE, MBOX_ID_OWN, MBOX_ID_MADE } kind[2]; /* absent; the mail's; the original's */
+	bool has_id[2];
 	char name[16]; /* of the field in hand, as it stands there */
 	size_t name_octets;
 	char date[64]; /* the first Date field, unfolded, cut, closed with NUL */
@@ -204,7 +195,7 @@ void mbox_header_init(struct mbox_header *h);
  */
 bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n);
 
-/* No more octets follow, or the body does. True and *id if the mail has an ID of its own. */
+/* No more octets follow, or the body does. Returns true if there was a Message-ID. */
 bool mbox_header_end(struct mbox_header *h, struct mbox_id *id);
 
 /* -- what stands in the index's header -- */
@@ -290,9 +281,6 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
  */
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);
 
-/* The same for a mail without a Message-ID. */
-int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e);
-
 /*
  * Every listed UID has been bound or stored: mark what has no UID left as gone. Copies of a mail that
  * have no UID of their own, and are octet by octet alike, get its state.
@@ -373,14 +361,10 @@ struct mbox_mail {
 	unsigned state;       /* MBOX_SEEN ... */
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
 	struct mbox_id id;
-	struct mbox_id base;  /* the same; of mails without a Message-ID, all with the same key have one */
 	bool made;            /* it has no Message-ID of its own */
 	char name[129];       /* its Message-ID, or "" */
 	char date[64];        /* the text of its Date field */
 };
-
-/* The identity ('base') of mails with this key. */
-void mbox_made_id(struct mbox_id *id, const uint8_t key[20]);
 
 /* The mailbox's name on the wire, or "" if the index does not tell it. */
 const char *mbox_name(const struct mbox *m);

@@ -64,8 +64,7 @@ enum {
 	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
 	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
 	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
-	KEYS_MAX = 1 << 14,           /* places for keys of made IDs, in sets; nobody can foresee ... */
-	KEYS_IN_SET = 8,              /* ... which of them meet in one */
+	COUNTS = 1 << 12,             /* places for counts of mails that have one made ID */
 	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
 };
 
@@ -170,33 +169,19 @@ static uint64_t sum_of(const uint8_t *p, size_t n)
 
 /* ======== identity ======== */
 
-void mbox_made_init(struct mbox_made *made)
+/* Return true if this is the identity of mails without a Message-ID: there may be several of it. */
+static bool id_is_made(const struct mbox_id *id)
 {
-	br_sha1_init(&made->ahead);
-	made->trimmed = made->ahead;
-	made->any = false;
+	return id->octets[0] & 1;
 }
 
-void mbox_made_feed(struct mbox_made *made, const void *octets, size_t n)
+static void id_end(struct mbox_id *id, const br_sha256_context *hash, bool made)
 {
-	const uint8_t *p = octets;
-	size_t last = n;
+	uint8_t out[br_sha256_SIZE];
 
-	while (!made->any && n > 0 && is_space(*p))
-		p++, n--;
-	for (last = n; last > 0 && is_space(p[last - 1]);)
-		last--;
-	if (last > 0) {
-		br_sha1_update(&made->ahead, p, last);
-		made->trimmed = made->ahead;
-		made->any = true;
-	}
-	br_sha1_update(&made->ahead, p + last, n - last);
-}
-
-void mbox_made_end(const struct mbox_made *made, uint8_t key[20])
-{
-	br_sha1_out(&made->trimmed, key);
+	br_sha256_out(hash, out);
+	memcpy(id->octets, out, sizeof id->octets);
+	id->octets[0] = (uint8_t)((id->octets[0] & ~1) | made);
 }
 
 /* Writes <key.k@...>, or <key@...> for the first, and returns its length. */
@@ -213,25 +198,17 @@ static size_t made_text(char out[MBOX_MADE_MAX], const uint8_t key[20], unsigned
 	return n + sizeof made_domain - 1;
 }
 
-static void id_of(struct mbox_id *id, const char *text, size_t n)
+/* The identity of all mails with this key, by one of their made IDs. */
+static void made_id(struct mbox_id *id, const char *text)
 {
 	br_sha256_context hash;
-	uint8_t out[br_sha256_SIZE];
 
 	br_sha256_init(&hash);
-	br_sha256_update(&hash, text, n);
-	br_sha256_out(&hash, out);
-	memcpy(id->octets, out, sizeof id->octets);
+	br_sha256_update(&hash, text, 41);
+	id_end(id, &hash, true);
 }
 
-static void made_id(struct mbox_id *id, const uint8_t key[20], unsigned k)
-{
-	char text[MBOX_MADE_MAX];
-
-	id_of(id, text, made_text(text, key, k));
-}
-
-/* Is this text what made_text() makes, or the original made? */
+/* Return true if made_text() makes such a text, or the original did. */
 static bool is_made(const char *text, size_t n)
 {
 	const size_t domain = sizeof made_domain - 1, end = n - domain; /* of key and number */
@@ -245,7 +222,35 @@ static bool is_made(const char *text, size_t n)
 void mbox_header_init(struct mbox_header *h)
 {
 	memset(h, 0, sizeof *h);
-	mbox_made_init(&h->made);
+	br_sha1_init(&h->ahead);
+	h->trimmed = h->ahead;
+}
+
+/* Take octets of a field that makes the key: white space counts once something follows it. */
+static void header_made_octets(struct mbox_header *h, const void *octets, size_t n)
+{
+	const uint8_t *p = octets;
+	size_t last = n;
+
+	while (last > 0 && is_space(p[last - 1]))
+		last--;
+	if (last > 0) {
+		br_sha1_update(&h->ahead, p, last);
+		h->trimmed = h->ahead;
+	}
+	br_sha1_update(&h->ahead, p + last, n - last);
+}
+
+/* The identity and the made ID, the k-th, of a mail with this header, should it have no other. Returns its length. */
+static size_t header_made(const struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX], unsigned k)
+{
+	uint8_t key[br_sha1_SIZE];
+	size_t n;
+
+	br_sha1_out(&h->trimmed, key);
+	n = made_text(text, key, k);
+	made_id(id, text);
+	return n;
 }
 
 /* One octet of a Message-ID in its normal form. */
@@ -261,20 +266,18 @@ static void header_id_octet(struct mbox_header *h, char c)
 
 static void header_field_end(struct mbox_header *h)
 {
-	uint8_t out[br_sha256_SIZE];
-	unsigned field = h->fields;
+	const unsigned field = h->fields;
 
-	if (h->at == MBOX_AT_ID && field < 2) {
+	if (h->at != MBOX_AT_ID || field == 2)
+		return;
+	h->has_id[field] = h->id_octets > 0 && (h->id_octets != 2 || memcmp(h->text, "<>", 2) != 0);
+	if (h->id_octets <= sizeof h->text && is_made(h->text, h->text_octets)) {
+		made_id(&h->id[field], h->text);
+	} else {
 		br_sha256_update(&h->hash, h->text, h->text_octets);
-		br_sha256_out(&h->hash, out);
-		memcpy(h->id[field].octets, out, sizeof h->id[field].octets);
-		h->kind[field] = MBOX_ID_OWN;
-		if (h->id_octets == 0 || (h->id_octets == 2 && memcmp(h->text, "<>", 2) == 0))
-			h->kind[field] = MBOX_ID_NONE;
-		else if (h->id_octets <= sizeof h->text && is_made(h->text, h->text_octets))
-			h->kind[field] = MBOX_ID_MADE;
-		h->fields++;
+		id_end(&h->id[field], &h->hash, false);
 	}
+	h->fields++;
 }
 
 /* The field's name is complete: what is it to us? Blanks before the colon are obsolete syntax. */
@@ -299,8 +302,8 @@ static void header_name_end(struct mbox_header *h)
 	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
 		if (n == strlen(wanted[i]) && strncasecmp(name, wanted[i], n) == 0) {
 			h->at = MBOX_AT_MADE;
-			mbox_made_feed(&h->made, name, h->name_octets - (size_t)(name - h->name));
-			mbox_made_feed(&h->made, ":", 1);
+			header_made_octets(h, name, h->name_octets - (size_t)(name - h->name));
+			header_made_octets(h, ":", 1);
 		}
 }
 
@@ -347,9 +350,9 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 			size_t room = h->dating ? sizeof h->date - 1 - h->date_octets : 0;
 
 			h->cr = run > 0 ? p[run - 1] == '\r' : h->cr;
-			mbox_made_feed(&h->made, p, run);
+			header_made_octets(h, p, run);
 			if (lf != NULL)
-				mbox_made_feed(&h->made, h->cr ? "\n" : "\r\n", h->cr ? 1 : 2);
+				header_made_octets(h, h->cr ? "\n" : "\r\n", h->cr ? 1 : 2);
 			h->cr = h->cr && lf == NULL;
 			room = run < room ? run : room;
 			memcpy(h->date + h->date_octets, p, room);
@@ -375,10 +378,14 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 
 bool mbox_header_end(struct mbox_header *h, struct mbox_id *id)
 {
+	char text[MBOX_MADE_MAX];
+
 	header_field_end(h);
 	h->at = MBOX_AT_BODY;
+	if (!h->has_id[0])
+		header_made(h, &h->id[0], text, 1);
 	*id = h->id[0];
-	return h->fields > 0 && h->kind[0] != MBOX_ID_NONE;
+	return h->has_id[0];
 }
 
 /* ======== the open archive ======== */
@@ -423,15 +430,10 @@ struct state {        /* what the index's header says */
 	struct mbox_claim claim;
 };
 
-/*
- * Mails without a Message-ID and with the same key differ by a number, k. What is known of a key saves
- * walking through all of its mails for each.
- */
-enum made { MADE_LIVE, MADE_GONE, MADE_NEW, MADES }; /* a mail without a UID, live or gone; none */
-
-struct key {
-	uint64_t hash;        /* salted; 0: none */
-	uint32_t from[MADES]; /* below this no k is of that kind */
+/* Mails without a Message-ID and with the same key differ by a number: how many are there? */
+struct count {
+	uint64_t hash; /* salted; 0: none */
+	uint32_t mails;
 };
 
 struct mbox {
@@ -464,7 +466,7 @@ struct mbox {
 	uint32_t *table; /* a ring's last record + 1, or 0; open addressing by the ID's hash */
 	uint32_t table_room;
 	uint64_t salt; /* of the hashes: nobody can send mails whose IDs meet */
-	struct key *keys; /* KEYS_MAX of them, or NULL */
+	struct count counts[COUNTS];
 
 	/* the mail being stored */
 	off_t start;     /* -1: none */
@@ -478,6 +480,7 @@ struct mbox {
 	bool whole_header; /* all of it is held in 'buffer', until its header has ended */
 	bool header_over;
 	bool known_already;     /* it is not kept */
+	struct count *counted;  /* it gets the number behind those that this counts; or NULL */
 	bool compare;           /* it may replace a stored one, or be the same */
 	bool cr;                /* the last octet was a CR, held back: a LF may follow */
 	int prefix;             /* -1: within a line; else so much of "From " stands at its start ... */
@@ -1128,75 +1131,21 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 	return 0;
 }
 
-/* ---- mails without a Message-ID ---- */
-
-/* What is known of this key, or NULL with an error; good until the next call. */
-static struct key *key_find(struct mbox *m, const uint8_t octets[20], struct err *e)
+/* Return the count of a ring's mails without a Message-ID; good until the next call. */
+static struct count *count_of(struct mbox *m, const struct mbox_id *id, const uint32_t *place)
 {
-	uint64_t hash = sum_step(salted(m, octets), get_number(octets + 16, 4)) | 1;
-	struct key *set, found = { hash, { 1, 1, 1 } };
-	size_t i = 0;
+	const uint64_t hash = salted(m, id->octets);
+	struct count *count = &m->counts[hash % COUNTS];
+	uint32_t i = *place - 1;
 
-	if (m->keys == NULL && (m->keys = calloc(KEYS_MAX, sizeof *m->keys)) == NULL) {
-		err_set(e, E_SYSTEM, "%s: out of memory", m->path);
-		return NULL;
+	if (count->hash != hash) {
+		*count = (struct count){ .hash = hash };
+		do {
+			i = m->entries[i].next;
+			count->mails++;
+		} while (i != *place - 1);
 	}
-	set = m->keys + (hash >> 32) % (KEYS_MAX / KEYS_IN_SET) * KEYS_IN_SET;
-	while (i < KEYS_IN_SET - 1 && set[i].hash != hash)
-		i++;
-	found = set[i].hash == hash ? set[i] : found;
-	memmove(set + 1, set, i * sizeof *set);
-	*set = found;
-	return set;
-}
-
-/* Mails have lost their UIDs, or their marks. */
-static void keys_forget(struct mbox *m)
-{
-	free(m->keys);
-	m->keys = NULL;
-}
-
-/*
- * Find the first number of this key that is of this kind; only torn mails may have a new one. *id receives
- * its ID, and *place its ring. Returns the number, 0 if there is none, or -1.
- */
-static int64_t made_find(struct mbox *m, const uint8_t octets[20], enum made kind, struct mbox_id *id,
-			 uint32_t **place, struct err *e)
-{
-	struct key *key = key_find(m, octets, e);
-	struct record last;
-
-	for (; key != NULL; key->from[kind]++) {
-		uint32_t k = key->from[kind];
-		enum rank rank;
-
-		made_id(id, octets, k);
-		if (ring_find(m, id, place, &last, e) != 0)
-			return -1;
-		if (**place == 0)
-			return kind == MADE_NEW ? k : 0;
-		rank = rank_of(m, first_of(m, *place));
-		if (kind == MADE_LIVE   ? rank == RANK_LIVE
-		    : kind == MADE_GONE ? rank == RANK_GONE
-					: rank == RANK_TORN && rank_of(m, **place - 1) == RANK_TORN)
-			return k;
-	}
-	return -1;
-}
-
-/* The same for a mail that has no UID: a live one rather than a gone one. */
-static int64_t made_unbound(struct mbox *m, const uint8_t octets[20], struct mbox_id *id, uint32_t **place,
-			    struct err *e)
-{
-	int64_t k = made_find(m, octets, MADE_LIVE, id, place, e);
-
-	return k != 0 ? k : made_find(m, octets, MADE_GONE, id, place, e);
-}
-
-void mbox_made_id(struct mbox_id *id, const uint8_t key[20])
-{
-	made_id(id, key, 1);
+	return count;
 }
 
 /* ======== reading the mbox: verify, scan ======== */
@@ -1297,13 +1246,10 @@ static bool is_made_line(const uint8_t *p, size_t n)
 static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *h, struct err *e)
 {
 	const size_t field = sizeof status_field - 1;
-	struct mbox *m = reader->m;
 	struct sum sum = { 0 };
 	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
-	uint32_t *place;
 	unsigned line = 0;
 	uint64_t wire = 0;
-	uint8_t key[20];
 	int got = 1;
 
 	*r = (struct record){ .offset = reader->next - (off_t)(reader->n - reader->at) -
@@ -1348,13 +1294,9 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 	/* Without the empty line; the original has stripped its mails. */
 	wire -= wire < 2 ? wire : 2;
 	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
-	if (!mbox_header_end(h, &r->id)) {
-		mbox_made_end(&h->made, key);
-		if (made_find(m, key, MADE_NEW, &r->id, &place, e) < 0)
-			return -1;
-	} else if (nobody && h->kind[0] == MBOX_ID_MADE && h->fields > 1 && h->kind[1] == MBOX_ID_OWN) {
-		r->id = h->id[1]; /* the original gave a made ID to mails whose own it overlooked */
-	}
+	/* The original gave a made ID to mails whose own it overlooked. */
+	if (mbox_header_end(h, &r->id) && nobody && id_is_made(&h->id[0]) && h->has_id[1])
+		r->id = h->id[1];
 	return more;
 }
 
@@ -1402,7 +1344,7 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 {
 	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
 	char text[MBOX_MADE_MAX];
-	uint8_t key[20];
+	struct mbox_id made;
 
 	mail->offset = r->offset;
 	mail->octets = r->octets;
@@ -1410,19 +1352,10 @@ static void mail_fill(struct mbox_mail *mail, const struct record *r, const stru
 	mail->digits = r->digits;
 	mail->state = r->state;
 	mail->id = r->id;
-	mail->made = h->fields == 0 || h->kind[0] != MBOX_ID_OWN;
+	header_made(h, &made, text, 1);
+	mail->made = memcmp(&made, &h->id[0], sizeof made) == 0;
 	memcpy(mail->name, h->text, n);
 	mail->name[h->fields > 0 ? n : 0] = '\0';
-	mail->base =
-		r->id; /* or with k = 1: so it is for a mail without our line, as no record is loaded */
-	if (!is_made(mail->name, strlen(mail->name)))
-		return;
-	/* It looks like one that was made: it is, if its key is that of the mail's header. */
-	mbox_made_end(&h->made, key);
-	made_text(text, key, 1);
-	mail->made = memcmp(text, mail->name, 41) == 0;
-	if (mail->made)
-		mbox_made_id(&mail->base, key);
 }
 
 /* Read the mail that begins at 'at' and ends before 'end', whatever stands there. As scan_mail(). */
@@ -1996,7 +1929,6 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 				set_uid(m, i, 0);
 	order_make(m);
 	rings_sort(m);
-	keys_forget(m);
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
 	*out = m;
@@ -2080,7 +2012,6 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 		return;
 	m->known = kept;
 	rings_sort(m);
-	keys_forget(m);
 }
 
 /* A ring's mail has lost its UID, while another name of it is listed: it takes that one's. */
@@ -2124,30 +2055,34 @@ static bool is_of_size(const struct record *r, uint64_t size)
 
 /*
  * A mail that the server has belongs to this ring. Give its UID to the first mail there that has none and
- * may be it. Returns 1; 0 if there is none, or it must be fetched and compared; or -1.
+ * may be it, rather to one of its size. Returns 1; 0 if there is none, or it must be fetched and compared;
+ * or -1.
  */
 static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t size, struct err *e)
 {
-	uint32_t before = *place - 1, i;
+	uint32_t before = *place - 1, found = UINT32_MAX, i;
 
 	for (int n = 0; n < COMPARED_MAX; n++, before = i) {
+		bool surely, same = true;
 		struct record r;
-		uint32_t bits;
 
 		i = m->entries[before].next;
-		bits = m->entries[i].bits;
 		if (rank_of(m, i) > RANK_GONE)
 			break;
-		if (bits & (ENTRY_LEFT | ENTRY_SUSPECT)) {
+		surely = (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT)) == 0;
+		if (!surely || (size > 0 && m->entries[i].next != i)) {
 			if (record_get(m, i, &r, e) != 0)
 				return -1;
-			if (!is_of_size(&r, size))
-				continue;
+			same = is_of_size(&r, size);
 		}
-		ring_prefer(m, place, before);
-		return give_uid(m, place, uid, e) != 0 ? -1 : 1;
+		found = same || (surely && found == UINT32_MAX) ? before : found;
+		if (same)
+			break;
 	}
-	return 0;
+	if (found == UINT32_MAX)
+		return 0;
+	ring_prefer(m, place, found);
+	return give_uid(m, place, uid, e) != 0 ? -1 : 1;
 }
 
 /* Note the UID as another name of a mail of this ring; 'last' is the ring's last. */
@@ -2169,6 +2104,12 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 	return give_uid(m, place, uid, e);
 }
 
+/* Return true if each mail with this identity that the server lists is stored. */
+static bool keeps_copies(const struct mbox *m, const struct mbox_id *id)
+{
+	return m->how & MBOX_DUPLICATES || id_is_made(id);
+}
+
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)
 {
 	struct record last;
@@ -2184,23 +2125,10 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t s
 	take_name(m, place);
 	if ((r = bind_first(m, place, uid, size, e)) != 0)
 		return r;
-	if (m->how & MBOX_DUPLICATES || m->entries[*place - 1].uid == 0 ||
+	if (keeps_copies(m, id) || m->entries[*place - 1].uid == 0 ||
 	    rank_of(m, first_of(m, place)) <= RANK_GONE)
 		return 0;
 	return bind_name(m, place, &last, uid, size, e) != 0 ? -1 : 1;
-}
-
-int mbox_bind_made(struct mbox *m, uint32_t uid, const uint8_t key[20], uint64_t size, struct err *e)
-{
-	struct mbox_id id;
-	uint32_t *place;
-	int64_t k;
-
-	if (record_by_uid(m, uid) != NULL)
-		return 1;
-	if ((k = made_unbound(m, key, &id, &place, e)) <= 0)
-		return (int)k;
-	return bind_first(m, place, uid, size, e);
 }
 
 int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e)
@@ -2219,7 +2147,7 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 			if (record_get(m, n, &r, e) != 0 || ring_find(m, &r.id, &place, &last, e) != 0)
 				return -1;
 			take_name(m, place);
-			if (rank_of(m, *place - 1) == RANK_BOUND) { /* lives under another UID */
+			if (rank_of(m, *place - 1) == RANK_BOUND && !id_is_made(&r.id)) { /* lives under another UID */
 				if (m->entries[n].uid != 0)
 					continue;
 				if (record_get(m, *place - 1, &last, e) != 0)
@@ -2235,7 +2163,6 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 	}
 	memcpy(moved, m->moved, sizeof m->moved);
 	memset(m->moved, 0, sizeof m->moved);
-	keys_forget(m);
 	return 0;
 }
 
@@ -2254,6 +2181,7 @@ int mbox_begin(struct mbox *m, struct err *e)
 	m->wire = 0;
 	mbox_header_init(&m->header);
 	m->whole_header = true;
+	m->counted = NULL;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
 	if (put(m, (char[BODY_AT]){ 0 }, BODY_AT, e) != 0) { /* mbox_end() knows what stands there */
@@ -2272,33 +2200,48 @@ static void find_stored(struct mbox *m, uint32_t *place)
 	take_name(m, place);
 	i = first_of(m, place);
 	if (rank_of(m, i) > RANK_GONE)
-		m->known_already = (m->how & MBOX_DUPLICATES) == 0 && m->entries[*place - 1].uid != 0;
+		m->known_already = !keeps_copies(m, &m->header.id[0]) && m->entries[*place - 1].uid != 0;
 	else if (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT))
 		m->compare = true;
 	else
 		m->known_already = true;
 }
 
-/* The header of the mail in hand names no Message-ID: put one in front of it, unless it is stored. */
-static int insert_made_id(struct mbox *m, struct err *e)
+/* Return the number in the made ID of record i; 0: there is none. */
+static uint32_t made_number(struct mbox *m, uint32_t i)
+{
+	struct err ignored = { 0 };
+	char line[100] = "";
+	struct record r;
+	size_t got, n;
+
+	if (record_get(m, i, &r, &ignored) != 0 ||
+	    read_all(m, m->fd, line, sizeof line - 1, r.offset + r.head, &got, &ignored) != 0)
+		return 0;
+	n = strcspn(line, "\n") + 1;
+	if (n > got || !is_made_line((const uint8_t *)line, n))
+		return 0;
+	return line[53] == '.' ? (uint32_t)strtoul(line + 54, NULL, 10) : 1;
+}
+
+/*
+ * The header of the mail in hand names no Message-ID: put one in front of it. If the mail may be one of its
+ * ring that is stored, it gets the same, so that the two can be compared.
+ */
+static int insert_made_id(struct mbox *m, const uint32_t *place, struct err *e)
 {
 	char line[sizeof "Message-ID: " + MBOX_MADE_MAX + 1] = "Message-ID: ";
 	struct mbox_id *id = &m->header.id[0];
-	uint32_t *place;
-	uint8_t key[20];
 	size_t length = strlen(line), got;
-	int64_t k;
+	uint32_t k = m->compare ? made_number(m, first_of(m, place)) : 0;
 
-	mbox_made_end(&m->header.made, key);
-	if ((k = made_unbound(m, key, id, &place, e)) > 0)
-		find_stored(m, place);
-	else if (k == 0)
-		k = made_find(m, key, MADE_NEW, id, &place, e);
-	if (k <= 0)
-		return -1;
+	if (k == 0) {
+		m->counted = *place != 0 ? count_of(m, id, place) : NULL;
+		k = m->counted != NULL ? m->counted->mails + 1 : 1;
+	}
 	if ((!m->whole_header || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
 		return -1;
-	length += made_text(line + length, key, (uint32_t)k);
+	length += header_made(&m->header, id, line + length, k);
 	line[length++] = '\n';
 	if (m->whole_header) {
 		uint8_t *body = m->buffer + m->summed;
@@ -2330,16 +2273,15 @@ static int header_over(struct mbox *m, struct err *e)
 	struct record last;
 	struct mbox_id id;
 	uint32_t *place;
+	bool own;
 
-	if (!mbox_header_end(&m->header, &id)) {
-		if (insert_made_id(m, e) != 0)
-			return -1;
-	} else {
-		if (ring_find(m, &id, &place, &last, e) != 0)
-			return -1;
-		if (*place != 0)
-			find_stored(m, place);
-	}
+	own = mbox_header_end(&m->header, &id);
+	if (ring_find(m, &id, &place, &last, e) != 0)
+		return -1;
+	if (*place != 0)
+		find_stored(m, place);
+	if (!own && !m->known_already && insert_made_id(m, place, e) != 0)
+		return -1;
 	m->header_over = true;
 	m->whole_header = false;
 	return 0;
@@ -2439,7 +2381,7 @@ static int compare(struct mbox *m, const struct record *r, struct err *e)
 
 		i = m->entries[before].next;
 		rank = rank_of(m, i);
-		if (rank > RANK_GONE && (rank != RANK_BOUND || m->how & MBOX_DUPLICATES))
+		if (rank > RANK_GONE && (rank != RANK_BOUND || keeps_copies(m, &r->id)))
 			continue;
 		if (record_get(m, i, &copy, e) != 0)
 			return -1;
@@ -2513,6 +2455,8 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		goto fail;
 	if (record_append(m, &r, e) != 0)
 		goto fail;
+	if (m->counted != NULL)
+		m->counted->mails++;
 	m->start = -1;
 	if (m->flushed - m->committed_octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
@@ -2641,7 +2585,6 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		close(m->fd);
 	free(m->entries);
 	free(m->order);
-	free(m->keys);
 	free(m->table);
 	free(m);
 	return r;

@@ -116,7 +116,7 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 				mbox_bind(m, uid, &r.id, p[0] / 9, &e);
 			break;
 		case 1:
-			mbox_bind_made(m, uid, (const uint8_t *)"01234567890123456789", p[0] / 9, &e);
+			mbox_bind(m, uid, &(struct mbox_id){ { 1 } }, p[0] / 9, &e);
 			break;
 		case 2:
 			mbox_set_flags(m, uid, p[0] / 9 & 7u, &e);

@@ -369,7 +369,12 @@ def test_damage_heals(t):
     t.backup()
     path = t.mbox('INBOX')
     kept = open(path, 'rb').read(), open(path + '.index', 'rb').read()
-    alive = [(m.text, m.date) for m in archive.read(path) if not m.state & archive.GONE]
+
+    def living():
+        """A mail without an ID gets a new number when it is stored anew."""
+        return sorted((re.sub(rb'\.\d@imap_backup', b'@imap_backup', m.text), m.date) for m in archive.read(path)
+                      if not m.state & archive.GONE)
+    alive = living()
     starts = [m.start() for m in re.finditer(rb'(?m)^From MAILER', kept[0])]
     for where in (-4, 50, 2, 20):   # at the end of the mail; in our two lines
         data = bytearray(kept[0])
@@ -386,7 +391,7 @@ def test_damage_heals(t):
         got = t.backup()
         assert '4 damaged mails are marked as gone' in got.err and 'INBOX: 3 new, 0 gone' in got.err, (where, got.err)
         now = archive.read(path)
-        assert sorted((m.text, m.date) for m in now if not m.state & archive.GONE) == sorted(alive), where
+        assert living() == alive, where
         assert len(now) == len(starts) + 3 and not os.path.exists(path + '.index.damaged'), where
         t.backup('--verify')
         before = archive.digests(t.dest)
