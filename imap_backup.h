@@ -173,8 +173,8 @@ struct mbox_id {
 struct mbox_header {
 	br_sha1_context trimmed; /* of the key, up to the last octet that is no white space; ... */
 	br_sha1_context ahead;   /* ... and with what is behind it, should more follow */
-	br_sha256_context hash; /* of the field in hand ... */
-	char text[128];         /* ... as far as it is not in here */
+	br_sha256_context hash;  /* of the field in hand ... */
+	char text[128];          /* ... as far as it is not in here */
 	size_t text_octets, id_octets;
 	unsigned fields; /* Message-ID fields so far, counted up to 2; of these two: */
 	struct mbox_id id[2];
@@ -207,7 +207,7 @@ struct mbox_claim {
 	uint32_t unseen;        /* UINT32_MAX: unknown */
 	uint64_t highestmodseq; /* RFC 7162 */
 	int64_t when_sec;       /* of that pass */
-	uint32_t traits;        /* what the mailbox is to its account, in imap_backup.c's words; 0: unknown */
+	uint32_t traits; /* what the mailbox is to its account, in imap_backup.c's words; 0: unknown */
 };
 
 struct mbox_info {
@@ -361,9 +361,9 @@ struct mbox_mail {
 	unsigned state;       /* MBOX_SEEN ... */
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
 	struct mbox_id id;
-	bool made;            /* it has no Message-ID of its own */
-	char name[129];       /* its Message-ID, or "" */
-	char date[64];        /* the text of its Date field */
+	bool made;      /* it has no Message-ID of its own */
+	char name[129]; /* its Message-ID, or "" */
+	char date[64];  /* the text of its Date field */
 };
 
 /* The mailbox's name on the wire, or "" if the index does not tell it. */
@@ -397,7 +397,8 @@ struct mbox_verified {
  * Compare all mails with the index; of those that are damaged a note is left. Returns 0, whatever is found, or -1 if it
  * cannot be read, or the note not be written.
  */
-int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e);
+int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum,
+		struct err *e);
 
 /* Note that the mail with this ID, which stands at 'at', is damaged: in a file beside the index. */
 int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e);

@@ -59,13 +59,14 @@ enum {
 	UIDVALIDITY_AT = 20, /* in the state */
 	RECORDS_AT = 2048,
 	RECORD_OCTETS = 64,
-	RECORDS_READ = 64,            /* records read at once */
-	FROM_OCTETS = 44,             /* of the From line that we write, with its line end */
-	DIGITS_AT = FROM_OCTETS + 18, /* where the state's digits are in a message of ours */
-	BODY_AT = DIGITS_AT + 5,      /* and where the mail itself begins */
-	DIGITS_MAX = 255,             /* digits further from the From line are not looked for */
-	COUNTS = 1 << 12,             /* places for counts of mails that have one made ID */
-	COMPARED_MAX = 64             /* stored copies with which a mail is compared */
+	RECORDS_READ = 64,                       /* records read at once */
+	FROM_OCTETS = 44,                        /* of the From line that we write, with its line end */
+	STATUS_OCTETS = 18,                      /* of the status line before its digits */
+	DIGITS_AT = FROM_OCTETS + STATUS_OCTETS, /* where the state's digits are in a message of ours */
+	BODY_AT = DIGITS_AT + 5,                 /* and where the mail itself begins */
+	DIGITS_MAX = 255,                        /* digits further from the From line are not looked for */
+	COUNTS = 1 << 12,                        /* places for counts of mails that have one made ID */
+	COMPARED_MAX = 64                        /* stored copies with which a mail is compared */
 };
 
 static const char index_magic[] = "imap_backup idx3";
@@ -96,11 +97,11 @@ static inline __attribute__((always_inline)) uint64_t get_word(const uint8_t *p)
 	       (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
 }
 
-/* The last n digits of a number, with zeroes in front; no NUL. printf() takes ten times as long. */
-static void put_digits(char *p, unsigned n, unsigned base, unsigned number)
+/* The last n hex digits of a number, with zeroes in front; no NUL. */
+static void put_digits(char *p, unsigned n, unsigned number)
 {
-	for (; n-- > 0; number /= base)
-		p[n] = "0123456789abcdef"[number % base];
+	for (; n-- > 0; number /= 16)
+		p[n] = "0123456789abcdef"[number % 16];
 }
 
 static bool is_space(uint8_t c)
@@ -191,7 +192,7 @@ static size_t made_text(char out[MBOX_MADE_MAX], const uint8_t key[20], unsigned
 
 	out[n++] = '<';
 	for (int i = 0; i < 20; i++, n += 2)
-		put_digits(out + n, 2, 16, key[i]);
+		put_digits(out + n, 2, key[i]);
 	if (k > 1)
 		n += (size_t)snprintf(out + n, 12, ".%u", k);
 	memcpy(out + n, made_domain, sizeof made_domain);
@@ -242,7 +243,8 @@ static void header_made_octets(struct mbox_header *h, const void *octets, size_t
 }
 
 /* The identity and the made ID, the k-th, of a mail with this header, should it have no other. Returns its length. */
-static size_t header_made(const struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX], unsigned k)
+static size_t header_made(const struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX],
+			  unsigned k)
 {
 	uint8_t key[br_sha1_SIZE];
 	size_t n;
@@ -459,7 +461,7 @@ struct mbox {
 	 * whether a mail has no UID, and the last whether any record has one.
 	 */
 	struct entry *entries;
-	uint32_t entries_room;
+	uint32_t room;   /* for how many there is memory */
 	uint32_t *order; /* records with a UID, ascending by it */
 	uint32_t known;  /* how many these are */
 	uint32_t place;  /* where the last one was looked for */
@@ -648,10 +650,10 @@ static void index_path(const char *path, const char *suffix, char out[PATH_OCTET
 
 static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 {
-	const uint32_t numbers[] = {
-		s->writing,           s->records,       s->stored,         s->gone,         s->others,
-		s->claim.uidvalidity, s->claim.uidnext, s->claim.messages, s->claim.unseen, s->claim.traits
-	};
+	const uint32_t numbers[] = { s->writing,       s->records,        s->stored,
+				     s->gone,          s->others,         s->claim.uidvalidity,
+				     s->claim.uidnext, s->claim.messages, s->claim.unseen,
+				     s->claim.traits };
 
 	for (unsigned i = 0; i < 10; i++)
 		put_number(p + 4 * i, 4, numbers[i]);
@@ -1048,45 +1050,40 @@ static void rings_sort(struct mbox *m)
 	}
 }
 
-/* Make room for so many records, and then some; the table never is fuller than three quarters. */
+/* Make room for so many records, and then some; the table never is fuller than two thirds. */
 static int records_room(struct mbox *m, uint32_t n, struct err *e)
 {
+	const uint32_t room = n + n / 16 + 256, old_room = m->table_room;
+	uint32_t *old = m->table, *table;
+	void *entries, *order;
+
 	if (n > MBOX_MAILS_MAX)
 		return err_set(e, E_FORMAT, "%s: more than %d mails, the most that one archive takes",
 			       m->path, MBOX_MAILS_MAX);
-	if (n > m->entries_room) {
-		uint32_t room = n + n / 16 + 256;
-		void *entries, *order;
-
-		if ((entries = realloc(m->entries, room * sizeof *m->entries)) != NULL)
-			m->entries = entries;
-		if ((order = realloc(m->order, room * sizeof *m->order)) != NULL)
-			m->order = order;
-		if (entries == NULL || order == NULL)
-			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
-				       (unsigned long)room);
-		m->entries_room = room;
+	if (n <= m->room)
+		return 0;
+	if ((entries = realloc(m->entries, room * sizeof *m->entries)) != NULL)
+		m->entries = entries;
+	if ((order = realloc(m->order, room * sizeof *m->order)) != NULL)
+		m->order = order;
+	table = calloc(room + room / 2, sizeof *table);
+	if (entries == NULL || order == NULL || table == NULL) {
+		free(table);
+		return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
+			       (unsigned long)room);
 	}
-	if (n > m->table_room / 4 * 3) {
-		uint32_t *old = m->table, old_room = m->table_room, room = n + n / 2 + 512;
-		uint32_t *table = calloc(room, sizeof *m->table);
+	m->room = room;
+	m->table = table;
+	m->table_room = room + room / 2;
+	for (uint32_t i = 0; i < old_room; i++)
+		if (old[i] != 0) { /* rings whose hashes are alike take the next places */
+			uint32_t at = table_home(m, m->entries[old[i] - 1].bits >> ENTRY_HASH_SHIFT);
 
-		if (table == NULL)
-			return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
-				       (unsigned long)n);
-		m->table = table;
-		m->table_room = room;
-		for (uint32_t i = 0; i < old_room; i++)
-			if (old[i] != 0) { /* rings whose hashes are alike take the next places */
-				uint32_t at = table_home(m,
-							 m->entries[old[i] - 1].bits >> ENTRY_HASH_SHIFT);
-
-				while (m->table[at] != 0)
-					at = at + 1 < room ? at + 1 : 0;
-				m->table[at] = old[i];
-			}
-		free(old);
-	}
+			while (table[at] != 0)
+				at = at + 1 < m->table_room ? at + 1 : 0;
+			table[at] = old[i];
+		}
+	free(old);
 	return 0;
 }
 
@@ -1211,25 +1208,15 @@ static bool reader_at(const struct reader *r, const char *text)
 	return r->line_start && r->octets >= n && memcmp(r->piece, text, n) == 0;
 }
 
-static int hex_digit(uint8_t c)
+/* Return the state in a status line of ours, or -1. */
+static int status_of(const uint8_t *line)
 {
-	if (c >= '0' && c <= '9')
-		return c - '0';
-	c |= 0x20;
-	return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
+	char digits[5] = "";
 
-/* Four hex digits, or -1. */
-static int parse_state(const uint8_t *p)
-{
-	int state = 0;
-
-	for (int i = 0; i < 4; i++) {
-		if (hex_digit(p[i]) < 0)
-			return -1;
-		state = state << 4 | hex_digit(p[i]);
-	}
-	return state;
+	memcpy(digits, line + STATUS_OCTETS, 4);
+	if (memcmp(line, status_field, STATUS_OCTETS) != 0 || strspn(digits, "0123456789abcdefABCDEF") != 4)
+		return -1;
+	return (int)strtoul(digits, NULL, 16);
 }
 
 /* Return true if the line is a Message-ID field that we have made, or one that looks like it. */
@@ -1245,7 +1232,6 @@ static bool is_made_line(const uint8_t *p, size_t n)
  */
 static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *h, struct err *e)
 {
-	const size_t field = sizeof status_field - 1;
 	struct sum sum = { 0 };
 	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
 	unsigned line = 0;
@@ -1266,10 +1252,9 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 			break;
 		}
 		r->octets += (off_t)reader->octets;
-		if (line == 2 && r->digits == 0 && reader_at(reader, status_field) &&
-		    reader->octets == field + 5 && parse_state(p + field) >= 0 &&
-		    r->octets - 5 <= DIGITS_MAX) {
-			r->state = (unsigned)parse_state(p + field);
+		if (line == 2 && r->digits == 0 && reader->octets == STATUS_OCTETS + 5 &&
+		    status_of(p) >= 0 && r->octets - 5 <= DIGITS_MAX) {
+			r->state = (unsigned)status_of(p);
 			r->digits = (uint32_t)r->octets - 5;
 		}
 		if (line == 1 || (r->digits > 0 && line == 2)) {
@@ -1278,7 +1263,8 @@ static int scan_mail(struct reader *reader, struct record *r, struct mbox_header
 		}
 		sum_feed(&sum, p, reader->octets);
 		/* The mail as it was on the wire: without the Message-ID that we made, and our quoting. */
-		if (line > 2u + (r->digits > 0) || !reader->line_start || !is_made_line(p, reader->octets)) {
+		if (line > 2u + (r->digits > 0) || !reader->line_start ||
+		    !is_made_line(p, reader->octets)) {
 			wire += reader->octets + (p[reader->octets - 1] == '\n');
 			while (quotes < reader->octets && p[quotes] == '>')
 				quotes++;
@@ -1310,7 +1296,8 @@ static int64_t from_time(const uint8_t *p, size_t n)
 		return INT64_MIN;
 	memcpy(line, p, n);
 	line[n] = '\0';
-	if (sscanf(line, "From %*s %*3s %3s %2d %2d:%2d:%2d %4d", month, &day, &hour, &min, &sec, &year) != 6 ||
+	if (sscanf(line, "From %*s %*3s %3s %2d %2d:%2d:%2d %4d", month, &day, &hour, &min, &sec, &year) !=
+		    6 ||
 	    month_of(month) == 0 || strncmp(line, "From nobody ", 12) == 0)
 		return INT64_MIN;
 	return ((days_of(year, month_of(month), (unsigned)day) * 24 + hour) * 60 + min) * 60 + sec;
@@ -1319,25 +1306,18 @@ static int64_t from_time(const uint8_t *p, size_t n)
 /* Our two lines in front of a mail; BODY_AT octets whatever the time (RFC 4155). */
 static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 {
-	static const char days[] = "SunMonTueWedThuFriSat";
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	time_t t = (time_t)when_sec;
+	char date[32];
 	struct tm tm;
 
-	if (when_sec < INT64_C(-62167219200) || when_sec > INT64_C(253402300799) || t != when_sec)
-		t = 0; /* not in the years 0 to 9999 */
+	if (when_sec < INT64_C(-30610224000) || when_sec > INT64_C(253402300799) || t != when_sec)
+		t = 0; /* not in the years 1000 to 9999 */
 	gmtime_r(&t, &tm);
-	memcpy(out, "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0000\n", BODY_AT);
-	memcpy(out + 19, days + 3 * tm.tm_wday, 3);
-	memcpy(out + 23, months + 3 * tm.tm_mon, 3);
-	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
-	if (out[27] == '0')
-		out[27] = ' ';
-	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
-	put_digits(out + 33, 2, 10, (unsigned)tm.tm_min);
-	put_digits(out + 36, 2, 10, (unsigned)tm.tm_sec);
-	put_digits(out + 39, 4, 10, (unsigned)(tm.tm_year + 1900));
-	put_digits(out + DIGITS_AT, 4, 16, state);
+	memcpy(out, "From MAILER-DAEMON ", 19);
+	memcpy(out + 19, asctime_r(&tm, date), 25);
+	memcpy(out + FROM_OCTETS, status_field, STATUS_OCTETS);
+	put_digits(out + DIGITS_AT, 4, state);
+	out[BODY_AT - 1] = '\n';
 }
 
 static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
@@ -1414,7 +1394,8 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
  * Read the mail of a record, with its state as it is by now. *wrong receives what is wrong with the mail,
  * or NULL; then *mail may tell less.
  */
-static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, const char **wrong, struct err *e)
+static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, const char **wrong,
+		  struct err *e)
 {
 	char head[BODY_AT], wanted[BODY_AT];
 	struct record found;
@@ -1444,7 +1425,6 @@ static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, cons
 /* Read only its state, unless it has none. 1, 0 if none stands where the record says, -1. */
 static int reread_state(struct mbox *m, struct record *r, struct err *e)
 {
-	const size_t field = sizeof status_field - 1;
 	uint8_t head[DIGITS_MAX + 4];
 	size_t got;
 
@@ -1452,10 +1432,10 @@ static int reread_state(struct mbox *m, struct record *r, struct err *e)
 		return 1;
 	if (read_all(m, m->fd, head, r->digits + 4, r->offset, &got, e) != 0)
 		return -1;
-	if (got < r->digits + 4 || memcmp(head, "From ", 5) != 0 || r->digits < field ||
-	    memcmp(head + r->digits - field, status_field, field) != 0 || parse_state(head + r->digits) < 0)
+	if (got < r->digits + 4 || memcmp(head, "From ", 5) != 0 || r->digits < STATUS_OCTETS ||
+	    status_of(head + r->digits - STATUS_OCTETS) < 0)
 		return 0;
-	r->state = (unsigned)parse_state(head + r->digits);
+	r->state = (unsigned)status_of(head + r->digits - STATUS_OCTETS);
 	return 1;
 }
 
@@ -1593,7 +1573,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 				       m->path, (long long)r.offset);
 		}
 		if ((r.state & ours) != state) {
-			put_digits(digits, 4, 16, (r.state & ~ours) | state);
+			put_digits(digits, 4, (r.state & ~ours) | state);
 			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
 			m->data_dirty = true;
@@ -1669,7 +1649,8 @@ off_t mbox_place(struct mbox *m, uint32_t uid)
 	const uint32_t *i = record_by_uid(m, uid);
 	struct record r;
 
-	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER || record_get(m, *i, &r, &(struct err){ 0 }) != 0)
+	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER ||
+	    record_get(m, *i, &r, &(struct err){ 0 }) != 0)
 		return -1;
 	return r.offset;
 }
@@ -1840,7 +1821,8 @@ static int put_in_order(struct mbox *m, struct err *e)
 	}
 	if (m->how & MBOX_READ) {
 		if (form != INDEX_GOOD)
-			snprintf(m->mended, sizeof m->mended, "the index %s", m->index < 0 ? "is missing" : why);
+			snprintf(m->mended, sizeof m->mended, "the index %s",
+				 m->index < 0 ? "is missing" : why);
 		m->now = form == INDEX_GOOD ? state : m->now;
 		strcpy(m->name, form == INDEX_GOOD ? name : "");
 		return 0;
@@ -1916,8 +1898,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	strcpy(m->name, name);
 	m->now.claim.unseen = UINT32_MAX;
 	m->salt = random_word();
-	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 ||
-	    (m->fd >= 0 && put_in_order(m, e) != 0))
+	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 || (m->fd >= 0 && put_in_order(m, e) != 0))
 		goto fail;
 	if (how & MBOX_READ) {
 		*out = m;
@@ -2147,7 +2128,8 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 			if (record_get(m, n, &r, e) != 0 || ring_find(m, &r.id, &place, &last, e) != 0)
 				return -1;
 			take_name(m, place);
-			if (rank_of(m, *place - 1) == RANK_BOUND && !id_is_made(&r.id)) { /* lives under another UID */
+			if (rank_of(m, *place - 1) == RANK_BOUND &&
+			    !id_is_made(&r.id)) { /* lives under another UID */
 				if (m->entries[n].uid != 0)
 					continue;
 				if (record_get(m, *place - 1, &last, e) != 0)
@@ -2618,7 +2600,8 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 
 	/* Our two lines may be what is damaged: then other readers would not find where it begins. */
 	if (r->digits == DIGITS_AT) {
-		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 || reread_state(m, r, e) < 0)
+		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 ||
+		    reread_state(m, r, e) < 0)
 			return -1;
 		head_text(head, from_time((const uint8_t *)head, got), r->state);
 		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
@@ -2649,7 +2632,8 @@ int mbox_heal(struct mbox *m, struct err *e)
 	if (mark_writing(m, e) != 0)
 		healed = -1;
 	for (off_t at = 0; healed >= 0; at += RECORD_OCTETS) {
-		if (read_all(m, fd, p, sizeof p, at, &got, e) != 0 || got < sizeof p || !record_unpack(&noted, p))
+		if (read_all(m, fd, p, sizeof p, at, &got, e) != 0 || got < sizeof p ||
+		    !record_unpack(&noted, p))
 			break;
 		if (ring_find(m, &noted.id, &place, &r, e) != 0)
 			break;
@@ -2748,7 +2732,8 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 		open = !lf;
 		empty = reader.line_start && n == 1 && lf;
 		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5)
-			put_digits((char *)m->buffer + (reader.at - 5), 4, 16, mail->state & ~(unsigned)MBOX_GONE);
+			put_digits((char *)m->buffer + (reader.at - 5), 4,
+				   mail->state & ~(unsigned)MBOX_GONE);
 		if (!stands && ((empty && at == end) || (first && mail->made && is_made_line(p, n))))
 			continue;
 		while (!stands && (reader.line_start || held) && run < n && p[run] == '>')
@@ -2772,7 +2757,8 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	}
 	if (got < 0 || at < end)
 		return got < 0 ? -1 : err_set(e, E_FORMAT, "%s: another program shortened it", m->path);
-	if ((held && take(context, ">", 1) != 0) || (open && take(context, line_end, strlen(line_end)) != 0))
+	if ((held && take(context, ">", 1) != 0) ||
+	    (open && take(context, line_end, strlen(line_end)) != 0))
 		return -1;
 	return stands && !empty ? take(context, "\n", 1) : 0;
 }

@@ -71,6 +71,11 @@ static void check_counts(struct mbox *m)
 	}
 }
 
+static int hex_digit(uint8_t c)
+{
+	return strchr("0123456789abcdefABCDEF", c) != NULL && c != '\0' ? 0 : -1;
+}
+
 /* Does a file differ from what it was in state digits only, and by what was added? */
 static void check_unchanged(const uint8_t *old, size_t n)
 {
