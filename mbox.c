@@ -489,6 +489,8 @@ struct mbox {
 	bool quotes;            /* ... behind any number of '>' */
 	off_t committed_octets; /* of the mbox, at the last sync or when it was opened */
 	time_t committed_sec;
+	off_t read_at; /* of what the file has here, 'read_octets' are in 'buffer' */
+	size_t read_octets;
 	uint8_t buffer[BUFFER_OCTETS];
 };
 
@@ -572,6 +574,7 @@ static int read_all(struct mbox *m, int fd, void *to, size_t n, off_t at, size_t
 
 static int write_all(struct mbox *m, int fd, const void *from, size_t n, off_t at, struct err *e)
 {
+	m->read_octets = fd == m->fd ? 0 : m->read_octets;
 	while (n > 0) {
 		ssize_t r = pwrite(fd, from, n, at);
 
@@ -1162,9 +1165,14 @@ struct reader {
 
 static void reader_init(struct reader *r, struct mbox *m, off_t from, off_t end)
 {
-	*r = (struct reader){ .m = m, .next = from, .end = end, .line_start = true };
-	r->piece = (const uint8_t *)"\n";
-	r->octets = 1;
+	*r = (struct reader){
+		.m = m, .next = from, .end = end, .piece = (const uint8_t *)"\n", .octets = 1
+	};
+	if (from >= m->read_at && from < m->read_at + (off_t)m->read_octets) { /* it is in the buffer */
+		r->at = (size_t)(from - m->read_at);
+		r->n = m->read_octets;
+		r->next = m->read_at + (off_t)r->n;
+	}
 }
 
 /*
@@ -1174,29 +1182,35 @@ static void reader_init(struct reader *r, struct mbox *m, off_t from, off_t end)
 static int reader_next(struct reader *r, struct err *e)
 {
 	struct mbox *m = r->m;
+	off_t left;
 	const uint8_t *lf;
 
 	r->line_start = r->piece[r->octets - 1] == '\n';
 	if (r->n - r->at < 300 && r->next < r->end) {
-		size_t want = BUFFER_OCTETS - (r->n - r->at), got;
+		size_t got;
 
 		memmove(m->buffer, m->buffer + r->at, r->n - r->at);
 		r->n -= r->at;
 		r->at = 0;
-		if ((off_t)want > r->end - r->next)
-			want = (size_t)(r->end - r->next);
-		if (read_all(m, m->fd, m->buffer + r->n, want, r->next, &got, e) != 0)
+		if (read_all(m, m->fd, m->buffer + r->n, BUFFER_OCTETS - r->n, r->next, &got, e) != 0)
 			return -1;
 		r->next += (off_t)got;
 		r->n += got;
-		if (got < want)
-			r->end = r->next;
+		m->read_octets = r->n;
+		m->read_at = r->next - (off_t)r->n;
+		if (r->n < BUFFER_OCTETS)
+			r->end = r->next < r->end ? r->next : r->end;
 	}
-	if (r->at == r->n)
+	left = r->end - (r->next - (off_t)(r->n - r->at));
+	if (left <= 0)
 		return 0;
 	r->piece = m->buffer + r->at;
-	lf = memchr(r->piece, '\n', r->n - r->at);
-	r->octets = lf != NULL ? (size_t)(lf - r->piece) + 1 : r->n - r->at - (r->next < r->end ? 8 : 0);
+	r->octets = left < (off_t)(r->n - r->at) ? (size_t)left : r->n - r->at;
+	lf = memchr(r->piece, '\n', r->octets);
+	if (lf != NULL)
+		r->octets = (size_t)(lf - r->piece) + 1;
+	else if (r->next < r->end)
+		r->octets -= 8;
 	r->at += r->octets;
 	return 1;
 }
@@ -1223,67 +1237,6 @@ static int status_of(const uint8_t *line)
 static bool is_made_line(const uint8_t *p, size_t n)
 {
 	return n > 13 && memcmp(p, "Message-ID: ", 12) == 0 && is_made((const char *)p + 12, n - 13);
-}
-
-/*
- * Read one message, from the From line that is the reader's piece up to the next one or the end.
- * Fills in *r but for the UID, and *h; its kind tells whether it may be torn should it be the last.
- * Returns 1 if another message follows, whose From line is the reader's piece then, else 0, or -1.
- */
-static int scan_mail(struct reader *reader, struct record *r, struct mbox_header *h, struct err *e)
-{
-	struct sum sum = { 0 };
-	bool nobody = reader_at(reader, "From nobody "), more = false, header = true;
-	unsigned line = 0;
-	uint64_t wire = 0;
-	int got = 1;
-
-	*r = (struct record){ .offset = reader->next - (off_t)(reader->n - reader->at) -
-					(off_t)reader->octets };
-	mbox_header_init(h);
-	h->quoted = true;
-	for (; got > 0; got = reader_next(reader, e)) {
-		const uint8_t *p = reader->piece;
-		size_t quotes = 0;
-
-		line += reader->line_start;
-		if (line > 1 && reader_at(reader, "From ")) {
-			more = true;
-			break;
-		}
-		r->octets += (off_t)reader->octets;
-		if (line == 2 && r->digits == 0 && reader->octets == STATUS_OCTETS + 5 &&
-		    status_of(p) >= 0 && r->octets - 5 <= DIGITS_MAX) {
-			r->state = (unsigned)status_of(p);
-			r->digits = (uint32_t)r->octets - 5;
-		}
-		if (line == 1 || (r->digits > 0 && line == 2)) {
-			r->head = r->octets < UINT32_MAX ? (uint32_t)r->octets : UINT32_MAX;
-			continue;
-		}
-		sum_feed(&sum, p, reader->octets);
-		/* The mail as it was on the wire: without the Message-ID that we made, and our quoting. */
-		if (line > 2u + (r->digits > 0) || !reader->line_start ||
-		    !is_made_line(p, reader->octets)) {
-			wire += reader->octets + (p[reader->octets - 1] == '\n');
-			while (quotes < reader->octets && p[quotes] == '>')
-				quotes++;
-			wire -= reader->line_start && quotes > 0 && reader->octets - quotes >= 5 &&
-				memcmp(p + quotes, "From ", 5) == 0;
-		}
-		header = header && !mbox_header_feed(h, p, reader->octets);
-	}
-	if (got < 0)
-		return -1;
-	r->sum = sum_end(&sum);
-	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
-	/* Without the empty line; the original has stripped its mails. */
-	wire -= wire < 2 ? wire : 2;
-	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
-	/* The original gave a made ID to mails whose own it overlooked. */
-	if (mbox_header_end(h, &r->id) && nobody && id_is_made(&h->id[0]) && h->has_id[1])
-		r->id = h->id[1];
-	return more;
 }
 
 /* The time in a From line of n octets (RFC 4155), or INT64_MIN; the original's tell none. */
@@ -1320,41 +1273,82 @@ static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 	out[BODY_AT - 1] = '\n';
 }
 
-static void mail_fill(struct mbox_mail *mail, const struct record *r, const struct mbox_header *h)
+/*
+ * Read the mail that begins at 'at', whatever stands there, up to the next From line or 'end'. Fills in *r but
+ * for the UID, and *mail; its kind tells whether it may be torn should it be the last. Returns 1 if another
+ * mail follows, else 0, or -1.
+ */
+static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, struct mbox_mail *mail,
+		     struct err *e)
 {
-	size_t n = h->id_octets <= sizeof h->text ? h->text_octets : 0;
 	char text[MBOX_MADE_MAX];
+	bool nobody = false, header = true;
+	struct sum sum = { 0 };
+	struct mbox_header h;
 	struct mbox_id made;
+	struct reader reader;
+	unsigned line = 0;
+	uint64_t wire = 0;
+	int got;
 
-	mail->offset = r->offset;
+	*r = (struct record){ .offset = at };
+	*mail = (struct mbox_mail){ .offset = at, .when_sec = INT64_MIN };
+	mbox_header_init(&h);
+	h.quoted = true;
+	for (reader_init(&reader, m, at, end); (got = reader_next(&reader, e)) > 0;) {
+		const uint8_t *p = reader.piece;
+		const size_t n = reader.octets;
+		size_t quotes = 0;
+
+		line += reader.line_start;
+		if (line > 1 && reader_at(&reader, "From "))
+			break;
+		if (r->octets == 0) {
+			nobody = reader_at(&reader, "From nobody ");
+			mail->when_sec = from_time(p, n);
+		}
+		r->octets += (off_t)n;
+		if (line == 2 && r->digits == 0 && n == STATUS_OCTETS + 5 && status_of(p) >= 0 &&
+		    r->octets - 5 <= DIGITS_MAX) {
+			r->state = (unsigned)status_of(p);
+			r->digits = (uint32_t)r->octets - 5;
+		}
+		if (line == 1 || (r->digits > 0 && line == 2)) {
+			r->head = r->octets < UINT32_MAX ? (uint32_t)r->octets : UINT32_MAX;
+			continue;
+		}
+		sum_feed(&sum, p, n);
+		/* The mail as it was on the wire: without the Message-ID that we made, and our quoting. */
+		if (line > 2u + (r->digits > 0) || !reader.line_start || !is_made_line(p, n)) {
+			wire += n + (p[n - 1] == '\n');
+			while (quotes < n && p[quotes] == '>')
+				quotes++;
+			wire -= reader.line_start && quotes > 0 && n - quotes >= 5 &&
+				memcmp(p + quotes, "From ", 5) == 0;
+		}
+		header = header && !mbox_header_feed(&h, p, n);
+	}
+	if (got < 0)
+		return -1;
+	r->sum = sum_end(&sum);
+	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
+	/* Without the empty line; the original has stripped its mails. */
+	wire -= wire < 2 ? wire : 2;
+	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
+	/* The original gave a made ID to mails whose own it overlooked. */
+	if (mbox_header_end(&h, &r->id) && nobody && id_is_made(&h.id[0]) && h.has_id[1])
+		r->id = h.id[1];
+	header_made(&h, &made, text, 1);
 	mail->octets = r->octets;
 	mail->head = r->head;
 	mail->digits = r->digits;
 	mail->state = r->state;
 	mail->id = r->id;
-	header_made(h, &made, text, 1);
-	mail->made = memcmp(&made, &h->id[0], sizeof made) == 0;
-	memcpy(mail->name, h->text, n);
-	mail->name[h->fields > 0 ? n : 0] = '\0';
-}
-
-/* Read the mail that begins at 'at' and ends before 'end', whatever stands there. As scan_mail(). */
-static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, struct mbox_mail *mail,
-		     struct err *e)
-{
-	struct mbox_header header;
-	struct reader reader;
-	int64_t when_sec;
-	int more;
-
-	reader_init(&reader, m, at, end);
-	if (reader_next(&reader, e) < 0)
-		return -1;
-	when_sec = from_time(reader.piece, reader.octets);
-	if ((more = scan_mail(&reader, r, &header, e)) >= 0)
-		mail_fill(mail, r, &header);
-	mail->when_sec = when_sec;
-	return more;
+	mail->made = memcmp(&made, &h.id[0], sizeof made) == 0;
+	memcpy(mail->date, h.date, sizeof mail->date);
+	if (h.id_octets <= sizeof h.text) /* of the last Message-ID field */
+		memcpy(mail->name, h.text, h.text_octets);
+	return got;
 }
 
 /* Return 1 if a From line begins there, else 0, or -1. */
@@ -1371,23 +1365,18 @@ static int from_at(struct mbox *m, off_t at, struct err *e)
 /* Append records for the messages between 'from' and 'end'; the first octets there are "From ". */
 static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 {
-	struct mbox_header header;
-	struct reader reader;
+	struct mbox_mail mail;
 	struct record r;
-	int more;
 
-	reader_init(&reader, m, from, end);
-	more = reader_next(&reader, e);
-	while (more > 0) {
-		more = scan_mail(&reader, &r, &header, e);
-		if (more < 0)
+	for (int more = 1; more > 0; from += r.octets) {
+		if ((more = mail_read(m, from, end, &r, &mail, e)) < 0)
 			return -1;
 		if (more > 0)
 			r.kind &= ~(unsigned)ENTRY_SUSPECT;
 		if (record_append(m, &r, e) != 0)
 			return -1;
 	}
-	return more;
+	return 0;
 }
 
 /*
@@ -1515,6 +1504,7 @@ static int put(struct mbox *m, const void *octets, size_t n, struct err *e)
 {
 	const uint8_t *p = octets;
 
+	m->read_octets = 0;
 	while (n > BUFFER_OCTETS - m->buffered) {
 		size_t part = BUFFER_OCTETS - m->buffered;
 
@@ -2731,9 +2721,11 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 		at += (off_t)n;
 		open = !lf;
 		empty = reader.line_start && n == 1 && lf;
-		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5)
+		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5) {
 			put_digits((char *)m->buffer + (reader.at - 5), 4,
 				   mail->state & ~(unsigned)MBOX_GONE);
+			m->read_octets = 0; /* the buffer is not what the file has any more */
+		}
 		if (!stands && ((empty && at == end) || (first && mail->made && is_made_line(p, n))))
 			continue;
 		while (!stands && (reader.line_start || held) && run < n && p[run] == '>')

@@ -627,6 +627,69 @@ static void test_end(void)
 	holds("From MAILER-DAEMON Fri Jan  2 00:00:00 1970\nX-Mozilla-Status: 0007\nMessage-ID: <a@x>\n\n\n", "end");
 }
 
+/* ---- reading back ---- */
+
+static char taken[3 * BUFFER_OCTETS];
+static size_t taken_octets;
+
+static int take(void *context, const void *octets, size_t n)
+{
+	(void)context;
+	memcpy(taken + taken_octets, octets, n);
+	taken_octets += n;
+	return 0;
+}
+
+/* Walk to the only mail, and have it in this form. */
+static struct mbox_mail read_back(enum mbox_form form)
+{
+	struct err e = { 0 };
+	struct mbox_mail mail;
+	struct mbox *m;
+	off_t at = 0;
+
+	taken_octets = 0;
+	check(mbox_open(&m, path, "", MBOX_READ, &e) == 0 && mbox_walk(m, &at, &mail, &e) == 1 &&
+	      mbox_read(m, &mail, form, take, NULL, &e) == 0 && mbox_walk(m, &at, &mail, &e) == 0, "read: %s", e.text);
+	mbox_close(m, NULL, &e);
+	return mail;
+}
+
+/* What was stored comes back, wherever the buffer ends within runs of '>' and "From ". */
+static void test_read(void)
+{
+	static const char id[] = "Message-ID: <a@x>\r\n\r\n", original[] =
+		"From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0009\nDate: x\nMessage-ID: <b@x>\n\nb";
+	static char text[2 * BUFFER_OCTETS + 1000];
+	struct mbox_mail mail;
+
+	for (size_t shift = 0; shift < 40; shift++)
+		for (int quotes = 0; quotes < 3; quotes++) {
+			size_t n = (size_t)sprintf(text, "%s", id), run = BUFFER_OCTETS - BODY_AT - n - shift;
+			struct mbox *m = fresh(0);
+
+			if (quotes == 1)
+				n += (size_t)sprintf(text + n, "\r\n");
+			memset(text + n, quotes > 0 ? '>' : 'x', run);
+			n += run;
+			n += (size_t)sprintf(text + n, "%sFrom x\r\n>From y\r\n>Fro\r\n>>\r\nFrom ", quotes == 2 ? "" : "\r\n>>");
+			check(store(m, 1, text, n, 5000) == 1, "a mail with quotes");
+			closed(m);
+			n += (size_t)sprintf(text + n, "\r\n");
+			read_back(MBOX_CRLF);
+			check(taken_octets == n && memcmp(taken, text, n) == 0, "read back %zu, %d", shift, quotes);
+		}
+	write_file(path, original, sizeof original - 1);
+	mail = read_back(MBOX_LF);
+	check(taken_octets == 29 && memcmp(taken, "Date: x\nMessage-ID: <b@x>\n\nb\n", 29) == 0, "read: %.*s",
+	      (int)taken_octets, taken);
+	check(strcmp(mail.date, " x") == 0 && mail.when_sec == INT64_MIN && strcmp(mail.name, "<b@x>") == 0 && !mail.made,
+	      "read: %s, %s", mail.date, mail.name);
+	read_back(MBOX_AS_STORED);
+	check(taken_octets == sizeof original + 1 && memcmp(taken + taken_octets - 4, "\nb\n\n", 4) == 0 &&
+	      memcmp(taken + 55, "0001", 4) == 0, "read: %.*s", (int)taken_octets, taken);
+}
+
 /* ---- states ---- */
 
 static void test_states(void)
@@ -1546,6 +1609,7 @@ int main(void)
 	test_borders();
 	test_long_header();
 	test_end();
+	test_read();
 	test_states();
 	test_bind();
 	test_bind_made();
