@@ -6113,7 +6113,6 @@ static int sync_sample(struct sync *y)
 	const uint32_t should = y->claim.uidvalidity == y->old.uidvalidity ? y->old.uidnext : 0;
 	uint32_t left = 0, due, uid;
 
-	set_sort(&y->todo[KIND_MAILS]);
 	for (uid = 1; (uid = set_next(&y->todo[KIND_MAILS], uid)) != 0 && uid < UINT32_MAX; uid++) {
 		y->counts.stored += uid >= should;
 		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid, uid) != 0)
@@ -7003,15 +7002,11 @@ static int session_run(struct session *s, struct err *e)
  * whatever breaks a restore, it is simply run again. Nothing is written but by CREATE, SUBSCRIBE and APPEND.
  */
 struct restore {
-	const struct config *config;
+	const struct session *session; /* of the target */
 	const struct options *options;
-	struct mailboxes *list; /* of the target */
-	struct imap *im;
-	void (*progress)(void *context, uint64_t mails, uint64_t octets);
-	void *context;
-	struct counts counts;
-	struct err err;      /* why the whole cannot go on */
-	bool locked;         /* an archive was */
+	struct imap *im; /* the session's */
+	struct counts *counts, before; /* now; and when the archive in hand was begun */
+	struct err err;      /* why the whole cannot go on; E_NET: it can, on another connection */
 	char delimiter;      /* the target's */
 	bool strip;          /* every archive but INBOX's lay below INBOX: the source's prefix */
 	struct mbox_id *ids; /* owned: what the target's mailbox has, sorted */
@@ -7019,67 +7014,50 @@ struct restore {
 	size_t n, room;
 	struct set nameless; /* UIDs of mails without a Message-ID */
 	struct mbox_header header;
-	bool asks_made;
-	struct { /* mails on the wire, by their tags */
-		off_t at;
-		char id[129];
-	} sent[IMAP_FLIGHT_MAX];
-	char target[2 * NAME_OCTETS], quoted[2 * MBOX_NAME_MAX + 20];
-	bool try_create, created;
-	bool reconnect; /* so many BADs that another would end the session */
-	bool appending; /* the commands on the wire are APPENDs */
-	unsigned bads;  /* on this connection */
-	/* Mails that are not sent again, as they were refused or broke the line twice; the last that did. */
-	struct place {
-		uint64_t archive;
-		off_t at;
-	} refused[RESTORE_REFUSED_MAX], broke;
+	bool asks_made, created;
+	unsigned done, at; /* archives that are over, also on connections before; the one in hand */
+	unsigned bads;     /* on this connection */
+	struct archive *a; /* in hand; of its mails: */
+	off_t sent[IMAP_FLIGHT_MAX];        /* on the wire, by their tags */
+	off_t refused[RESTORE_REFUSED_MAX]; /* not sent again, as they were refused, or broke the line twice */
 	unsigned n_refused;
-	unsigned careful; /* it broke: so many mails are sent one by one, to know which does */
-	uint64_t archive; /* in hand: a hash of its path */
+	off_t broke;      /* the oldest on the wire when it broke, or -1 */
+	unsigned careful; /* it broke: so many are sent one by one, to know which does it */
+	char target[2 * NAME_OCTETS], quoted[2 * MBOX_NAME_MAX + 20];
 };
 
-static void restore_refuse(struct restore *r, off_t at)
+/* Tell why a mail is not put back, and do not send it again. */
+static int restore_refuse(struct restore *r, off_t at, const char *why)
 {
-	r->counts.failures++;
-	if (r->n_refused < RESTORE_REFUSED_MAX)
-		r->refused[r->n_refused++] = (struct place){ r->archive, at };
-	else
-		err_set(&r->err, E_ACCOUNT, "the server refuses more than %d mails", RESTORE_REFUSED_MAX);
+	struct mbox_mail mail = { .name = "" };
+	off_t next = at;
+
+	if (mbox_walk(r->a->m, &next, &mail, &r->err) < 0)
+		return -1;
+	log_error("at %lld, %s: %s", (long long)at, mail.name, why);
+	r->counts->failures++;
+	if (r->n_refused == RESTORE_REFUSED_MAX)
+		return err_set(&r->err, E_ACCOUNT, "more than %d mails are refused", RESTORE_REFUSED_MAX);
+	r->refused[r->n_refused++] = at;
+	return 0;
 }
 
 static bool restore_is_refused(const struct restore *r, off_t at)
 {
 	for (unsigned i = 0; i < r->n_refused; i++)
-		if (r->refused[i].archive == r->archive && r->refused[i].at == at)
+		if (r->refused[i] == at)
 			return true;
 	return false;
 }
 
-/* The line broke: the oldest mail on it may have done it. */
-static void restore_broken(struct restore *r)
-{
-	unsigned slot = (r->im->done + 1) % IMAP_FLIGHT_MAX;
-	off_t at = r->sent[slot].at;
-
-	if (r->im->s.err.code != E_NET || r->im->done == r->im->tag || !r->appending)
-		return;
-	if (r->broke.archive == r->archive && r->broke.at == at) {
-		log_error("at %lld, %s: the line breaks at this mail", (long long)at, r->sent[slot].id);
-		restore_refuse(r, at);
-	}
-	r->broke = (struct place){ r->archive, at };
-	r->careful = IMAP_FLIGHT_MAX;
-}
+/* -- what the target has -- */
 
 static int restore_on_literal(void *context, const struct imap_fetch *fetch)
 {
 	struct restore *r = context;
 
-	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
-		return 0;
 	mbox_header_init(&r->header);
-	return 1;
+	return fetch->section == (r->asks_made ? SECTION_MADE : SECTION_ID);
 }
 
 static int restore_on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
@@ -7094,25 +7072,13 @@ static int restore_on_octets(void *context, const struct imap_fetch *fetch, cons
 static int restore_on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct restore *r = context;
-	struct mbox_id id;
 
-	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID))
+	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID) || r->n == r->room)
 		return 0;
 	r->im->noise = 0;
-	if (!mbox_header_end(&r->header, &id) && !r->asks_made)
+	if (!mbox_header_end(&r->header, &r->ids[r->n]) && !r->asks_made)
 		return set_add(&r->nameless, fetch->uid, fetch->uid) ? 0 : -1;
-	if (r->n == MBOX_MAILS_MAX)
-		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
-	if (r->n == r->room) {
-		struct mbox_id *more = allocate((r->room = r->room > 0 ? 2 * r->room : 1024) *
-						sizeof *more);
-
-		if (r->n > 0)
-			memcpy(more, r->ids, r->n * sizeof *more);
-		free(r->ids);
-		r->ids = more;
-	}
-	r->ids[r->n++] = id;
+	r->n++;
 	return 0;
 }
 
@@ -7142,28 +7108,18 @@ static bool restore_has(struct restore *r, const struct mbox_id *id)
 	return false;
 }
 
-/* Wait until the next command may be sent. */
-static int restore_wait(struct restore *r)
-{
-	while (!imap_may_send(r->im))
-		if (imap_answer(r->im) == NULL)
-			return -1;
-	return 0;
-}
-
-/* Open the target's mailbox and list what it has. Returns 0, 1 if it cannot be opened, with *e, or -1 with r->err. */
+/* Open the target's mailbox and list what it has. Returns 0, or -1 with *e: E_REFUSED, or r->err is filled, too. */
 static int restore_look(struct restore *r, struct err *e)
 {
-	static const char made[] = "(UID BODY.PEEK[HEADER.FIELDS (FROM TO CC DATE SUBJECT)])";
+	static const char *const fields[] = { "MESSAGE-ID", "FROM TO CC DATE SUBJECT" };
 	struct imap *im = r->im;
 	const struct imap_result *result;
 	struct range ranges[BATCH_RANGES];
+	struct set ask = { 0 };
 	char uids[SET_TEXT_OCTETS];
 	unsigned tag;
 
-	r->n = 0;
-	set_clear(&r->nameless);
-	r->asks_made = im->takes_forwarded = false;
+	im->takes_forwarded = false;
 	im->context = r;
 	im->on_literal = restore_on_literal;
 	im->on_octets = restore_on_octets;
@@ -7177,39 +7133,47 @@ static int restore_look(struct restore *r, struct err *e)
 		imap_refused(e, result, "opening the mailbox");
 		if (e->code == E_WAIT)
 			r->err = *e;
-		log_error("%s", e->text);
-		return e->code == E_WAIT ? -1 : 1;
-	}
-	for (uint32_t i = 1; i <= im->exists && im->exists != UINT32_MAX; i += 500) {
-		uint32_t last = i + 499 < im->exists ? i + 499 : im->exists;
-
-		if (restore_wait(r) != 0 ||
-		    imap_send(im, NULL, "FETCH %lu:%lu (UID BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])",
-			      (unsigned long)i, (unsigned long)last) == 0)
-			return -1;
-	}
-	if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
 		return -1;
-	r->asks_made = true;
-	while (set_take(&r->nameless, 500, ranges, uids) > 0) {
-		if (restore_wait(r) != 0 || imap_send(im, NULL, "UID FETCH %s %s", uids, made) == 0)
-			return -1;
 	}
-	if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
+	if (im->exists > MBOX_MAILS_MAX)
+		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
+	r->n = 0;
+	r->room = im->exists;
+	free(r->ids);
+	free(r->used);
+	r->ids = allocate((r->room + 1) * sizeof *r->ids);
+	r->used = allocate(r->room + 1);
+	if (im->exists > 0 && !set_add(&ask, 1, im->exists)) /* numbers at first, which nobody shifts meanwhile */
 		return -1;
+	for (int made = 0; made < 2; made++) {
+		r->asks_made = made > 0;
+		while (set_take(&ask, r->session->config->header_batch, ranges, uids) > 0) {
+			while (!imap_may_send(im))
+				if (imap_answer(im) == NULL)
+					return -1;
+			if (imap_send(im, NULL, "%sFETCH %s (UID BODY.PEEK[HEADER.FIELDS (%s)])", made > 0 ? "UID " : "",
+				      uids, fields[made]) == 0)
+				return -1;
+		}
+		if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
+			return -1;
+		set_free(&ask);
+		ask = r->nameless;
+		r->nameless = (struct set){ 0 };
+	}
 	if (r->n > 0)
 		qsort(r->ids, r->n, sizeof *r->ids, id_compare);
-	free(r->used);
-	r->used = allocate(r->n + 1);
 	return 0;
 }
+
+/* -- what is sent -- */
 
 /* Take the answer to the oldest command: a refusal is of one mail. */
 static int restore_answered(struct restore *r)
 {
 	const struct command *c = imap_answer(r->im);
+	off_t at = r->sent[r->im->taken % IMAP_FLIGHT_MAX];
 	const struct imap_result *result;
-	unsigned slot = r->im->taken % IMAP_FLIGHT_MAX;
 	struct err e = { 0 };
 
 	if (c == NULL)
@@ -7217,14 +7181,12 @@ static int restore_answered(struct restore *r)
 	result = &c->result;
 	r->careful -= r->careful > 0;
 	if (result->condition == IMAP_OK) {
-		r->counts.stored++;
-		r->progress(r->context, 1, 0);
+		r->counts->stored++;
+		r->session->progress(r->session->context, 1, 0);
 		return 0;
 	}
-	if (strcmp(result->code, "TRYCREATE") == 0 && !r->created) {
-		r->try_create = true;
-		return 0;
-	}
+	if (strcmp(result->code, "TRYCREATE") == 0 && !r->created)
+		return err_set(&r->err, E_NET, "the mailbox has gone: %s", result->text);
 	if (strcmp(result->code, "OVERQUOTA") == 0)
 		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account: %s",
 			       result->text);
@@ -7233,12 +7195,10 @@ static int restore_answered(struct restore *r)
 		r->err = e;
 		return -1;
 	}
-	log_error("at %lld%s%s: %s", (long long)r->sent[slot].at, r->sent[slot].id[0] != '\0' ? ", " : "",
-		  r->sent[slot].id, e.text);
-	restore_refuse(r, r->sent[slot].at);
+	if (restore_refuse(r, at, e.text) != 0)
+		return -1;
 	r->bads += result->condition == IMAP_BAD;
-	r->reconnect = r->bads >= RESTORE_BADS_MAX;
-	return r->err.code != E_NONE || r->reconnect ? -1 : 0;
+	return r->bads < RESTORE_BADS_MAX ? 0 : err_set(&r->err, E_NET, "another BAD could end the session");
 }
 
 static int take_length(void *context, const void *octets, size_t n)
@@ -7254,28 +7214,27 @@ static int take_stream(void *context, const void *octets, size_t n)
 }
 
 /* Send one mail. */
-static int restore_append(struct restore *r, struct archive *a, const struct mbox_mail *mail)
+static int restore_append(struct restore *r, const struct mbox_mail *mail)
 {
 	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	struct imap *im = r->im;
-	unsigned limit = im->capabilities & CAP_LITERAL_PLUS    ? APPEND_AHEAD_MAX
-			 : im->capabilities & CAP_LITERAL_MINUS ? 4096
-								: 0,
-		 tag, state = mail->state;
+	const uint64_t limit = im->capabilities & CAP_LITERAL_PLUS  ? APPEND_AHEAD_MAX :
+			       im->capabilities & CAP_LITERAL_MINUS ? 4096 :
+								      0;
 	int64_t when_sec = mail->when_sec;
+	unsigned tag, state = mail->state;
 	uint64_t octets = 0;
-	char flags[80], date[40] = "";
+	char flags[80], date[40] = "", why[80];
 	time_t sec;
 	struct tm tm;
 	int got = 1;
 
-	if (mbox_read(a->m, mail, MBOX_CRLF, take_length, &octets, &r->err) != 0)
+	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_length, &octets, &r->err) != 0)
 		return -1;
 	if (im->append_limit > 0 && octets > im->append_limit) {
-		log_error("at %lld, %s: %llu octets, and the server takes %llu", (long long)mail->offset,
-			  mail->name, (unsigned long long)octets, (unsigned long long)im->append_limit);
-		restore_refuse(r, mail->offset);
-		return 0;
+		snprintf(why, sizeof why, "%llu octets, and the server takes %llu", (unsigned long long)octets,
+			 (unsigned long long)im->append_limit);
+		return restore_refuse(r, mail->offset, why);
 	}
 	snprintf(flags, sizeof flags, "%s%s%s%s", state & MBOX_SEEN ? " \\Seen" : "",
 		 state & MBOX_ANSWERED ? " \\Answered" : "", state & MBOX_FLAGGED ? " \\Flagged" : "",
@@ -7293,19 +7252,31 @@ static int restore_append(struct restore *r, struct archive *a, const struct mbo
 			date, (unsigned long long)octets, octets <= limit ? "+" : "");
 	if (tag == 0)
 		return -1;
-	r->sent[tag % IMAP_FLIGHT_MAX].at = mail->offset;
-	strcpy(r->sent[tag % IMAP_FLIGHT_MAX].id, mail->name);
+	r->sent[tag % IMAP_FLIGHT_MAX] = mail->offset;
 	while (octets > limit && im->ring[tag % IMAP_FLIGHT_MAX].result.condition == IMAP_PENDING &&
 	       (got = imap_response(im)) == 0)
 		;
-	if (got <= 0)
-		return got < 0 ? -1 : restore_answered(r);
-	if (mbox_read(a->m, mail, MBOX_CRLF, take_stream, &im->s, &r->err) != 0 ||
+	if (got <= 0) /* 0: it was refused, which will be looked at in its turn */
+		return got;
+	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_stream, &im->s, &r->err) != 0 ||
 	    stream_write(&im->s, "\r\n", 2) != 0 || stream_flush(&im->s) != 0)
 		return -1;
-	r->counts.octets += octets;
-	r->progress(r->context, 0, octets);
+	r->counts->octets += octets;
+	r->session->progress(r->session->context, 0, octets);
 	return stop_due() ? err_set(&r->err, E_STOPPED, "stopped by a signal") : 0;
+}
+
+/* The line broke: the oldest command on it may have done it, if that is a mail. */
+static void restore_broken(struct restore *r)
+{
+	off_t at = r->sent[(r->im->done + 1) % IMAP_FLIGHT_MAX];
+
+	if (at < 0)
+		return;
+	if (r->broke == at)
+		restore_refuse(r, at, "the line breaks at this mail");
+	r->broke = at;
+	r->careful = IMAP_FLIGHT_MAX;
 }
 
 /*
@@ -7341,12 +7312,12 @@ static void restore_add_name(struct restore *r, const char *name, char delimiter
 }
 
 /* Find out where the archive's mails go: the target's mailbox of the same special use, or name. */
-static void restore_name(struct restore *r, const struct archive *a)
+static void restore_name(struct restore *r)
 {
+	const struct archive *a = r->a;
 	const char *name = a->name, *into = r->options->into;
-	const struct mailbox *box = r->list->boxes, *end = box + r->list->n;
+	const struct mailbox *box = r->session->list->boxes, *end = box + r->session->list->n;
 	unsigned special = into == NULL ? a->box.special & ~word_bit(special_uses, "\\ALL") : 0;
-	char text[NAME_OCTETS];
 
 	while (box < end && !(box->selectable && box->special & special))
 		box++;
@@ -7363,8 +7334,6 @@ static void restore_name(struct restore *r, const struct archive *a)
 		r->target[strlen(r->target) - 1] = '\0';
 	}
 	imap_quote(r->im, r->quoted, sizeof r->quoted, r->target);
-	name_text(text, r->target, r->delimiter);
-	log_info("%s -> %s", a->text, text);
 }
 
 /* Is every archive but INBOX's of a mailbox below INBOX? */
@@ -7377,108 +7346,113 @@ static int archive_is_below(void *context, struct archive *a)
 	return 0;
 }
 
-static int archive_restore(void *context, struct archive *a)
+/* Put back an archive. Returns 0, or -1 with *e or r->err, or as the line has an error. */
+static int restore_archive(struct restore *r, struct err *e)
 {
-	struct restore *r = context;
+	uint64_t missing = 0, present = 0, left_out = 0;
+	bool dry = r->session->dry, listed;
 	struct mbox_mail mail;
-	uint64_t missing = 0, present = 0, octets = 0, left_out = 0, before;
-	bool dry = r->options->dry, listed;
-	struct err e = { 0 };
-	off_t at;
-	int more, got;
+	char text[NAME_OCTETS], name[2800];
+	off_t at = 0;
+	int more;
 
-	if (r->err.code != E_NONE || r->im->s.err.code != E_NONE || r->reconnect)
-		return 1;
-	r->archive = 0;
-	for (const char *p = a->path; *p != '\0'; p++)
-		r->archive = (r->archive ^ (uint8_t)*p) * UINT64_C(1099511628211);
-	restore_name(r, a);
-	if (strlen(r->target) > MBOX_NAME_MAX) {
-		log_error("there its name would have more than %d octets", MBOX_NAME_MAX);
-		return 1;
-	}
-	listed = *mailboxes_find(r->list, BY_NAME, r->target) > 0;
+	restore_name(r);
+	name_text(text, r->target, r->delimiter);
+	log_info("%s -> %s", r->a->text, text);
+	if (strlen(r->target) > MBOX_NAME_MAX)
+		return err_set(e, E_REFUSED, "there its name would have more than %d octets", MBOX_NAME_MAX);
+	listed = *mailboxes_find(r->session->list, BY_NAME, r->target) > 0;
 	r->created = false;
-	if (!listed && !dry && restore_create(r, &e) != 0)
-		return 1;
-again:
-	r->try_create = false;
 	r->n = 0;
-	if ((listed || !dry) && (got = restore_look(r, &e)) != 0) {
-		r->counts.failures += got > 0;
-		return 1;
-	}
-	missing = present = octets = left_out = 0;
-	r->appending = true;
-	before = r->counts.stored;
-	for (at = 0; (more = mbox_walk(a->m, &at, &mail, &r->err)) > 0;) {
-		if (mail.state & MBOX_GONE && !r->options->include_gone) {
+	if ((!listed && !dry && restore_create(r, e) != 0) || ((listed || !dry) && restore_look(r, e) != 0))
+		return -1;
+	while ((more = mbox_walk(r->a->m, &at, &mail, e)) > 0) {
+		if (mail.state & MBOX_GONE && !r->options->include_gone)
 			left_out++;
-		} else if (restore_has(r, &mail.id)) {
+		else if (restore_has(r, &mail.id))
 			present++;
-		} else if (restore_is_refused(r, mail.offset)) {
-			continue;
-		} else {
-			missing++;
-			octets += (uint64_t)mail.octets;
-			if (!dry && restore_append(r, a, &mail) != 0)
-				return 1;
-		}
-		if (r->try_create)
-			break;
+		else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry && restore_append(r, &mail) != 0)
+			return -1;
 	}
-	if (more < 0)
-		return 1;
 	while (r->im->taken < r->im->tag)
 		if (restore_answered(r) != 0)
-			return 1;
-	r->appending = false;
-	if (r->try_create) {
-		if (restore_create(r, &e) != 0)
-			return 1;
-		goto again;
-	}
+			return -1;
+	if (more < 0)
+		return -1;
+	missing = dry ? missing : r->counts->stored - r->before.stored;
 	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s",
-		 (unsigned long long)(dry ? missing : r->counts.stored - before),
-		 dry ? "would be put back" : "put back", (unsigned long long)present,
+		 (unsigned long long)missing, dry ? "would be put back" : "put back", (unsigned long long)present,
 		 (unsigned long long)left_out, listed ? "" : "; the mailbox is new");
+	json_escape(name, sizeof name, text);
+	report_box(r->a->text, strrchr(r->a->path, '/') + 1,
+		   ",\"to\":%s,\"new\":%llu,\"present\":%llu,\"left_out\":%llu,\"octets\":%llu,\"failures\":%llu", name,
+		   (unsigned long long)missing, (unsigned long long)present, (unsigned long long)left_out,
+		   (unsigned long long)(r->counts->octets - r->before.octets),
+		   (unsigned long long)(r->counts->failures - r->before.failures));
 	return 0;
 }
 
-/* Restore an account. Returns 0, with r->counts and r->locked, or -1 if it must go on later. */
+static int archive_restore(void *context, struct archive *a)
+{
+	struct restore *r = context;
+	struct imap *im = r->im;
+	struct err e = { 0 };
+	int failed;
+
+	if (r->err.code != E_NONE || im->s.err.code != E_NONE)
+		return 1;
+	if (r->at++ < r->done)
+		return 0;
+	r->a = a;
+	memset(r->sent, -1, sizeof r->sent);
+	failed = restore_archive(r, &e);
+	if (im->s.err.code == E_NET && im->done < im->tag)
+		restore_broken(r);
+	if (r->err.code != E_NONE || im->s.err.code != E_NONE)
+		return 1;
+	if (failed != 0) {
+		log_error("%s", e.text);
+		r->counts->failures++;
+	}
+	r->counts->mailboxes++;
+	r->before = *r->counts;
+	r->done++;
+	r->n_refused = r->careful = 0;
+	r->broke = -1;
+	return failed != 0;
+}
+
+/* Restore an account. Returns 0; 3 if an archive is locked; or -1 with *e, and if that is E_NET, it goes on later. */
 static int restore_run(struct restore *r, struct err *e)
 {
-	const struct account *account = r->list->account;
-	uint32_t inbox = *mailboxes_find(r->list, BY_NAME, "INBOX");
+	const struct mailboxes *list = r->session->list;
+	uint32_t inbox = *mailboxes_find(list, BY_NAME, "INBOX");
 	int status;
 
 	r->err = (struct err){ 0 };
-	r->reconnect = r->appending = r->locked = false;
-	r->bads = 0;
+	r->at = r->bads = 0;
 	r->delimiter = r->im->delimiter;
 	if (r->delimiter == '\0' && inbox > 0)
-		r->delimiter = r->list->boxes[inbox - 1].delimiter;
+		r->delimiter = list->boxes[inbox - 1].delimiter;
 	if (r->delimiter == '\0')
 		r->delimiter = '/';
 	r->strip = true;
-	archives_walk(r->config, &(struct options){ 0 }, account, archive_is_below, r);
-	status = archives_walk(r->config, r->options, account, archive_restore, r);
-	log_context(account->email, "");
-	restore_broken(r);
-	r->locked = status == 3;
+	archives_walk(list->config, &(struct options){ 0 }, list->account, archive_is_below, r);
+	status = archives_walk(list->config, r->options, list->account, archive_restore, r);
+	log_context(list->account->email, "");
 	free(r->ids);
 	free(r->used);
 	set_free(&r->nameless);
 	r->ids = NULL;
 	r->used = NULL;
-	r->n = r->room = 0;
 	r->im->on_literal = NULL;
 	r->im->on_octets = NULL;
 	r->im->on_fetch = NULL;
 	*e = r->err.code != E_NONE ? r->err : r->im->s.err;
-	if (e->code == E_NONE && !r->reconnect)
-		r->counts.failures += status == 1 && r->counts.failures == 0;
-	return e->code == E_NONE && !r->reconnect ? 0 : -1;
+	if (e->code != E_NONE)
+		return -1;
+	r->counts->failures += status == 1 && r->counts->failures == 0;
+	return status == 3 ? 3 : 0;
 }
 
 /* ======== workers: the processes of a run ======== */
@@ -8099,23 +8073,18 @@ static void account_print_check(const struct worker *w)
 
 static int account_restore(struct worker *w, struct err *e)
 {
-	static struct restore r; /* it outlives connections */
-	unsigned refused;
+	static struct restore r = { .broke = -1 }; /* it outlives connections */
+	unsigned refused = r.n_refused;
 	int result;
 
-	r.config = w->run->config;
+	r.session = &w->session;
 	r.options = w->run->options;
-	r.list = &w->list;
 	r.im = &w->im;
-	r.progress = worker_progress;
-	r.context = w;
-	refused = r.n_refused;
+	r.counts = &w->slot->counts;
 	result = restore_run(&r, e);
 	w->tries = r.n_refused > refused ? 0 : w->tries;
-	if (result == 0)
-		w->slot->counts.failures += r.counts.failures;
-	w->board->locked = w->board->locked || r.locked;
-	return result;
+	w->board->locked = w->board->locked || result == 3;
+	return result < 0 ? -1 : 0;
 }
 
 /* List the mailboxes, and find out what there is to do. */
@@ -8991,9 +8960,13 @@ static int run_summary(const struct run *run)
 
 		failed = failed || c->failures > 0;
 		locked = locked || b->locked;
+		log_context(b->account->email, "");
+		if (run->options->mode == RUN_RESTORE && b->began_ms > 0)
+			log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s", (unsigned long long)c->mailboxes,
+				 (unsigned long long)c->stored, log_octets(octets, c->octets), (double)ms / 1000,
+				 failed ? ", NOT ALL" : "");
 		if (run->options->mode != RUN_BACKUP || b->began_ms == 0)
 			continue;
-		log_context(b->account->email, "");
 		others = log_to.level > LOG_INFO ? c->others : c->others_new; /* told once */
 		if (others > 0)
 			log_info("%llu duplicate%s left out", (unsigned long long)others,
@@ -9146,9 +9119,10 @@ static void run_print_json(const struct run *run, const struct options *o, const
 			       ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000
 			       : 0.0,
 		       (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-		       (unsigned long long)c->stored, (unsigned long long)c->gone,
-		       (unsigned long long)c->back, (unsigned long long)c->others,
-		       (unsigned long long)sum.in, (unsigned long long)c->failures, (int)report->errors.n,
+		       (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
+		       (unsigned long long)c->others,
+		       (unsigned long long)(o->mode == RUN_RESTORE ? sum.out : sum.in),
+		       (unsigned long long)c->failures, (int)report->errors.n,
 		       report->errors.text != NULL ? report->errors.text : "", (int)report->boxes.n,
 		       report->boxes.text != NULL ? report->boxes.text : "");
 	}

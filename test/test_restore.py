@@ -149,6 +149,10 @@ def test_restore_round_trip(t):
     t.config(t.account(username=other))
     got = t.backup('--restore', status=1)
     assert '--yes' in got.err, got.err
+    said = json.loads(t.backup('--restore', '-n', '--json').out)
+    assert said['mode'] == 'restore' and said['dry_run'] and said['accounts'][0]['new'] == 0, said
+    have = {sample.mutf7(b['name']): b['new'] for b in said['accounts'][0]['boxes']}
+    assert have == {k: len(unique(v)) for k, v in held.items()}, have
     before = archive.digests(t.dest)
     got = t.backup('--restore', '-n')
     assert 'would be put back' in got.err and set(there(t, other)) <= {'INBOX'}, got.err
@@ -157,8 +161,11 @@ def test_restore_round_trip(t):
     for name, mails in held.items():
         want, have = (collections.Counter(alike(m)) for m in (unique(mails), now.get(name, [])))
         assert want == have, (name, want - have, have - want)
-    got = t.backup('--restore', '--yes')
+    got = t.backup('--restore', '--yes', '--json')
     assert not re.search(r'[1-9]\d* mails put back', got.err), got.err
+    for box in json.loads(got.out)['accounts'][0]['boxes']:
+        assert box['to'] == box['name'] and box['new'] == box['octets'] == box['left_out'] == box['failures'] == 0, box
+        assert box['present'] == len(unique(held[sample.mutf7(box['name'])])), box
     assert {k: len(v) for k, v in now.items()} == {k: len(v) for k, v in there(t, other).items()}
     assert archive.digests(t.dest) == before
 
