@@ -5368,9 +5368,10 @@ static bool mailbox_has_news(const struct mailbox *box, const struct mbox_info *
 	const struct imap_status *status = &box->status;
 	const struct mbox_claim *claim = &info->claim;
 
-	if (!info->fits || !status->known || claim->traits != mailbox_traits(box) || status->uidvalidity == 0 || status->uidnext == 0 ||
-	    status->uidvalidity != claim->uidvalidity || status->uidnext != claim->uidnext ||
-	    status->messages != claim->messages || (keep_duplicates && info->others > 0))
+	if (!info->fits || !status->known || claim->traits != mailbox_traits(box) ||
+	    status->uidvalidity == 0 || status->uidnext == 0 || status->uidvalidity != claim->uidvalidity ||
+	    status->uidnext != claim->uidnext || status->messages != claim->messages ||
+	    (keep_duplicates && info->others > 0))
 		return true;
 	if (status->highestmodseq != 0 || claim->highestmodseq != 0)
 		return status->highestmodseq != claim->highestmodseq;
@@ -5535,7 +5536,7 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 struct archive {
 	const struct account *account;
 	char path[PATH_MAX_OCTETS + 300];
-	struct mailbox box;     /* its name, delimiter, special uses and prefix: of the index, else of the file name */
+	struct mailbox box;     /* as the index tells, or the file name */
 	char name[NAME_OCTETS]; /* that is the box's */
 	char text[NAME_OCTETS]; /* the same for a person */
 	struct mbox *m;
@@ -5573,9 +5574,12 @@ static void archive_name(struct archive *a, const char *file)
 	name_text(a->text, a->name, a->box.delimiter);
 }
 
-static int text_compare(const void *a, const void *b)
+/* Return true if a folder's entry is an archive. */
+static int is_archive(const struct dirent *entry)
 {
-	return strcmp(*(char *const *)a, *(char *const *)b);
+	size_t n = strlen(entry->d_name);
+
+	return n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0;
 }
 
 /* Return true if -a names the account, or nothing is named. */
@@ -5595,45 +5599,24 @@ static bool account_is_wanted(const struct options *o, const struct account *acc
 static int archives_walk(const struct config *c, const struct options *o, const struct account *account,
 			 int (*take)(void *context, struct archive *a), void *context)
 {
-	char folder[PATH_MAX_OCTETS], **files = NULL;
 	struct archive *a = allocate(sizeof *a);
-	size_t n = 0, room = 0;
-	struct dirent *entry;
-	int status = 0, one;
-	DIR *dir;
+	char folder[PATH_MAX_OCTETS];
+	struct dirent **files = NULL;
+	int status = 0, one, n;
 
 	a->account = account;
 	snprintf(folder, sizeof folder, "%s/%s", c->destination, account->email);
 	log_context(account->email, "");
-	if ((dir = opendir(folder)) == NULL) {
+	if ((n = scandir(folder, &files, is_archive, alphasort)) < 0) {
 		log_error("%s: %s", folder, strerror(errno));
 		status = 1;
 	}
-	while (dir != NULL && (entry = readdir(dir)) != NULL) {
-		size_t length = strlen(entry->d_name);
-
-		if (length <= 5 || strcmp(entry->d_name + length - 5, ".mbox") != 0)
-			continue;
-		if (n == room) {
-			char **more = allocate((room = room > 0 ? 2 * room : 64) * sizeof *more);
-
-			if (n > 0)
-				memcpy(more, files, n * sizeof *more);
-			free(files);
-			files = more;
-		}
-		files[n++] = copy_text(entry->d_name);
-	}
-	if (dir != NULL)
-		closedir(dir);
-	if (n > 0)
-		qsort(files, n, sizeof *files, text_compare);
-	for (size_t i = 0; i < n; i++) {
+	for (int i = 0; i < n; i++) {
 		struct err e = { 0 };
 
-		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]);
+		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]->d_name);
 		mbox_open(&a->m, a->path, "", MBOX_READ, &e);
-		archive_name(a, files[i]);
+		archive_name(a, files[i]->d_name);
 		free(files[i]);
 		one = stop_due();
 		if (one == 0 && (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box))) {
@@ -6056,47 +6039,34 @@ static void sample_feed(struct incoming *in, const uint8_t *p, size_t n)
 	}
 }
 
-/* Return 1 if a stored mail has this hash, 0 if not, or -1 with y->err. */
-static int sample_is(struct sync *y, const struct mbox_mail *mail, const uint8_t theirs[br_sha256_SIZE])
-{
-	uint8_t ours[br_sha256_SIZE];
-	br_sha256_context hash;
-
-	br_sha256_init(&hash);
-	if (mbox_read(y->m, mail, MBOX_LF, take_hash, &hash, &y->err) != 0)
-		return -1;
-	br_sha256_out(&hash, ours);
-	return memcmp(ours, theirs, sizeof ours) == 0;
-}
-
-/* A mail of the sample has come: is it what is stored? */
+/* A mail of the sample has come: is it what is stored? Which is which of those without a Message-ID nobody knows. */
 static int sample_end(struct sync *y, uint32_t uid)
 {
 	struct incoming *in = &y->in;
-	uint8_t theirs[br_sha256_SIZE];
-	struct mbox_mail mail, twin;
-	off_t at = mbox_place(y->m, uid), next = 0;
-	int same;
+	uint8_t theirs[br_sha256_SIZE], ours[br_sha256_SIZE];
+	off_t at = mbox_place(y->m, uid);
+	br_sha256_context hash;
+	struct mbox_mail mail;
 
 	in->gets = GETS_NOTHING;
 	if (!sync_wants(y, uid) || at < 0)
 		return 0;
 	sync_passed(y, uid, true);
+	br_sha256_init(&hash);
+	if (mbox_walk(y->m, &at, &mail, &y->err) < 0 ||
+	    mbox_read(y->m, &mail, MBOX_LF, take_hash, &hash, &y->err) != 0)
+		return -1;
+	br_sha256_out(&hash, ours);
 	if (in->last == '\r')
 		br_sha256_update(&in->hash, "\r", 1);
 	if (in->last != '\n')
 		br_sha256_update(&in->hash, "\n", 1);
 	br_sha256_out(&in->hash, theirs);
-	same = mbox_walk(y->m, &at, &mail, &y->err) < 0 ? -1 : sample_is(y, &mail, theirs);
-	/* Nobody knows which is which of mails that no Message-ID tells apart. */
-	while (same == 0 && mail.made && mbox_walk(y->m, &next, &twin, &y->err) > 0)
-		if (memcmp(&twin.id, &mail.id, sizeof twin.id) == 0)
-			same = sample_is(y, &twin, theirs);
-	y->counts.compared++;
-	if (same == 0) {
+	y->counts.compared += !mail.made;
+	if (!mail.made && memcmp(ours, theirs, sizeof ours) != 0) {
 		y->counts.failures++;
-		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu", (long long)mail.offset,
-			  mail.name, (unsigned long)uid);
+		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu",
+			  (long long)mail.offset, mail.name, (unsigned long)uid);
 		mbox_note(y->m, mail.offset, &mail.id, &y->err);
 	}
 	if (stop_due())
@@ -6812,8 +6782,7 @@ static int sync_open(struct sync *y)
 	if (!s->dry && (healed = mbox_heal(y->m, &y->err)) != 0) {
 		if (healed < 0)
 			return -1;
-		log_warn("%d damaged mails are marked as gone; those that the server still has are fetched anew",
-			 healed);
+		log_warn("%d damaged mails are marked as gone; what the server still has is fetched anew", healed);
 	}
 	y->old = *mbox_claimed(y->m);
 	mbox_tally(y->m, &info);
@@ -7004,7 +6973,7 @@ static int session_run(struct session *s, struct err *e)
 struct restore {
 	const struct session *session; /* of the target */
 	const struct options *options;
-	struct imap *im; /* the session's */
+	struct imap *im;               /* the session's */
 	struct counts *counts, before; /* now; and when the archive in hand was begun */
 	struct err err;      /* why the whole cannot go on; E_NET: it can, on another connection */
 	char delimiter;      /* the target's */
@@ -7018,8 +6987,8 @@ struct restore {
 	unsigned done, at; /* archives that are over, also on connections before; the one in hand */
 	unsigned bads;     /* on this connection */
 	struct archive *a; /* in hand; of its mails: */
-	off_t sent[IMAP_FLIGHT_MAX];        /* on the wire, by their tags */
-	off_t refused[RESTORE_REFUSED_MAX]; /* not sent again, as they were refused, or broke the line twice */
+	off_t sent[IMAP_FLIGHT_MAX]; /* on the wire, by their tags */
+	off_t refused[RESTORE_REFUSED_MAX]; /* or breaking the line: not sent again */
 	unsigned n_refused;
 	off_t broke;      /* the oldest on the wire when it broke, or -1 */
 	unsigned careful; /* it broke: so many are sent one by one, to know which does it */
@@ -7143,7 +7112,8 @@ static int restore_look(struct restore *r, struct err *e)
 	free(r->used);
 	r->ids = allocate((r->room + 1) * sizeof *r->ids);
 	r->used = allocate(r->room + 1);
-	if (im->exists > 0 && !set_add(&ask, 1, im->exists)) /* numbers at first, which nobody shifts meanwhile */
+	/* Numbers, at first; nobody shifts them between two commands that are FETCH. */
+	if (im->exists > 0 && !set_add(&ask, 1, im->exists))
 		return -1;
 	for (int made = 0; made < 2; made++) {
 		r->asks_made = made > 0;
@@ -7151,8 +7121,8 @@ static int restore_look(struct restore *r, struct err *e)
 			while (!imap_may_send(im))
 				if (imap_answer(im) == NULL)
 					return -1;
-			if (imap_send(im, NULL, "%sFETCH %s (UID BODY.PEEK[HEADER.FIELDS (%s)])", made > 0 ? "UID " : "",
-				      uids, fields[made]) == 0)
+			if (imap_send(im, NULL, "%sFETCH %s (UID BODY.PEEK[HEADER.FIELDS (%s)])",
+				      made > 0 ? "UID " : "", uids, fields[made]) == 0)
 				return -1;
 		}
 		if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
@@ -7198,7 +7168,9 @@ static int restore_answered(struct restore *r)
 	if (restore_refuse(r, at, e.text) != 0)
 		return -1;
 	r->bads += result->condition == IMAP_BAD;
-	return r->bads < RESTORE_BADS_MAX ? 0 : err_set(&r->err, E_NET, "another BAD could end the session");
+	if (r->bads == RESTORE_BADS_MAX)
+		err_set(&r->err, E_NET, "another BAD could end the session");
+	return r->bads < RESTORE_BADS_MAX ? 0 : -1;
 }
 
 static int take_length(void *context, const void *octets, size_t n)
@@ -7218,9 +7190,7 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 {
 	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	struct imap *im = r->im;
-	const uint64_t limit = im->capabilities & CAP_LITERAL_PLUS  ? APPEND_AHEAD_MAX :
-			       im->capabilities & CAP_LITERAL_MINUS ? 4096 :
-								      0;
+	uint64_t limit = im->capabilities & CAP_LITERAL_PLUS ? APPEND_AHEAD_MAX : 0;
 	int64_t when_sec = mail->when_sec;
 	unsigned tag, state = mail->state;
 	uint64_t octets = 0;
@@ -7229,11 +7199,13 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 	struct tm tm;
 	int got = 1;
 
+	if (limit == 0 && im->capabilities & CAP_LITERAL_MINUS)
+		limit = 4096;
 	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_length, &octets, &r->err) != 0)
 		return -1;
 	if (im->append_limit > 0 && octets > im->append_limit) {
-		snprintf(why, sizeof why, "%llu octets, and the server takes %llu", (unsigned long long)octets,
-			 (unsigned long long)im->append_limit);
+		snprintf(why, sizeof why, "%llu octets, and the server takes %llu",
+			 (unsigned long long)octets, (unsigned long long)im->append_limit);
 		return restore_refuse(r, mail->offset, why);
 	}
 	snprintf(flags, sizeof flags, "%s%s%s%s", state & MBOX_SEEN ? " \\Seen" : "",
@@ -7360,7 +7332,8 @@ static int restore_archive(struct restore *r, struct err *e)
 	name_text(text, r->target, r->delimiter);
 	log_info("%s -> %s", r->a->text, text);
 	if (strlen(r->target) > MBOX_NAME_MAX)
-		return err_set(e, E_REFUSED, "there its name would have more than %d octets", MBOX_NAME_MAX);
+		return err_set(e, E_REFUSED, "there its name would have more than %d octets",
+			       MBOX_NAME_MAX);
 	listed = *mailboxes_find(r->session->list, BY_NAME, r->target) > 0;
 	r->created = false;
 	r->n = 0;
@@ -7371,7 +7344,8 @@ static int restore_archive(struct restore *r, struct err *e)
 			left_out++;
 		else if (restore_has(r, &mail.id))
 			present++;
-		else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry && restore_append(r, &mail) != 0)
+		else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry &&
+			 restore_append(r, &mail) != 0)
 			return -1;
 	}
 	while (r->im->taken < r->im->tag)
@@ -7381,14 +7355,16 @@ static int restore_archive(struct restore *r, struct err *e)
 		return -1;
 	missing = dry ? missing : r->counts->stored - r->before.stored;
 	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s",
-		 (unsigned long long)missing, dry ? "would be put back" : "put back", (unsigned long long)present,
-		 (unsigned long long)left_out, listed ? "" : "; the mailbox is new");
+		 (unsigned long long)missing, dry ? "would be put back" : "put back",
+		 (unsigned long long)present, (unsigned long long)left_out,
+		 listed ? "" : "; the mailbox is new");
 	json_escape(name, sizeof name, text);
-	report_box(r->a->text, strrchr(r->a->path, '/') + 1,
-		   ",\"to\":%s,\"new\":%llu,\"present\":%llu,\"left_out\":%llu,\"octets\":%llu,\"failures\":%llu", name,
-		   (unsigned long long)missing, (unsigned long long)present, (unsigned long long)left_out,
-		   (unsigned long long)(r->counts->octets - r->before.octets),
-		   (unsigned long long)(r->counts->failures - r->before.failures));
+	report_box(
+		r->a->text, strrchr(r->a->path, '/') + 1,
+		",\"to\":%s,\"new\":%llu,\"present\":%llu,\"left_out\":%llu,\"octets\":%llu,\"failures\":%llu",
+		name, (unsigned long long)missing, (unsigned long long)present,
+		(unsigned long long)left_out, (unsigned long long)(r->counts->octets - r->before.octets),
+		(unsigned long long)(r->counts->failures - r->before.failures));
 	return 0;
 }
 
@@ -7630,17 +7606,19 @@ static void worker_report(const struct sync *y)
 	name_text(text, y->box->name, y->box->delimiter);
 	mailbox_file(y->box, file);
 	if (y->session->compare)
-		report_box(text, file,
-			   ",\"new\":%llu,\"left\":%llu,\"compared\":%llu,\"octets\":%llu,\"failures\":%llu",
-			   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->compared,
-			   (unsigned long long)c->octets, (unsigned long long)c->failures);
+		report_box(
+			text, file,
+			",\"new\":%llu,\"left\":%llu,\"compared\":%llu,\"octets\":%llu,\"failures\":%llu",
+			(unsigned long long)c->stored, (unsigned long long)c->gone,
+			(unsigned long long)c->compared, (unsigned long long)c->octets,
+			(unsigned long long)c->failures);
 	else
 		report_box(text, file,
 			   ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,"
 			   "\"failures\":%llu",
-			   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
-			   (unsigned long long)c->others, (unsigned long long)c->octets,
-			   (unsigned long long)c->failures);
+			   (unsigned long long)c->stored, (unsigned long long)c->gone,
+			   (unsigned long long)c->back, (unsigned long long)c->others,
+			   (unsigned long long)c->octets, (unsigned long long)c->failures);
 }
 
 /* Say what failed; but of a full disk, which many processes may meet, once. */
@@ -7669,9 +7647,10 @@ static void worker_over(void *context, struct sync *y)
 		worker_complain(w, &y->err);
 		w->board->over = w->board->over || y->err.code == E_FULL;
 	} else if (w->session.compare) {
-		log_info("the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
-			 (unsigned long long)c->stored, (unsigned long long)c->gone,
-			 (unsigned long long)c->compared, (unsigned long long)c->failures);
+		log_info(
+			"the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
+			(unsigned long long)c->stored, (unsigned long long)c->gone,
+			(unsigned long long)c->compared, (unsigned long long)c->failures);
 	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
 		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
 			 w->session.dry ? "would be fetched" : "new", (unsigned long long)c->gone,
@@ -8010,9 +7989,11 @@ static void account_print_list(const struct worker *w)
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
 		if (log_to.records) {
-			report_box(text, file, ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu",
-				   (unsigned long)box->status.messages, (unsigned long long)box->status.octets,
-				   (unsigned long)info.stored, (unsigned long)info.gone);
+			report_box(text, file,
+				   ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu",
+				   (unsigned long)box->status.messages,
+				   (unsigned long long)box->status.octets, (unsigned long)info.stored,
+				   (unsigned long)info.gone);
 			continue;
 		}
 		list_print(text, &box->status, &info, file);
@@ -8022,26 +8003,22 @@ static void account_print_list(const struct worker *w)
 /* Print what --list -n says of an account: what its archives tell, without the server. */
 static void account_print_archives(const struct worker *w)
 {
-	struct dirent **entries;
-	int n = scandir(w->folder, &entries, NULL, alphasort);
+	struct dirent **files = NULL;
+	int n = scandir(w->folder, &files, is_archive, alphasort);
 
 	list_print_head(w->account);
 	for (int i = 0; i < n; i++) {
-		char path[PATH_MAX_OCTETS + 300], text[sizeof entries[i]->d_name];
-		const char *file = entries[i]->d_name;
-		size_t length = strlen(file);
+		char path[PATH_MAX_OCTETS + 300], text[sizeof files[i]->d_name];
+		const char *file = files[i]->d_name;
 		struct mbox_info info;
 
-		if (length > 5 && strcmp(file + length - 5, ".mbox") == 0) {
-			snprintf(text, sizeof text, "%.*s", (int)length - 5, file);
-			mailbox_path(&w->list, file, path);
-			mbox_peek(path, NULL, &info);
-			list_print(text, NULL, &info, file);
-		}
-		free(entries[i]);
+		snprintf(text, sizeof text, "%.*s", (int)strlen(file) - 5, file);
+		mailbox_path(&w->list, file, path);
+		mbox_peek(path, NULL, &info);
+		list_print(text, NULL, &info, file);
+		free(files[i]);
 	}
-	if (n >= 0)
-		free(entries);
+	free(files);
 }
 
 /* Print what --check found: how the line is protected, what the server can do, and what there is. */
@@ -8340,7 +8317,8 @@ static void account_run(struct run *run, struct board *b)
 	if (run->options->mode == RUN_LIST && run->options->dry)
 		account_print_archives(w);
 	if (run->options->mode == RUN_VERIFY) {
-		int status = archives_walk(run->config, run->options, account, archive_verify, &w->slot->counts);
+		int status = archives_walk(run->config, run->options, account, archive_verify,
+					   &w->slot->counts);
 
 		w->slot->counts.failures += status == 1 && w->slot->counts.failures == 0;
 		b->locked = status == 3;
@@ -8962,8 +8940,9 @@ static int run_summary(const struct run *run)
 		locked = locked || b->locked;
 		log_context(b->account->email, "");
 		if (run->options->mode == RUN_RESTORE && b->began_ms > 0)
-			log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s", (unsigned long long)c->mailboxes,
-				 (unsigned long long)c->stored, log_octets(octets, c->octets), (double)ms / 1000,
+			log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s",
+				 (unsigned long long)c->mailboxes, (unsigned long long)c->stored,
+				 log_octets(octets, c->octets), (double)ms / 1000,
 				 failed ? ", NOT ALL" : "");
 		if (run->options->mode != RUN_BACKUP || b->began_ms == 0)
 			continue;
@@ -9119,8 +9098,8 @@ static void run_print_json(const struct run *run, const struct options *o, const
 			       ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000
 			       : 0.0,
 		       (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-		       (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
-		       (unsigned long long)c->others,
+		       (unsigned long long)c->stored, (unsigned long long)c->gone,
+		       (unsigned long long)c->back, (unsigned long long)c->others,
 		       (unsigned long long)(o->mode == RUN_RESTORE ? sum.out : sum.in),
 		       (unsigned long long)c->failures, (int)report->errors.n,
 		       report->errors.text != NULL ? report->errors.text : "", (int)report->boxes.n,
