@@ -6067,7 +6067,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 		y->counts.failures++;
 		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu",
 			  (long long)mail.offset, mail.name, (unsigned long)uid);
-		mbox_note(y->m, mail.offset, &mail.id, &y->err);
+		mbox_note(y->m, mail.offset, mail.octets, &y->err);
 	}
 	if (stop_due())
 		err_set(&y->err, E_STOPPED, "stopped by a signal");
@@ -7601,24 +7601,17 @@ static void worker_show(struct worker *w)
 static void worker_report(const struct sync *y)
 {
 	const struct counts *c = &y->counts;
-	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8];
+	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8], compared[40] = "";
 
 	name_text(text, y->box->name, y->box->delimiter);
 	mailbox_file(y->box, file);
 	if (y->session->compare)
-		report_box(
-			text, file,
-			",\"new\":%llu,\"left\":%llu,\"compared\":%llu,\"octets\":%llu,\"failures\":%llu",
-			(unsigned long long)c->stored, (unsigned long long)c->gone,
-			(unsigned long long)c->compared, (unsigned long long)c->octets,
-			(unsigned long long)c->failures);
-	else
-		report_box(text, file,
-			   ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,"
-			   "\"failures\":%llu",
-			   (unsigned long long)c->stored, (unsigned long long)c->gone,
-			   (unsigned long long)c->back, (unsigned long long)c->others,
-			   (unsigned long long)c->octets, (unsigned long long)c->failures);
+		snprintf(compared, sizeof compared, ",\"compared\":%llu", (unsigned long long)c->compared);
+	report_box(text, file,
+		   ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu%s",
+		   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
+		   (unsigned long long)c->others, (unsigned long long)c->octets,
+		   (unsigned long long)c->failures, compared);
 }
 
 /* Say what failed; but of a full disk, which many processes may meet, once. */

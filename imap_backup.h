@@ -400,8 +400,8 @@ struct mbox_verified {
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum,
 		struct err *e);
 
-/* Note that the mail with this ID, which stands at 'at', is damaged: in a file beside the index. */
-int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e);
+/* Note, in a file beside the index, that the mail of so many octets that stands at 'at' is damaged. */
+int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e);
 
 /*
  * Take in what was noted, in an archive that mbox_open() has opened to write: these mails are gone for good,

@@ -66,7 +66,8 @@ enum {
 	BODY_AT = DIGITS_AT + 5,                 /* and where the mail itself begins */
 	DIGITS_MAX = 255,                        /* digits further from the From line are not looked for */
 	COUNTS = 1 << 12,                        /* places for counts of mails that have one made ID */
-	COMPARED_MAX = 64                        /* stored copies with which a mail is compared */
+	COMPARED_MAX = 64,                       /* stored copies with which a mail is compared */
+	NOTED_MAX = 256                          /* damaged mails that are healed at once */
 };
 
 static const char index_magic[] = "imap_backup idx3";
@@ -2564,21 +2565,17 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 
 /* ======== damage ======== */
 
-int mbox_note(struct mbox *m, off_t at, const struct mbox_id *id, struct err *e)
+int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e)
 {
-	const struct record noted = { .offset = at, .id = *id };
 	char path[PATH_OCTETS + 16];
-	uint8_t p[RECORD_OCTETS];
-	int fd, r = 0;
+	int fd, written;
 
 	index_path(m->path, ".damaged", path);
 	if ((fd = open_file(path, O_WRONLY | O_CREAT | O_APPEND, e)) < 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
-	record_pack(&noted, p);
-	if (write(fd, p, sizeof p) != (ssize_t)sizeof p)
-		r = err_errno(e, E_SYSTEM, "%s: cannot write", path);
+	written = dprintf(fd, "%lld %lld\n", (long long)at, (long long)octets);
 	close(fd);
-	return r;
+	return written > 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot write", path);
 }
 
 /* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. */
@@ -2607,38 +2604,36 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 
 int mbox_heal(struct mbox *m, struct err *e)
 {
+	long long noted[NOTED_MAX][2]; /* offsets and lengths */
 	char path[PATH_OCTETS + 16];
-	uint8_t p[RECORD_OCTETS];
-	struct record noted, r;
-	uint32_t *place, i;
-	size_t got = 0;
+	unsigned n = 0, k;
 	int fd, healed = 0;
+	struct record r;
+	FILE *f;
 
 	index_path(m->path, ".damaged", path);
-	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0)
+	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0 || (f = fdopen(fd, "r")) == NULL)
 		return 0;
+	while (n < NOTED_MAX && fscanf(f, "%lld %lld", &noted[n][0], &noted[n][1]) == 2)
+		n++;
+	fclose(f);
 	/* The digits in the mbox are ahead of the index, as it says then; and all is asked for once more. */
 	m->now.claim.uidnext = 0;
-	if (mark_writing(m, e) != 0)
-		healed = -1;
-	for (off_t at = 0; healed >= 0; at += RECORD_OCTETS) {
-		if (read_all(m, fd, p, sizeof p, at, &got, e) != 0 || got < sizeof p ||
-		    !record_unpack(&noted, p))
-			break;
-		if (ring_find(m, &noted.id, &place, &r, e) != 0)
-			break;
-		i = *place - 1;
-		do {
-			if (*place == 0 || record_get(m, i = m->entries[i].next, &r, e) != 0)
-				break;
-			if (r.offset != noted.offset || m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
-				continue;
-			healed += heal(m, i, &r, e) == 0;
-		} while (i != *place - 1);
-	}
-	close(fd);
-	if (healed < 0 || e->code != E_NONE)
+	if (n > 0 && mark_writing(m, e) != 0)
 		return -1;
+	for (uint32_t i = 0; n > 0 && i < m->now.records; i++) {
+		if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
+			continue;
+		if (record_get(m, i, &r, e) != 0)
+			return -1;
+		for (k = 0; k < n && (noted[k][0] != r.offset || noted[k][1] != r.octets);)
+			k++;
+		if (k == n)
+			continue;
+		if (heal(m, i, &r, e) != 0)
+			return -1;
+		healed++;
+	}
 	order_make(m);
 	rings_sort(m);
 	if (mbox_commit(m, NULL, e) != 0)
@@ -2834,7 +2829,7 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 			return -1;
 		if (wrong != NULL && (r.kind & ENTRY_TORN) == 0) { /* of which it is known */
 			verify_tell(&v, true, at, mail.name, wrong);
-			if (mbox_note(m, at, &r.id, e) != 0)
+			if (mbox_note(m, at, r.octets, e) != 0)
 				return -1;
 		} else if (wrong == NULL && state != r.state && !m->now.writing) {
 			verify_tell(&v, false, at, mail.name, "its state differs from the index");
