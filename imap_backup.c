@@ -14,7 +14,9 @@
  *     http          calls the URLs that are told of a run, and posts OAuth's forms
  *     oauth         signs in once, and keeps a fresh access token from then on
  *     mailboxes     names, files, and which mailboxes have news
- *     sync          makes archives match their mailboxes
+ *     archives      verifies and exports what is on disk, without a server
+ *     sync          makes archives match their mailboxes, or compares them
+ *     restore       puts archived mail back on a server
  *     workers       one process for each connection; the parent hands out mailboxes
  *     command line  options, exit status
  *
