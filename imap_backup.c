@@ -91,7 +91,6 @@ enum {
 	COMPRESS_RATE = 6000,           /* octets a ms, 50 Mbit/s: a slower line is worth it */
 	COMPRESS_OCTETS = 1 << 20,      /* that show it; fewer are not worth a round trip */
 	COMPRESS_CONNECT_MS = 5,        /* the round trip of a LAN is shorter */
-	EMPTY_MAX = 64 << 10,           /* octets in a row, on the line, that stand for none */
 	STOP_MS = 3000,                 /* for what is on the way when the run is to stop */
 	COMPRESS_STARTS = 16,           /* round trips that show a line's latency, not its rate */
 	HTTP_ANSWER_MAX = 64 << 10,     /* octets of an answer to a form */
@@ -2107,8 +2106,8 @@ struct stream {
 	unsigned waits;          /* how often it was our turn to wait for an answer */
 	int64_t waited_ms;       /* how long, for that and for what followed */
 	int64_t owed_ms;         /* of that, what came too slowly for DRIP_RATE */
-	int64_t quiet_ms;        /* of that, since anything came that stands for octets */
-	size_t empty;            /* octets on the line since then */
+	int64_t until_ms;        /* the clock when what is under way has failed ... */
+	unsigned given_sec;      /* ... for it was given so long */
 	int64_t stop_ms;         /* when it was first seen that the run is to end; 0: not yet */
 	bool sent;               /* something was sent since the last wait */
 	int64_t connect_ms;      /* what the TCP handshake took: one round trip */
@@ -2126,53 +2125,54 @@ PRINTF(3, 4) static int stream_fail(struct stream *s, enum err_code code, const 
 	return -1;
 }
 
-/*
- * Return -1 if the run is to end, else 0. A signal leaves STOP_MS to the mail that is on its way, as
- * long as the line is not silent.
- */
-static int stream_stop(struct stream *s, bool silent)
+/* Give the server so many seconds from now on to take what is sent, or to send anything that stands for octets. */
+static void stream_give(struct stream *s, unsigned seconds)
 {
-	if (!stop_due())
-		return 0;
-	if (s->stop_ms == 0)
-		s->stop_ms = now_ms();
-	if (stop_asked && !silent && now_ms() - s->stop_ms < STOP_MS)
-		return 0;
-	return stream_fail(s, E_STOPPED, stop_asked ? "stopped by a signal" : "the parent process is gone");
+	s->given_sec = seconds;
+	s->until_ms = now_ms() + (int64_t)seconds * 1000;
 }
 
 /*
- * Wait until the socket can be read (POLLIN) or written (POLLOUT), in all for so many seconds; what is to
- * be read may also come too slowly.
+ * Return -1 if the run is to end or the time is over, else 0; also while data never ceases, since records
+ * without content could come for ever. A signal leaves STOP_MS to the mail that is on its way, as long as
+ * the line is not silent.
  */
-static int stream_wait(struct stream *s, short events, unsigned seconds, const char *what)
+static int stream_look(struct stream *s, bool silent, const char *what)
 {
-	const int64_t began = now_ms(), quiet_ms = events == POLLIN ? s->quiet_ms : 0;
-	struct pollfd fd = { .fd = s->fd, .events = events };
-	int64_t waited_ms;
+	const int64_t now = now_ms();
 
-	if (events == POLLIN && s->owed_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
-		return stream_fail(s, E_NET, "the server sends less than %d octets a second", DRIP_RATE);
+	if (stop_due()) {
+		if (s->stop_ms == 0)
+			s->stop_ms = now;
+		if (!stop_asked || silent || now - s->stop_ms >= STOP_MS)
+			return stream_fail(s, E_STOPPED,
+					   stop_asked ? "stopped by a signal" : "the parent process is gone");
+	}
+	return now < s->until_ms ? 0
+				 : stream_fail(s, E_NET, "%s: nothing for %u seconds", what, s->given_sec);
+}
+
+/* Wait until the socket can be read (POLLIN) or written (POLLOUT). */
+static int stream_wait(struct stream *s, short events, const char *what)
+{
+	const int64_t began = now_ms();
+	struct pollfd fd = { .fd = s->fd, .events = events };
+	int n;
+
 	if (events == POLLIN && s->sent) {
 		s->waits++;
 		s->sent = false;
 	}
 	do {
-		int n = poll(&fd, 1, 1000);
-
+		n = poll(&fd, 1, 1000);
 		if (n < 0 && errno != EINTR)
 			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
-		if (stream_stop(s, n == 0) != 0)
+		if (stream_look(s, n == 0, what) != 0)
 			return -1;
-		waited_ms = now_ms() - began;
-		if (n > 0 && quiet_ms + waited_ms <= (int64_t)seconds * 1000) {
-			s->waited_ms += waited_ms;
-			s->owed_ms += waited_ms;
-			s->quiet_ms += waited_ms;
-			return 0;
-		}
-	} while (quiet_ms + waited_ms < (int64_t)seconds * 1000);
-	return stream_fail(s, E_NET, "%s: nothing for %u seconds", what, seconds);
+	} while (n <= 0);
+	s->waited_ms += now_ms() - began;
+	s->owed_ms += now_ms() - began;
+	return 0;
 }
 
 /*
@@ -2181,32 +2181,27 @@ static int stream_wait(struct stream *s, short events, unsigned seconds, const c
  */
 static int stream_receive(struct stream *s)
 {
-	while (s->raw_at == s->raw_end) {
-		ssize_t got;
+	static const char what[] = "waiting for the server";
+	ssize_t got;
 
-		/* Records without content, or compressed data without output, could go on for ever. */
-		if (s->empty > EMPTY_MAX)
-			return stream_fail(s, E_PROTO,
-					   "more than %d octets from the server stand for nothing",
-					   EMPTY_MAX);
-		if (stream_stop(s, false) != 0)
-			return -1;
-		got = recv(s->fd, s->raw, sizeof s->raw, 0);
-		if (got > 0) {
-			s->empty += (size_t)got;
-			s->raw_at = 0;
-			s->raw_end = (size_t)got;
-			break;
-		}
-		if (got == 0)
-			return stream_fail(s, E_NET,
-					   s->tls != NULL ? "connection cut without a TLS close"
-							  : "connection closed by the server");
+	if (s->raw_at < s->raw_end)
+		return 0;
+	if (s->owed_ms > (int64_t)s->timeout_sec * 1000 * DRIP_TIMEOUTS)
+		return stream_fail(s, E_NET, "the server sends less than %d octets a second", DRIP_RATE);
+	if (stream_look(s, false, what) != 0)
+		return -1;
+	while ((got = recv(s->fd, s->raw, sizeof s->raw, 0)) < 0) {
 		if (errno != EAGAIN && errno != EINTR)
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
-		if (stream_wait(s, POLLIN, s->timeout_sec, "waiting for the server") != 0)
+		if (stream_wait(s, POLLIN, what) != 0)
 			return -1;
 	}
+	if (got == 0)
+		return stream_fail(s, E_NET,
+				   s->tls != NULL ? "connection cut without a TLS close"
+						  : "connection closed by the server");
+	s->raw_at = 0;
+	s->raw_end = (size_t)got;
 	return 0;
 }
 
@@ -2219,7 +2214,7 @@ static ssize_t stream_transmit(struct stream *s, const void *from, size_t n)
 			return (ssize_t)n; /* it is in vain, but reading tells more: a BYE may be there */
 		if (errno != EAGAIN && errno != EINTR)
 			return stream_fail(s, E_NET, "connection lost: %s", strerror(errno));
-		if (stream_wait(s, POLLOUT, s->timeout_sec, "sending to the server") != 0)
+		if (stream_wait(s, POLLOUT, "sending to the server") != 0)
 			return -1;
 	}
 	s->sent = true;
@@ -2370,8 +2365,7 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	t = allocate(sizeof *t);
 	v = &t->verifier;
 	s->tls = t;
-	s->quiet_ms = 0;
-	s->empty = 0;
+	stream_give(s, s->timeout_sec);
 	br_ssl_client_init_full(&t->client, &t->unused, NULL, 0);
 	br_ssl_engine_set_versions(&t->client.eng, BR_TLS12, BR_TLS12);
 	br_ssl_engine_add_flags(&t->client.eng, BR_OPT_NO_RENEGOTIATION);
@@ -2410,7 +2404,8 @@ static int stream_connect(struct stream *s, const struct addrinfo *address, unsi
 	error = connect(s->fd, address->ai_addr, address->ai_addrlen) == 0 ? 0 : errno;
 	if (error == EINPROGRESS) {
 		s->waits++;
-		if (stream_wait(s, POLLOUT, seconds, "connecting") != 0)
+		stream_give(s, seconds);
+		if (stream_wait(s, POLLOUT, "connecting") != 0)
 			return -1;
 		if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0)
 			error = errno;
@@ -2540,18 +2535,15 @@ static int stream_fill(struct stream *s)
 		return -1;
 	if (s->at < s->end)
 		return 0;
-	s->quiet_ms = 0;
-	s->empty = 0;
+	stream_give(s, s->timeout_sec);
 	if (s->inflate == NULL)
 		return stream_take(s, &s->at, &s->end);
 	if (inflate_run(s->inflate, &s->at, &n) == 0) {
 		s->end = s->at + n;
 		return 0;
 	}
-	return s->inflate->wrong == NULL
-		       ? -1
-		       : stream_fail(s, E_PROTO, "the server's compressed data is wrong: %s",
-				     s->inflate->wrong);
+	return stream_fail(s, E_PROTO, "the server's compressed data is wrong: %s",
+			   s->inflate->wrong != NULL ? s->inflate->wrong : "it ends"); /* told already */
 }
 
 /*
@@ -2587,6 +2579,7 @@ static int stream_put(struct stream *s, const uint8_t *p, size_t n)
 		return -1;
 	s->out += n;
 	for (size_t part; n > 0; p += part, n -= part) {
+		stream_give(s, s->timeout_sec);
 		if (s->tls != NULL) {
 			uint8_t *to;
 
@@ -2631,6 +2624,7 @@ static int stream_flush(struct stream *s)
 		return -1;
 	if (s->tls == NULL)
 		return 0;
+	stream_give(s, s->timeout_sec);
 	br_ssl_engine_flush(&s->tls->client.eng, 0);
 	return tls_run(s, BR_SSL_SENDAPP);
 }
