@@ -219,7 +219,6 @@ static char *log_octets(char out[16], uint64_t octets)
 	return out;
 }
 
-/* One message is one line and one write(), so that workers do not mix theirs. */
 static void pile_add(struct pile *pile, const char *json, size_t n)
 {
 	char *more = pile->text;
@@ -248,6 +247,7 @@ static void report_record(char kind, const char *json)
 	(void)ignored;
 }
 
+/* One message is one line and one write(), so that workers do not mix theirs. */
 PRINTF(2, 3) static void log_write(enum log_level level, const char *format, ...)
 {
 	static const char *const words[] = { "error: ", "warning: ", "", "", "" };
@@ -1145,12 +1145,16 @@ struct huffman {                          /* a code (3.2.2) */
 	uint16_t symbol[INFLATE_SYMBOLS]; /* by the number of bits, then by value */
 };
 
+struct bits {       /* octets that have come, and are not looked at yet */
+	size_t all; /* the next bit is the lowest, and 0 follows the last */
+	unsigned n; /* of a register: 64 would be slow where it has 32 */
+};
+
 struct inflate {
 	int (*ask)(struct inflate *f); /* sets 'in' and 'end' to at least one octet; or returns -1 */
 	void *context;                 /* of ask() */
 	const uint8_t *in, *end;       /* what is not looked at yet */
-	size_t bits;                   /* what is; the next bit is the lowest, and 0 follows the last */
-	unsigned n_bits;               /* of a register: 64 would be slow where it has 32 */
+	struct bits bits;              /* what is */
 	const char *wrong;             /* with the compressed data, in words; sticks */
 	enum { INFLATE_BLOCK, INFLATE_STORED, INFLATE_DATA } state;
 	bool last;         /* the block read now, or just read, is */
@@ -1220,48 +1224,48 @@ static unsigned huffman_find_long(const struct huffman *h, size_t bits, unsigned
 }
 
 /*
- * Take n bits, at most 25, or a symbol. 'bits' and 'n_bits' are f's, or the caller's own copies of them.
- * No more octets are asked for than it takes. Both return false if they cannot be had. Inline also
- * where size counts (-Os): it is a quarter of the time on a MIPS.
+ * Take n bits, at most 25, or a symbol. 'b' is f's register, or the caller's own copy of it. No more octets
+ * are asked for than it takes. Both return false if they cannot be had. Inline also where size counts
+ * (-Os): it is a quarter of the time on a MIPS.
  */
 static inline bool __attribute__((always_inline))
-inflate_bits(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned n, unsigned *value)
+inflate_bits(struct inflate *f, struct bits *b, unsigned n, unsigned *value)
 {
-	for (; *n_bits < n; *n_bits += 8) {
+	for (; b->n < n; b->n += 8) {
 		if (f->in == f->end && f->ask(f) != 0)
 			return false;
-		*bits |= (size_t)*f->in++ << *n_bits;
+		b->all |= (size_t)*f->in++ << b->n;
 	}
-	*value = (unsigned)*bits & ((1u << n) - 1);
-	*bits >>= n;
-	*n_bits -= n;
+	*value = (unsigned)b->all & ((1u << n) - 1);
+	b->all >>= n;
+	b->n -= n;
 	return true;
 }
 
 static inline bool __attribute__((always_inline))
-inflate_symbol(struct inflate *f, size_t *bits, unsigned *n_bits, const struct huffman *h, unsigned *symbol)
+inflate_symbol(struct inflate *f, struct bits *b, const struct huffman *h, unsigned *symbol)
 {
 	unsigned found, length;
 
 	for (;;) {
-		for (; *n_bits < 25 && f->in < f->end; *n_bits += 8)
-			*bits |= (size_t)*f->in++ << *n_bits;
-		found = h->fast[*bits & ((1 << INFLATE_FAST) - 1)];
+		for (; b->n < 25 && f->in < f->end; b->n += 8)
+			b->all |= (size_t)*f->in++ << b->n;
+		found = h->fast[b->all & ((1 << INFLATE_FAST) - 1)];
 		length = found & 15;
-		*symbol = found != 0 ? found >> 4 : huffman_find_long(h, *bits, &length);
-		if (length <= *n_bits) /* else it is another one */
+		*symbol = found != 0 ? found >> 4 : huffman_find_long(h, b->all, &length);
+		if (length <= b->n) /* else it is another one */
 			break;
 		if (f->ask(f) != 0)
 			return false;
 	}
-	*bits >>= length;
-	*n_bits -= length;
+	b->all >>= length;
+	b->n -= length;
 	return true;
 }
 
 static bool inflate_take(struct inflate *f, unsigned n, unsigned *value)
 {
-	return inflate_bits(f, &f->bits, &f->n_bits, n, value);
+	return inflate_bits(f, &f->bits, n, value);
 }
 
 static bool inflate_fail(struct inflate *f, const char *wrong)
@@ -1298,7 +1302,7 @@ static bool inflate_codes(struct inflate *f)
 		return inflate_fail(f, "code lengths without a code");
 	for (unsigned known = 0, times; known < literals + distances; known += times) {
 		times = 1;
-		if (!inflate_symbol(f, &f->bits, &f->n_bits, &f->far, &symbol))
+		if (!inflate_symbol(f, &f->bits, &f->far, &symbol))
 			return false;
 		if (symbol >= 16) {
 			if (!inflate_take(f, repeat[symbol - 16].bits, &v))
@@ -1322,14 +1326,14 @@ static bool inflate_block(struct inflate *f)
 	unsigned v, check;
 
 	if (f->last) /* the other bits of its last octet mean nothing */
-		return inflate_take(f, f->n_bits % 8, &v) && inflate_take(f, 8, &v) &&
+		return inflate_take(f, f->bits.n % 8, &v) && inflate_take(f, 8, &v) &&
 		       inflate_fail(f, "octets after its end");
 	if (!inflate_take(f, 3, &v))
 		return false;
 	f->last = v & 1;
 	switch (v >> 1) {
 	case 0:
-		if (!inflate_take(f, f->n_bits % 8, &v) || !inflate_take(f, 16, &v) ||
+		if (!inflate_take(f, f->bits.n % 8, &v) || !inflate_take(f, 16, &v) ||
 		    !inflate_take(f, 16, &check))
 			return false;
 		f->left = v;
@@ -1355,7 +1359,7 @@ static bool inflate_stored(struct inflate *f)
 	unsigned v;
 
 	for (bool any = false; f->left > 0; any = true) {
-		if (f->at == INFLATE_WINDOW || (any && f->n_bits == 0 && f->in == f->end))
+		if (f->at == INFLATE_WINDOW || (any && f->bits.n == 0 && f->in == f->end))
 			return true; /* it goes out first */
 		if (!inflate_take(f, 8, &v))
 			return false;
@@ -1392,8 +1396,7 @@ static inline unsigned inflate_base(unsigned symbol, unsigned log_group, unsigne
 
 /* The rest of a match whose length begins with this symbol (3.2.5). */
 static inline bool __attribute__((always_inline))
-inflate_pair(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned symbol, unsigned *n,
-	     unsigned *distance)
+inflate_pair(struct inflate *f, struct bits *b, unsigned symbol, unsigned *n, unsigned *distance)
 {
 	unsigned more, v;
 
@@ -1404,13 +1407,13 @@ inflate_pair(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned symbol,
 		*n = 258;
 		more = 0;
 	}
-	if (!inflate_bits(f, bits, n_bits, more, &v) || !inflate_symbol(f, bits, n_bits, &f->far, &symbol))
+	if (!inflate_bits(f, b, more, &v) || !inflate_symbol(f, b, &f->far, &symbol))
 		return false;
 	*n += v;
 	if (symbol > 29)
 		return inflate_fail(f, "a symbol without a meaning");
 	*distance = inflate_base(symbol, 1, &more) + 1;
-	if (!inflate_bits(f, bits, n_bits, more, &v))
+	if (!inflate_bits(f, b, more, &v))
 		return false;
 	*distance += v;
 	return true;
@@ -1419,14 +1422,14 @@ inflate_pair(struct inflate *f, size_t *bits, unsigned *n_bits, unsigned symbol,
 /* Literals and matches: here the time goes, so what is in hand is kept in variables of its own. */
 static bool inflate_data(struct inflate *f)
 {
-	size_t bits = f->bits;
-	unsigned n_bits = f->n_bits, at = f->at, left = f->left, distance = f->distance, symbol, n;
+	struct bits b = f->bits;
+	unsigned at = f->at, left = f->left, distance = f->distance, symbol, n;
 	bool on = true;
 
 	/* Near the input's end, what is decoded goes out first: from there on more may be asked for. */
 	while (at < INFLATE_WINDOW && (f->end - f->in >= INFLATE_PAIR || at == f->at)) {
 		if (left == 0) {
-			on = inflate_symbol(f, &bits, &n_bits, &f->literal, &symbol);
+			on = inflate_symbol(f, &b, &f->literal, &symbol);
 			if (on && symbol < INFLATE_END) {
 				f->window[at++] = (uint8_t)symbol;
 				continue;
@@ -1435,7 +1438,7 @@ static bool inflate_data(struct inflate *f)
 				f->state = INFLATE_BLOCK;
 				break;
 			}
-			on = on && inflate_pair(f, &bits, &n_bits, symbol, &left, &distance);
+			on = on && inflate_pair(f, &b, symbol, &left, &distance);
 			if (on && distance > (f->full ? INFLATE_WINDOW : at))
 				on = inflate_fail(f, "a distance to before its beginning");
 			if (!on)
@@ -1445,8 +1448,7 @@ static bool inflate_data(struct inflate *f)
 		at += n;
 		left -= n;
 	}
-	f->bits = bits;
-	f->n_bits = n_bits;
+	f->bits = b;
 	f->at = at;
 	f->left = left;
 	f->distance = distance;
@@ -2290,7 +2292,6 @@ static int tls_fail(struct stream *s)
 /* Say how the line is protected, and by whose certificate. */
 static void tls_describe(const struct stream *s, char *out, size_t size)
 {
-	br_ssl_session_parameters session;
 	const struct cert *leaf;
 	const char *suite = "";
 	char subject[100], issuer[100], date[16];
@@ -2302,9 +2303,8 @@ static void tls_describe(const struct stream *s, char *out, size_t size)
 	}
 	leaf = &s->tls->verifier.leaf;
 	until = leaf->decoder.notafter_days - CERT_1970;
-	br_ssl_engine_get_session_parameters(&s->tls->client.eng, &session);
 	for (size_t i = 0; i < N_SUITES; i++)
-		if (tls_suites[i].id == session.cipher_suite)
+		if (tls_suites[i].id == s->tls->client.eng.session.cipher_suite)
 			suite = tls_suites[i].name;
 	snprintf(out, size,
 		 "TLS 1.2, %s; certificate of %s, issued by %s, valid until %s (%lld days)\n"
