@@ -2386,8 +2386,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 	return tls_run(s, BR_SSL_SENDAPP);
 }
 
-/* Connect the socket to one address. */
-static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds)
+/* Connect a socket to one address. 'where' is it in words. */
+static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds, const char *where)
 {
 	const int64_t began = now_ms();
 	int on = 1, error;
@@ -2405,13 +2405,13 @@ static int stream_connect(struct stream *s, const struct addrinfo *address, unsi
 	if (error == EINPROGRESS) {
 		s->waits++;
 		stream_give(s, seconds);
-		if (stream_wait(s, POLLOUT, "connecting") != 0)
+		if (stream_wait(s, POLLOUT, where) != 0)
 			return -1;
 		if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &n) != 0)
 			error = errno;
 	}
 	s->connect_ms = now_ms() - began;
-	return error == 0 ? 0 : stream_fail(s, E_NET, "%s", strerror(error));
+	return error == 0 ? 0 : stream_fail(s, E_NET, "%s: %s", where, strerror(error));
 }
 
 static void stream_close(struct stream *s)
@@ -2436,11 +2436,14 @@ static int stream_open(struct stream *s, const struct account *account, const st
 		       unsigned timeout_sec)
 {
 	struct addrinfo hints = { .ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG }, *list = NULL;
-	char port[8];
+	bool hint = account->ssl == SSL_UNSET && account->port == 143;
+	char port[8], where[200];
 	int error;
 
 	*s = (struct stream){ .fd = -1, .account = account, .timeout_sec = timeout_sec };
 	snprintf(port, sizeof port, "%u", account->port);
+	snprintf(where, sizeof where, "%.100s, port %s%s", account->host, port,
+		 hint ? " (\"ssl\": true uses port 993)" : "");
 	error = getaddrinfo(account->host, port, &hints, &list);
 	if (error == EAI_BADFLAGS || error == EAI_NONAME) { /* ADDRCONFIG hides the loopback's address */
 		hints.ai_flags = 0;
@@ -2455,22 +2458,14 @@ static int stream_open(struct stream *s, const struct account *account, const st
 		s->err = (struct err){ 0 };
 		if (s->fd >= 0)
 			close(s->fd);
-		if (stream_connect(s, address,
-				   last || timeout_sec < CONNECT_SEC ? timeout_sec : CONNECT_SEC) == 0 ||
+		if (stream_connect(s, address, last || timeout_sec < CONNECT_SEC ? timeout_sec : CONNECT_SEC,
+				   where) == 0 ||
 		    s->err.code == E_STOPPED)
 			break;
 	}
 	freeaddrinfo(list);
-	if (s->err.code != E_NONE) {
-		const struct err last = s->err;
-
-		s->err = (struct err){ 0 };
-		return stream_fail(s, last.code, "%.100s, port %u: %.250s%s", account->host, account->port,
-				   last.text,
-				   account->ssl == SSL_UNSET && account->port == 143
-					   ? " (\"ssl\": true uses port 993)"
-					   : "");
-	}
+	if (s->err.code != E_NONE)
+		return -1;
 	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
