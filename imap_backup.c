@@ -1616,7 +1616,7 @@ static bool cert_next(struct der *list, struct cert *c)
 			 !der_next(&v, 0, &c->extension[n]))
 			return false;
 	}
-	return der_octets(all) == 0 && der_octets(tbs) == 0;
+	return true;
 }
 
 /* Decode key, dates and what it is signed with. Returns false if BearSSL cannot use the key. */
@@ -1664,27 +1664,27 @@ static bool cert_signed(const struct cert *c, const br_x509_pkey *key)
 		       { &br_sha512_vtable, BR_HASH_OID_SHA512 } };
 	const int hash = c->decoder.signer_hash_id - br_sha256_ID;
 	const unsigned char *signature = c->signature.at + 1; /* behind the number of unused bits */
-	const size_t octets = der_octets(c->signature) - 1;
+	const size_t m = der_octets(c->signature) - 1;
 	br_hash_compat_context context;
 	uint8_t sum[64], signed_sum[64];
 	size_t n;
 
 	if (hash < 0 || hash > 2 || c->decoder.signer_key_type != key->key_type ||
-	    der_octets(c->signature) == 0 || *c->signature.at != 0)
+	    der_octets(c->signature) == 0)
 		return false;
 	hashes[hash].class->init(&context.vtable);
 	context.vtable->update(&context.vtable, c->tbs.at, der_octets(c->tbs));
 	context.vtable->out(&context.vtable, sum);
 	n = context.vtable->desc >> BR_HASHDESC_OUT_OFF & BR_HASHDESC_OUT_MASK;
 	if (key->key_type == BR_KEYTYPE_EC)
-		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec, signature,
-							octets) == 1;
-	return br_rsa_pkcs1_vrfy_get_default()(signature, octets, hashes[hash].oid, n, &key->key.rsa,
+		return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), sum, n, &key->key.ec,
+							signature, m) == 1;
+	return br_rsa_pkcs1_vrfy_get_default()(signature, m, hashes[hash].oid, n, &key->key.rsa,
 					       signed_sum) == 1 &&
 	       memcmp(sum, signed_sum, n) == 0;
 }
 
-/* Return true if a name of a certificate stands for the host: "*" for its first part, if two are behind it. */
+/* Return true if a name of a certificate stands for the host: "*" for its first part, if two follow. */
 static bool name_is_host(const struct verifier *v, unsigned tag, struct der name)
 {
 	struct der host = v->name;
@@ -1723,7 +1723,7 @@ static bool name_in_base(unsigned tag, struct der name, struct der base)
 {
 	size_t n = der_octets(name), m = der_octets(base);
 
-	if (tag == NAME_DNS) /* the base, or with more in front; with a dot in front it stands only for those */
+	if (tag == NAME_DNS) /* the base, or with parts in front; with a dot in front only the latter */
 		return n >= m && strncasecmp((const char *)name.end - m, (const char *)base.at, m) == 0 &&
 		       (n == m || m == 0 || *base.at == '.' || name.at[n - m - 1] == '.');
 	if (tag == NAME_DIRECTORY)
@@ -1751,7 +1751,7 @@ static int name_judge(struct der constraints, unsigned tag, struct der name)
 				return NAME_UNCLEAR;
 			if (der_octet(tree, 0) != tag)
 				continue;
-			/* A minimum or maximum may follow. A directory that is excluded may be spelt otherwise. */
+			/* A minimum may follow; a directory that is excluded may be spelt otherwise. */
 			if (!der_next(&tree, tag, &base) || der_octets(tree) > 0 ||
 			    !(tag == NAME_DNS || (tag == NAME_DIRECTORY && list == 0xA0) ||
 			      (tag == NAME_ADDRESS && (der_octets(base) == 8 || der_octets(base) == 32))))
@@ -1842,11 +1842,12 @@ static int cert_judge(const struct cert *c, int64_t now_sec, struct err *e)
 }
 
 /*
- * Judge a certificate, and look for a way from it to an anchor by issuers that are well. Where several have an
- * issuer's name and key (certificates that were renewed, or signed by two CAs), every way is tried, until
- * CHAIN_SIGNATURES have been checked.
+ * Judge a certificate, and look for a way from it to an anchor by issuers that are well. Where several have
+ * an issuer's name and key (certificates that were renewed, or signed by two CAs), every way is tried,
+ * until CHAIN_SIGNATURES have been checked.
  */
-static int chain_judge(struct verifier *v, const struct cert *c, bool anchor, int64_t now_sec, struct err *e)
+static int chain_judge(struct verifier *v, const struct cert *c, bool anchor, int64_t now_sec,
+		       struct err *e)
 {
 	struct der anchors = v->trust->anchors, chain = v->chain;
 	struct cert issuer;
@@ -2127,7 +2128,7 @@ PRINTF(3, 4) static int stream_fail(struct stream *s, enum err_code code, const 
 	return -1;
 }
 
-/* Give the server so many seconds from now on to take what is sent, or to send anything that stands for octets. */
+/* Give the server so many seconds from now on to take what is sent, or to send anything of use. */
 static void stream_give(struct stream *s, unsigned seconds)
 {
 	s->given_sec = seconds;
@@ -2141,15 +2142,14 @@ static void stream_give(struct stream *s, unsigned seconds)
  */
 static int stream_look(struct stream *s, bool silent, const char *what)
 {
+	const bool stop = stop_due(), asked = stop_asked;
 	const int64_t now = now_ms();
 
-	if (stop_due()) {
-		if (s->stop_ms == 0)
-			s->stop_ms = now;
-		if (!stop_asked || silent || now - s->stop_ms >= STOP_MS)
-			return stream_fail(s, E_STOPPED,
-					   stop_asked ? "stopped by a signal" : "the parent process is gone");
-	}
+	if (stop && s->stop_ms == 0)
+		s->stop_ms = now;
+	if (stop && (!asked || silent || now - s->stop_ms >= STOP_MS))
+		return stream_fail(s, E_STOPPED,
+				   asked ? "stopped by a signal" : "the parent process is gone");
 	return now < s->until_ms ? 0
 				 : stream_fail(s, E_NET, "%s: nothing for %u seconds", what, s->given_sec);
 }
@@ -2248,7 +2248,7 @@ enum { N_SUITES = sizeof tls_suites / sizeof *tls_suites };
 static int tls_fail(struct stream *s)
 {
 	static const char no_tls[] =
-		"no TLS is spoken here (143 is the port for \"ssl\": false, 993 for true; or a proxy answers)";
+		"no TLS is spoken here (143 is the port for \"ssl\": false, 993 for true; or a proxy?)";
 	static const struct {
 		int code;
 		enum err_code grade;
@@ -2387,7 +2387,8 @@ static int stream_start_tls(struct stream *s, const struct trust *trust)
 }
 
 /* Connect a socket to one address. 'where' is it in words. */
-static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds, const char *where)
+static int stream_connect(struct stream *s, const struct addrinfo *address, unsigned seconds,
+			  const char *where)
 {
 	const int64_t began = now_ms();
 	int on = 1, error;
@@ -2453,13 +2454,12 @@ static int stream_open(struct stream *s, const struct account *account, const st
 		return stream_fail(s, E_NET, "%s: the name cannot be looked up: %s", account->host,
 				   error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error));
 	for (const struct addrinfo *address = list; address != NULL; address = address->ai_next) {
-		bool last = address->ai_next == NULL;
+		bool whole = address->ai_next == NULL || timeout_sec < CONNECT_SEC;
 
 		s->err = (struct err){ 0 };
 		if (s->fd >= 0)
 			close(s->fd);
-		if (stream_connect(s, address, last || timeout_sec < CONNECT_SEC ? timeout_sec : CONNECT_SEC,
-				   where) == 0 ||
+		if (stream_connect(s, address, whole ? timeout_sec : CONNECT_SEC, where) == 0 ||
 		    s->err.code == E_STOPPED)
 			break;
 	}
@@ -2469,18 +2469,23 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
+/* Write the numeric address of this end, or of the server's. Returns false if there is none. */
+static bool stream_address(const struct stream *s, bool own, char out[64])
+{
+	struct sockaddr_storage at;
+	struct sockaddr *address = (struct sockaddr *)&at;
+	socklen_t n = sizeof at;
+
+	return (own ? getsockname : getpeername)(s->fd, address, &n) == 0 &&
+	       getnameinfo(address, n, out, 64, NULL, 0, NI_NUMERICHOST) == 0;
+}
+
 /* Return true if the server is on this machine, so that nobody can listen on the way. */
 static bool stream_is_local(const struct stream *s)
 {
-	struct sockaddr_storage own, peer;
-	socklen_t n = sizeof own, m = sizeof peer;
-	char text[2][64];
+	char own[64], peer[64];
 
-	return getsockname(s->fd, (struct sockaddr *)&own, &n) == 0 &&
-	       getpeername(s->fd, (struct sockaddr *)&peer, &m) == 0 &&
-	       getnameinfo((struct sockaddr *)&own, n, text[0], sizeof *text, NULL, 0, NI_NUMERICHOST) == 0 &&
-	       getnameinfo((struct sockaddr *)&peer, m, text[1], sizeof *text, NULL, 0, NI_NUMERICHOST) == 0 &&
-	       strcmp(text[0], text[1]) == 0;
+	return stream_address(s, true, own) && stream_address(s, false, peer) && strcmp(own, peer) == 0;
 }
 
 /* At least one octet as it comes over the line, lent until the next call. */
