@@ -4028,12 +4028,9 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	bool local = stream_is_local(&im->s) && !account->never_clear;
 	const struct imap_result *result;
 
-	/* "* OK", "* PREAUTH" or "* BYE"; HTTP servers and the like say something else. */
-	while (imap_is(im, '\n'))
-		;
-	if (imap_peek(im) >= 0 && imap_peek(im) != '*')
-		return imap_proto(im, "no IMAP greeting", "\"* OK\"");
-	if (imap_response(im) != 0)
+	if (imap_response(im) > 0)
+		return imap_proto(im, "a continuation request", "a greeting");
+	if (im->s.err.code != E_NONE)
 		return -1;
 	if (account->ssl != SSL_ON && im->preauth && !local)
 		return stream_fail(&im->s, E_ACCOUNT,

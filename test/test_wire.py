@@ -762,7 +762,7 @@ def test_lies(t):
     many = 'more than 1000000 mails'
     fetched = 'cmd_UID_FETCH'
     play(t, {
-        'http': lie('no IMAP greeting', greeting='HTTP/1.1 400 Bad Request\r\n\r\n'),
+        'http': lie('begins with "HTTP/1.1"', greeting='HTTP/1.1 400 Bad Request\r\n\r\n'),
         'nothing': lie('connection closed by the server', greet=lambda self: self.drop('close')),
         'wrongtag': lie('begins with "B7"', **says_when('cmd_LIST', 'B7 OK done\r\n')),
         'oldtag': lie('begins with "A1"', **says_when('cmd_LIST', 'A1 OK done\r\n')),
