@@ -2890,8 +2890,8 @@ static const uint8_t octet_class[256] = { [' '] = BLANK | ENDS_WORD,  ['\t'] = B
 					  ['\r'] = BLANK | ENDS_WORD, ['\n'] = ENDS_WORD | ENDS_TEXT,
 					  [')'] = ENDS_WORD,          ['('] = ENDS_NAME | ENDS_ATOM,
 					  ['['] = ENDS_ATOM,          [']'] = ENDS_ATOM,
-					  ['{'] = ENDS_ATOM,          ['"'] = ENDS_ATOM,
-					  [','] = ENDS_ATOM };
+					  ['{'] = ENDS_ATOM,          ['}'] = ENDS_ATOM,
+					  ['"'] = ENDS_ATOM,          [','] = ENDS_ATOM };
 
 /* Count octets that nobody may have asked for. Whoever finds an answer of use sets im->noise back to 0. */
 static int imap_noise(struct imap *im, uint64_t octets)
@@ -3013,15 +3013,17 @@ static uint64_t imap_number(struct imap *im, uint64_t most)
 static bool imap_literal(struct imap *im, uint64_t *octets)
 {
 	char text[IMAP_ATOM_MAX], *end;
+	bool closed;
 	int c;
 
 	imap_next(im);
 	imap_atom(im, text);
+	closed = imap_is(im, '}');
 	for (c = imap_peek(im); c >= 0 && octet_class[c] & BLANK; c = imap_peek(im))
 		imap_next(im);
 	*octets = strtoumax(text, &end, 10);
-	if (!isdigit((unsigned char)text[0]) || (strcmp(end, "+}") != 0 && strcmp(end, "}") != 0) ||
-	    c != '\n') {
+	if (!closed || c != '\n' || !isdigit((unsigned char)text[0]) ||
+	    (*end != '\0' && strcmp(end, "+") != 0)) {
 		*octets = 0;
 		return false;
 	}

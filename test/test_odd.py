@@ -158,6 +158,8 @@ def fetches(change, **more):
 
 def test_words_in_odd_places(t):
     """Line ends within lists, blanks, brackets, items in another order; one connection all the same."""
+    def attributes(text):
+        return Case(boxes={'INBOX': Mailbox(letters(), attributes=text), 'Behind': few(2)}, tries=1)
     play(t, {
         'fetch': fetches(lambda n, i: b'* %d FETCH\r\n (' % n + b' '.join(i) + b')\r\n'),
         'items': fetches(lambda n, i: b'* %d FETCH (\r\n' % n + b'\r\n'.join(i) + b'\r\n)\r\n'),
@@ -171,8 +173,8 @@ def test_words_in_odd_places(t):
         'reversed': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i[::-1]) + b')\r\n'),
         'unknown': fetches(lambda n, i: b'* %d FETCH (X-GM-LABELS ("\\\\Inbox" [x] "a)b") EMAILID (x[) THREADID NIL ' % n + b' '.join(i) + b')\r\n'),
         'leading': rewrites(r'^\*', ' *'), 'status-break': rewrites(r'^(\* STATUS \S+) \(', '\\1\r\n ('),
-        'status-break2': rewrites(r'^(\* STATUS .*) (UIDNEXT|UIDVALIDITY)', '\\1\r\n \\2'),
-        'list-break': rewrites(r'^(\* LIST \(\S*\)) ', '\\1\r\n '), 'list-break2': rewrites(r'^(\* LIST \(\S*\) \S+) ', '\\1\r\n '),
+        'status-break-within': rewrites(r'^(\* STATUS .*) (UIDNEXT|UIDVALIDITY)', '\\1\r\n \\2'),
+        'list-break': rewrites(r'^(\* LIST \(\S*\)) ', '\\1\r\n '), 'list-break-within': rewrites(r'^(\* LIST \(\S*\) \S+) ', '\\1\r\n '),
         'search-break': rewrites(r'^(\* SEARCH 1) ', '\\1\r\n ', capabilities=BARE),
         'esearch-space': rewrites(r',', ', '), 'code-space': rewrites(r'\[(UID\w+) (\d+)\]', r'[ \1  \2 ]'),
         'code-open': rewrites(r'\[(UID\w+) (\d+)\]', r'[\1 \2'), 'code-text': rewrites(r'\[(UID\w+) (\d+)\].*', r'[\1 \2]'),
@@ -180,6 +182,30 @@ def test_words_in_odd_places(t):
         'flags': rewrites(r'^\* FLAGS .*', r'* FLAGS (\\Seen [ ] { "x ( )) y'),
         'flags-none': rewrites(r'^\* FLAGS .*', r'* FLAGS'), 'permanent': rewrites(r'\[PERMANENTFLAGS.*', r'[PERMANENTFLAGS (\\* ] x'),
         'exists': rewrites(r'^\* (\d+) EXISTS', r'* \1 EXISTS (x) [y'),
+        'greet-blank': Case(tries=1, greeting='\r\n * OK ready\r\n'), 'greet-lower': Case(tries=1, greeting='* ok ready\r\n'),
+        'greet-code': Case(tries=1, greeting='* OK [CAPABILITY IMAP4rev1 [x] AUTH=PLAIN ready\r\n'),
+        'greet-two': Case(tries=1, greeting='* OK one\r\n* OK [ALERT] two\r\n'),
+        'esearch-count': rewrites(r'^(\* ESEARCH .*UID) ', r'\1 COUNT 12 MIN 1 '), 'esearch-notag': rewrites(r'^\* ESEARCH \(TAG "\w+"\)', '* ESEARCH'),
+        'esearch-trail': rewrites(r'^(\* ESEARCH .*)', r'\1 MODSEQ 99 '), 'esearch-nouid': rewrites(r'^(\* ESEARCH .*) UID', r'\1'),
+        'esearch-tagodd': rewrites(r'TAG "\w+"', 'TAG "x(]" [y'),
+        'search-trail': rewrites(r'^(\* SEARCH.*)', r'\1 (MODSEQ 917)  ', capabilities=BARE),
+        'attributes': attributes('\\HasNoChildren [x] \\a(b'), 'attributes-odd': attributes('\\HasNoChildren {x "y'), 'attributes-none': attributes(''),
+        'status-extra': rewrites(r'^(\* STATUS .*)\)$', r'\1 X-ODD (1 [2) X "a)" RECENT 0)'),
+        'status-odd': rewrites(r'^(\* STATUS \S+ )\(', r'\1(X-NOVALUE '), 'status-close': rewrites(r'^(\* STATUS .*)\)$', r'\1'),
+        'status-twice': rewrites(r'^(\* STATUS .*)\)$', r'\1) (x)'),
+        'flags-nil': fetches(lambda n, i: b'* %d FETCH (' % n + b' '.join(i).replace(b'FLAGS ()', b'FLAGS NIL') + b')\r\n'),
+        'uid-first-sep': fetches(lambda n, i: b'* %d FETCH (' % n + i[0] + b')\r\n* %d FETCH (' % n + b' '.join(i) + b')\r\n'),
+        'quoted-kw': keyword('"x"', 'fetch flags'), 'brace-kw': keyword('{3}', 'fetch'), 'comma-kw': keyword('a,b', 'fetch flags permanent'),
+        'literal-plus': Case(tries=1, body=lambda self, name, data: b'%s {%d+}\r\n%s' % (name, len(data), data)),
+        'tilde': Case(tries=1, body=lambda self, name, data: b'%s ~{%d}\r\n%s' % (name, len(data), data)),
+        'body-space': Case(tries=1, body=lambda self, name, data: name.replace(b'[', b' [ ').replace(b']', b' ]') + b' { %d }\r\n%s' % (len(data), data)),
+        'ok-behind': rewrites(r'^(A\d+ OK).*', r'\1', capabilities=FULL), 'ok-bracket': rewrites(r'^(A\d+ OK) (?!\[)', r'\1 [X [y] (z] '),
+        'ok-tag-lower': rewrites(r'^A(\d+)', r'a\1'), 'ok-tab': rewrites(r'^(A\d+) ', '\\1\t '),
+        'modseq-list': rewrites(r'HIGHESTMODSEQ (\d+)\]', r'HIGHESTMODSEQ (\1)]'),
+        'uidnext-big': rewrites(r'UIDNEXT (\d+)\]', r'UIDNEXT 99999999999]'),
+        'list-nodelim': rewrites(r'^(\* LIST \(.*?\)) "/"', r'\1 ""'), 'list-baredelim': rewrites(r'^(\* LIST \(.*?\)) "/"', r'\1 /'),
+        'list-oldname': rewrites(r'^(\* LIST .*)', r'\1 ("OLDNAME" ("x y"))'),
+        'extra-untagged': rewrites(r'^(\* \d+ EXISTS)', '* X [y (z {q "\r\n* VANISHED 5\r\n\\1'),
     })
 
 
