@@ -78,6 +78,7 @@ enum {
 	CONFIG_ACCOUNTS_MAX = 1000,
 	CONFIG_PROCESSES_MAX = 64,
 	CONFIG_PINS_MAX = 8,            /* fingerprints of one account */
+	CONFIG_NAMES_MAX = 10000,       /* mailboxes in a list */
 	QUICK_OCTETS_MAX = 64 << 10,    /* of the configuration that the quick form stands for */
 	PATH_MAX_OCTETS = 3900,         /* mbox.c adds a suffix to it */
 	CA_FILE_MAX = 4 << 20,          /* octets of a CA bundle */
@@ -478,12 +479,13 @@ enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
 enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
 enum oauth_type { OAUTH_O365, OAUTH_GOOGLE, OAUTH_CUSTOM };
 
-struct oauth { /* what stands in the configuration; NULL: nothing */
+struct oauth { /* what is NULL stands not in the configuration */
 	const char *name;
 	unsigned type;               /* enum oauth_type */
 	unsigned client_credentials; /* 1: the program signs in as itself; 0: for a person */
 	const char *client_id, *tenant_id, *client_secret, *email;
-	const char *auth_url, *token_url, *device_url, *scope, *redirect;
+	const char *auth_url, *token_url, *device_url, *scope, *redirect; /* "": the provider has none */
+	char standard[5][300]; /* owned: these, where not given */
 };
 
 struct account {
@@ -505,9 +507,10 @@ struct config {
 	const char *destination, *start_url, *success_url, *failure_url, *ca_file, *oauth2_cache;
 	unsigned total_processes, processes_per_account, timeout_sec, retries;
 	unsigned header_batch, email_batch, compress;
-	bool keep_duplicates, require_mount;
+	unsigned keep_duplicates, require_mount; /* 0 or 1 */
 	bool secret, quick; /* the file holds a secret; there is no file, it is the quick form */
 	const struct json *ignore, *mailboxes; /* arrays of names, or NULL */
+	const struct json *oauth_list, *account_list;
 	struct oauth *oauths;
 	struct account *accounts;
 	unsigned n_oauths, n_accounts, complaints;
@@ -516,19 +519,16 @@ struct config {
 
 enum config_place { IN_TOP, IN_ACCOUNT, IN_OAUTH };
 enum config_kind {
-	KEY_TEXT,   /* const char *; an empty one counts as none */
+	KEY_TEXT, /* const char *; an empty one counts as none; begins as one of 'words', if there are any */
 	KEY_PATH,   /* the same, relative to the configuration's folder */
-	KEY_URL,    /* the same, http or https */
-	KEY_HTTPS,  /* the same, https only */
 	KEY_WORD,   /* unsigned: the word's number in 'words' */
 	KEY_OAUTH,  /* const struct oauth *, by its name */
 	KEY_NUMBER, /* unsigned, from 'low' to 'high' */
-	KEY_BOOL,   /* bool */
-	KEY_MODE,   /* unsigned: 0 unset, 1 false, 2 true */
-	KEY_NAMES,  /* const struct json *: an array of at least 'low' names of mailboxes */
-	KEY_PINS,   /* struct account */
-	KEY_ARRAY,  /* left to the caller */
-	KEY_OBJECT
+	KEY_BOOL,   /* unsigned: 'low' if it is false, one more if it is true */
+	KEY_ARRAY,  /* const struct json *, with 'low' to 'high' entries */
+	KEY_NAMES,  /* the same, of names of mailboxes */
+	KEY_PINS,   /* struct account: the same, of fingerprints, or one alone */
+	KEY_OBJECT  /* const struct json * */
 };
 /* It has to be there; nobody may leave it out by a typo; the file is nobody else's business. */
 enum { KEY_MUST = 1, KEY_GUARDS = 2, KEY_SECRET = 4 };
@@ -549,22 +549,22 @@ static const struct config_key {
 	  CONFIG_PROCESSES_MAX },
 	{ IN_TOP, KEY_NUMBER, "processes_per_account", AT(config, processes_per_account), 0, 2, 1,
 	  CONFIG_PROCESSES_MAX },
-	{ IN_TOP, KEY_URL, "start_url", AT(config, start_url) },
-	{ IN_TOP, KEY_URL, "success_url", AT(config, success_url) },
-	{ IN_TOP, KEY_URL, "failure_url", AT(config, failure_url) },
-	{ IN_TOP, KEY_NAMES, "mailboxes", AT(config, mailboxes), KEY_GUARDS, 0, 1 },
-	{ IN_TOP, KEY_NAMES, "ignore_mailboxes", AT(config, ignore), KEY_GUARDS },
+	{ IN_TOP, KEY_TEXT, "start_url", AT(config, start_url), .words = "http:// https://" },
+	{ IN_TOP, KEY_TEXT, "success_url", AT(config, success_url), .words = "http:// https://" },
+	{ IN_TOP, KEY_TEXT, "failure_url", AT(config, failure_url), .words = "http:// https://" },
+	{ IN_TOP, KEY_NAMES, "mailboxes", AT(config, mailboxes), KEY_GUARDS, 0, 1, CONFIG_NAMES_MAX },
+	{ IN_TOP, KEY_NAMES, "ignore_mailboxes", AT(config, ignore), KEY_GUARDS, 0, 0, CONFIG_NAMES_MAX },
 	{ IN_TOP, KEY_NUMBER, "timeout", AT(config, timeout_sec), 0, 120, 1, 3600 },
 	{ IN_TOP, KEY_NUMBER, "retries", AT(config, retries), 0, 6, 0, 100 },
 	{ IN_TOP, KEY_NUMBER, "header_batch_size", AT(config, header_batch), 0, 500, 1, 100000 },
 	{ IN_TOP, KEY_NUMBER, "email_batch_size", AT(config, email_batch), 0, 50, 1, 100000 },
 	{ IN_TOP, KEY_BOOL, "keep_duplicates", AT(config, keep_duplicates) },
 	{ IN_TOP, KEY_BOOL, "require_mount", AT(config, require_mount), KEY_GUARDS },
-	{ IN_TOP, KEY_MODE, "compress", AT(config, compress) },
+	{ IN_TOP, KEY_BOOL, "compress", AT(config, compress), .low = COMPRESS_OFF },
 	{ IN_TOP, KEY_PATH, "ca_file", AT(config, ca_file), KEY_GUARDS },
 	{ IN_TOP, KEY_PATH, "oauth2_cache", AT(config, oauth2_cache) },
-	{ IN_TOP, KEY_OBJECT, "oauth2", .flags = 0 },
-	{ IN_TOP, KEY_ARRAY, "accounts", .flags = KEY_MUST },
+	{ IN_TOP, KEY_OBJECT, "oauth2", AT(config, oauth_list) },
+	{ IN_TOP, KEY_ARRAY, "accounts", AT(config, account_list), KEY_MUST, 0, 1, CONFIG_ACCOUNTS_MAX },
 
 	{ IN_ACCOUNT, KEY_TEXT, "email", AT(account, email), KEY_MUST },
 	{ IN_ACCOUNT, KEY_TEXT, "host", AT(account, host), KEY_MUST },
@@ -572,15 +572,16 @@ static const struct config_key {
 	{ IN_ACCOUNT, KEY_TEXT, "password", AT(account, password), KEY_SECRET },
 	{ IN_ACCOUNT, KEY_TEXT, "password_command", AT(account, password_command) },
 	{ IN_ACCOUNT, KEY_OAUTH, "oauth2", AT(account, oauth) },
-	{ IN_ACCOUNT, KEY_MODE, "ssl", AT(account, ssl), KEY_GUARDS },
+	{ IN_ACCOUNT, KEY_BOOL, "ssl", AT(account, ssl), KEY_GUARDS, 0, SSL_OFF },
 	{ IN_ACCOUNT, KEY_NUMBER, "port", AT(account, port), 0, 0, 1, 65535 },
 	{ IN_ACCOUNT, KEY_PATH, "ca_file", AT(account, ca_file), KEY_GUARDS },
-	{ IN_ACCOUNT, KEY_PINS, "tls_fingerprint", .flags = KEY_GUARDS },
+	{ IN_ACCOUNT, KEY_PINS, "tls_fingerprint", AT(account, pins), KEY_GUARDS, 0, 1, CONFIG_PINS_MAX },
 	{ IN_ACCOUNT, KEY_NUMBER, "processes_per_account", AT(account, processes), 0, 0, 1,
 	  CONFIG_PROCESSES_MAX },
-	{ IN_ACCOUNT, KEY_NAMES, "mailboxes", AT(account, mailboxes), KEY_GUARDS, 0, 1 },
-	{ IN_ACCOUNT, KEY_NAMES, "ignore_mailboxes", AT(account, ignore), KEY_GUARDS },
-	{ IN_ACCOUNT, KEY_MODE, "compress", AT(account, compress) },
+	{ IN_ACCOUNT, KEY_NAMES, "mailboxes", AT(account, mailboxes), KEY_GUARDS, 0, 1, CONFIG_NAMES_MAX },
+	{ IN_ACCOUNT, KEY_NAMES, "ignore_mailboxes", AT(account, ignore), KEY_GUARDS, 0, 0,
+	  CONFIG_NAMES_MAX },
+	{ IN_ACCOUNT, KEY_BOOL, "compress", AT(account, compress), .low = COMPRESS_OFF },
 
 	{ IN_OAUTH, KEY_WORD, "type", AT(oauth, type), KEY_MUST, .words = "o365, google, custom" },
 	{ IN_OAUTH, KEY_WORD, "grant", AT(oauth, client_credentials), .words = "user, client_credentials" },
@@ -588,11 +589,11 @@ static const struct config_key {
 	{ IN_OAUTH, KEY_TEXT, "tenant_id", AT(oauth, tenant_id) },
 	{ IN_OAUTH, KEY_TEXT, "client_secret", AT(oauth, client_secret), KEY_SECRET },
 	{ IN_OAUTH, KEY_TEXT, "email", AT(oauth, email) },
-	{ IN_OAUTH, KEY_HTTPS, "auth_url", AT(oauth, auth_url) },
-	{ IN_OAUTH, KEY_HTTPS, "token_url", AT(oauth, token_url) },
-	{ IN_OAUTH, KEY_HTTPS, "device_url", AT(oauth, device_url) },
+	{ IN_OAUTH, KEY_TEXT, "auth_url", AT(oauth, auth_url), .words = "https://" },
+	{ IN_OAUTH, KEY_TEXT, "token_url", AT(oauth, token_url), .words = "https://" },
+	{ IN_OAUTH, KEY_TEXT, "device_url", AT(oauth, device_url), .words = "https://" },
 	{ IN_OAUTH, KEY_TEXT, "scope", AT(oauth, scope) },
-	{ IN_OAUTH, KEY_URL, "redirect", AT(oauth, redirect) },
+	{ IN_OAUTH, KEY_TEXT, "redirect", AT(oauth, redirect), .words = "http:// https://" },
 };
 
 /* Tell what is wrong with the value 'at' of a key of the object at hand. */
@@ -616,52 +617,53 @@ static void config_say(struct config *c, enum log_level level, const struct json
 
 #define config_bad(c, ...) config_say(c, LOG_ERROR, __VA_ARGS__)
 
-/* Store up to CONFIG_PINS_MAX fingerprints: 64 hex digits, with or without colons between octets. */
-static void config_pins(struct config *c, const struct json *value, struct account *account)
+/* Read a fingerprint: 64 hex digits, with or without colons between octets. Returns false if it is none. */
+static bool config_pin(uint8_t pin[32], const char *p)
 {
-	const struct json *pin = value->type == JSON_ARRAY ? value->child : value;
+	unsigned i;
 
-	for (; pin != NULL && account->pins < CONFIG_PINS_MAX; account->pins++) {
-		const uint8_t *p = (const uint8_t *)(pin->type == JSON_STRING ? pin->text : "");
-		unsigned i;
+	for (i = 0; i < 32 && isxdigit((unsigned char)p[0]) && isxdigit((unsigned char)p[1]); i++) {
+		char octet[3] = { p[0], p[1] };
 
-		for (i = 0; i < 32 && isxdigit(p[0]) && isxdigit(p[1]); i++, p += p[2] == ':' ? 3 : 2) {
-			char octet[3] = { (char)p[0], (char)p[1] };
-
-			account->pin[account->pins][i] = (uint8_t)strtoul(octet, NULL, 16);
-		}
-		if (i < 32 || *p != '\0')
-			break;
-		pin = pin == value ? NULL : pin->next;
+		pin[i] = (uint8_t)strtoul(octet, NULL, 16);
+		p += p[2] == ':' ? 3 : 2;
 	}
-	if (pin != NULL || account->pins == 0)
-		config_bad(
-			c, pin != NULL ? pin : value, "tls_fingerprint",
-			"found %s, expected the SHA-256 of the server's certificate as 64 hex digits, or "
-			"1 to %d of them in an array",
-			pin != NULL ? json_type_name(pin->type) : "an empty array", CONFIG_PINS_MAX);
+	return i == 32 && *p == '\0';
 }
 
 /* What a mailbox may be there for (RFC 6154), whatever it is called. */
 static const char special_uses[] = "\\All, \\Archive, \\Drafts, \\Junk, \\Sent, \\Trash";
 
-/* Check an array of mailboxes' names. An entry may be one of special_uses instead. */
-static void config_names(struct config *c, const struct json *list, const struct config_key *key)
+/* Check a list, and each entry: an entry for a mailbox may be one of special_uses instead of its name. */
+static void config_list(struct config *c, const struct json *list, const struct config_key *key, void *into)
 {
-	const struct json *entry = list->child;
+	const struct json *entry = list->type == JSON_ARRAY ? list->child : list;
+	struct account *account = key->kind == KEY_PINS ? into : NULL;
+	unsigned n = list->type == JSON_ARRAY ? list->count : 1;
 	char place[40];
 
-	if (list->count < key->low)
-		config_bad(c, list, key->name, "found an empty array, expected at least one name");
-	for (unsigned i = 0; entry != NULL; entry = entry->next, i++) {
+	if (n < key->low || n > key->high) {
+		config_bad(c, list, key->name, "found %u entries, expected %u to %u", n, key->low,
+			   key->high);
+		return;
+	}
+	for (unsigned i = 0; i < n && key->kind != KEY_ARRAY; entry = entry->next, i++) {
 		snprintf(place, sizeof place, "%s[%u]", key->name, i);
 		if (entry->type != JSON_STRING)
 			config_bad(c, entry, place, "found %s, expected a string",
 				   json_type_name(entry->type));
-		else if (entry->text[0] == '\\' && word_place(special_uses, entry->text) < 0)
+		else if (account != NULL && !config_pin(account->pin[i], entry->text))
+			config_bad(
+				c, entry, place,
+				"found \"%.8s\", expected the SHA-256 of the server's certificate: 64 hex digits",
+				entry->text);
+		else if (account == NULL && *entry->text == '\\' &&
+			 word_place(special_uses, entry->text) < 0)
 			config_bad(c, entry, place, "found \"%s\", expected a name or one of %s",
 				   entry->text, special_uses);
 	}
+	if (account != NULL)
+		account->pins = n;
 }
 
 /* Return a path that does not depend on the folder in which the program was started. */
@@ -692,24 +694,31 @@ static const struct oauth *config_oauth(const struct config *c, const char *name
 	return NULL;
 }
 
+/* Return true if a text begins as one of the words does, in any case of letters. */
+static bool config_begins(const char *text, const char *words)
+{
+	size_t n = strcspn(words, " ");
+
+	return strncasecmp(text, words, n) == 0 || (words[n] != '\0' && config_begins(text, words + n + 1));
+}
+
 /* Check and store what an object has for a key. */
 static void config_store(struct config *c, const struct json *object, const struct config_key *key,
 			 void *into)
 {
 	static const enum json_type types[] = {
-		[KEY_NUMBER] = JSON_NUMBER, [KEY_BOOL] = JSON_BOOL,  [KEY_MODE] = JSON_BOOL,
-		[KEY_NAMES] = JSON_ARRAY,   [KEY_PINS] = JSON_ARRAY, [KEY_ARRAY] = JSON_ARRAY,
-		[KEY_OBJECT] = JSON_OBJECT,
+		JSON_STRING, JSON_STRING, JSON_STRING, JSON_STRING, JSON_NUMBER,
+		JSON_BOOL,   JSON_ARRAY,  JSON_ARRAY,  JSON_ARRAY,  JSON_OBJECT,
 	};
 	const struct json *value = json_get(object, key->name);
-	enum json_type type = types[key->kind] != JSON_NULL ? types[key->kind] : JSON_STRING;
-	const char *text = value != NULL ? value->text : NULL;
+	enum json_type type = types[key->kind];
 	void *to = (char *)into + key->at;
+	int word;
 
 	if (key->kind == KEY_NUMBER)
 		*(unsigned *)to = key->standard;
 	if (value == NULL || value->type == JSON_NULL ||
-	    (type == JSON_STRING && value->type == JSON_STRING && *text == '\0')) {
+	    (type == JSON_STRING && value->type == JSON_STRING && *value->text == '\0')) {
 		if (key->flags & KEY_MUST)
 			config_bad(c, value != NULL ? value : object, key->name,
 				   "missing or empty; expected %s", json_type_name(type));
@@ -722,73 +731,67 @@ static void config_store(struct config *c, const struct json *object, const stru
 	}
 	c->secret = c->secret || key->flags & KEY_SECRET;
 	switch (key->kind) {
+	case KEY_TEXT:
+		*(const char **)to = value->text;
+		if (key->words != NULL && !config_begins(value->text, key->words))
+			config_bad(c, value, key->name,
+				   "found \"%.8s\", expected a URL that begins with: %s", value->text,
+				   key->words);
+		break;
 	case KEY_PATH:
 		*(const char **)to = config_path(c, value, key->name);
 		break;
-	case KEY_TEXT:
-	case KEY_URL:
-	case KEY_HTTPS:
-		*(const char **)to = text;
-		if (key->kind != KEY_TEXT && strncasecmp(text, "https://", 8) != 0 &&
-		    (key->kind == KEY_HTTPS || strncasecmp(text, "http://", 7) != 0))
-			config_bad(c, value, key->name,
-				   "found \"%.8s\", expected a URL that begins with %s", text,
-				   key->kind == KEY_HTTPS ? "https://" : "http:// or https://");
-		break;
 	case KEY_WORD:
-		*(unsigned *)to = (unsigned)word_place(key->words, text);
-		if (word_place(key->words, text) < 0)
-			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", text,
+		word = word_place(key->words, value->text);
+		*(unsigned *)to = word >= 0 ? (unsigned)word : 0;
+		if (word < 0)
+			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", value->text,
 				   key->words);
 		break;
 	case KEY_OAUTH:
-		*(const struct oauth **)to = config_oauth(c, text);
-		if (config_oauth(c, text) == NULL)
+		*(const struct oauth **)to = config_oauth(c, value->text);
+		if (config_oauth(c, value->text) == NULL)
 			config_bad(c, value, key->name,
-				   "found \"%s\", expected a name of the top-level \"oauth2\"", text);
+				   "found \"%s\", expected a name of the top-level \"oauth2\"",
+				   value->text);
 		break;
 	case KEY_NUMBER:
-		if (!value->integral || value->number < key->low || value->number > key->high)
-			config_bad(c, value, key->name, "found %s, expected a whole number from %u to %u",
-				   text, key->low, key->high);
-		else
+		if (value->integral && value->number >= key->low && value->number <= key->high)
 			*(unsigned *)to = (unsigned)value->number;
+		else
+			config_bad(c, value, key->name, "found %s, expected a whole number from %u to %u",
+				   value->text, key->low, key->high);
 		break;
 	case KEY_BOOL:
-		*(bool *)to = value->number != 0;
-		break;
-	case KEY_MODE:
-		*(unsigned *)to = value->number != 0 ? 2 : 1;
-		break;
-	case KEY_NAMES:
-		*(const struct json **)to = value;
-		config_names(c, value, key);
-		break;
-	case KEY_PINS:
-		config_pins(c, value, into);
+		*(unsigned *)to = key->low + (unsigned)value->number;
 		break;
 	default:
-		break;
+		if (key->kind != KEY_PINS)
+			*(const struct json **)to = value;
+		if (key->kind != KEY_OBJECT)
+			config_list(c, value, key, into);
 	}
 }
 
-/* Count the letters that must be put in, taken out or changed to make one word of the other. */
-static unsigned config_distance(const char *word, const char *known)
+/*
+ * Count the letters that must be put in, taken out or changed to make one word of the other, in any case.
+ * Returns one more than 'limit' if they are more than that.
+ */
+static unsigned config_distance(const char *word, const char *known, unsigned limit)
 {
-	unsigned row[40], n = (unsigned)strlen(known), above, best;
+	unsigned best = 0, other;
 
-	for (unsigned i = 0; i <= n; i++)
-		row[i] = i;
-	for (; *word != '\0'; word++) {
-		above = row[0]++;
-		for (unsigned i = 1; i <= n; i++) {
-			best = above + (tolower((unsigned char)*word) != known[i - 1]);
-			above = row[i];
-			best = best > above + 1 ? above + 1 : best;
-			row[i] = best > row[i - 1] + 1 ? row[i - 1] + 1 : best;
-		}
+	while (*word != '\0' && tolower((unsigned char)*word) == *known) {
+		word++;
+		known++;
 	}
-	return row[n];
+	if (*word == *known || limit == 0)
+		return *word != *known;
+	best = *known != '\0' ? config_distance(word, known + 1, limit - 1) : limit;
+	other = *word != '\0' ? config_distance(word + 1, known, limit - 1) : limit;
+	best = other < best ? other : best;
+	other = *word != '\0' && *known != '\0' ? config_distance(word + 1, known + 1, limit - 1) : limit;
+	return 1 + (other < best ? other : best);
 }
 
 /* Tell of a key that is not known at this place, and of one that may have been meant. */
@@ -798,12 +801,13 @@ static void config_unknown(struct config *c, const struct json *value, enum conf
 					      "in an entry of \"oauth2\"" };
 	const struct config_key *near = NULL;
 	bool guards = false;
-	unsigned best = 3;
+	unsigned best = 6;
 	char hint[100] = "";
 
 	for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++) {
 		const struct config_key *key = &config_keys[i];
-		unsigned distance = strlen(value->key) < 40 ? config_distance(value->key, key->name) : 3;
+		unsigned distance = config_distance(value->key, key->name, 2),
+			 far = 2 * distance + (key->in != in);
 
 		if (key->in == in && strcmp(value->key, key->name) == 0)
 			return;
@@ -811,8 +815,8 @@ static void config_unknown(struct config *c, const struct json *value, enum conf
 		    (key->in != in && !(key->flags & KEY_GUARDS)))
 			continue;
 		guards = guards || key->flags & KEY_GUARDS;
-		if (distance < best || (distance == best && key->in == in)) {
-			best = distance;
+		if (far < best) {
+			best = far;
 			near = key;
 		}
 	}
@@ -849,17 +853,46 @@ static void config_file_name(struct config *c, const struct json *at, const char
 			   name);
 }
 
-static void config_sign_in(struct config *c, const struct json *object, struct oauth *oauth)
+/* Take an entry of "oauth2". What it does not say of its provider is built in. */
+static void config_sign_in(struct config *c, const struct json *object, struct oauth *o)
 {
+#define MICROSOFT "https://login.microsoftonline.com/"
+	static const char *const standards[][5] = {
+		[OAUTH_O365] = { MICROSOFT "?/oauth2/v2.0/authorize", MICROSOFT "?/oauth2/v2.0/token",
+				 MICROSOFT "?/oauth2/v2.0/devicecode",
+				 "https://outlook.office.com/IMAP.AccessAsUser.All offline_access",
+				 MICROSOFT "common/oauth2/nativeclient" },
+		[OAUTH_GOOGLE] = { "https://accounts.google.com/o/oauth2/v2/auth",
+				   "https://oauth2.googleapis.com/token", "", "https://mail.google.com/",
+				   "http://127.0.0.1/" },
+		[OAUTH_CUSTOM] = { "", "", "", "", "http://127.0.0.1/" },
+	};
+	const char **const own[] = { &o->auth_url, &o->token_url, &o->device_url, &o->scope, &o->redirect };
+
 	snprintf(c->where, sizeof c->where, "oauth2.%.60s", object->key);
-	oauth->name = object->key;
-	config_object(c, object, IN_OAUTH, oauth);
-	config_file_name(c, object, "", oauth->name);
-	if (oauth->type == OAUTH_CUSTOM &&
-	    (oauth->auth_url == NULL || oauth->token_url == NULL || oauth->scope == NULL))
+	o->name = object->key;
+	config_object(c, object, IN_OAUTH, o);
+	config_file_name(c, object, "", o->name);
+	if (o->device_url == NULL && o->token_url != NULL) /* a cloud of its own */
+		o->device_url = "";
+	if (o->scope == NULL && o->type == OAUTH_O365 && o->client_credentials)
+		o->scope = "https://outlook.office365.com/.default";
+	for (int i = 0; i < 5; i++) {
+		const char *text = standards[o->type][i];
+		size_t n = strcspn(text, "?");
+
+		snprintf(o->standard[i], sizeof o->standard[i], "%.*s%.200s%s", (int)n, text,
+			 text[n] == '\0'        ? ""
+			 : o->tenant_id == NULL ? "common"
+						: o->tenant_id,
+			 text[n] == '\0' ? "" : text + n + 1);
+		if (*own[i] == NULL)
+			*own[i] = o->standard[i];
+	}
+	if (*o->auth_url == '\0' || *o->token_url == '\0' || *o->scope == '\0')
 		config_bad(c, object, "",
 			   "expected \"auth_url\", \"token_url\" and \"scope\" with \"type\": \"custom\"");
-	if (oauth->client_credentials && oauth->client_secret == NULL)
+	if (o->client_credentials && o->client_secret == NULL)
 		config_bad(c, object, "",
 			   "expected a \"client_secret\" with \"grant\": \"client_credentials\"");
 }
@@ -909,7 +942,6 @@ static void config_account(struct config *c, const struct json *object, unsigned
 /* Take a configuration's text. Returns 0, or -1 after each complaint has been printed. */
 static int config_take(struct config *c, const char *text, size_t n)
 {
-	const struct json *oauths, *accounts;
 	struct err e = { 0 };
 
 	c->root = json_parse(text, n, &e);
@@ -920,35 +952,37 @@ static int config_take(struct config *c, const char *text, size_t n)
 	config_object(c, c->root, IN_TOP, c);
 	if (c->oauth2_cache == NULL)
 		c->oauth2_cache = c->folder;
-	oauths = json_get(c->root, "oauth2");
-	if (oauths != NULL && oauths->type == JSON_OBJECT) {
-		c->oauths = allocate(oauths->count * sizeof *c->oauths);
-		for (const struct json *at = oauths->child; at != NULL; at = at->next)
+	if (c->oauth_list != NULL) {
+		c->oauths = allocate(c->oauth_list->count * sizeof *c->oauths);
+		for (const struct json *at = c->oauth_list->child; at != NULL; at = at->next)
 			config_sign_in(c, at, &c->oauths[c->n_oauths++]);
 	}
-	c->where[0] = '\0';
-	accounts = json_get(c->root, "accounts");
-	if (accounts == NULL || accounts->type != JSON_ARRAY)
-		return -1;
-	if (accounts->count == 0 || accounts->count > CONFIG_ACCOUNTS_MAX) {
-		config_bad(c, accounts, "accounts", "found %u accounts, expected 1 to %d", accounts->count,
-			   CONFIG_ACCOUNTS_MAX);
-		return -1;
+	if (c->account_list != NULL && c->account_list->count <= CONFIG_ACCOUNTS_MAX) {
+		c->accounts = allocate(c->account_list->count * sizeof *c->accounts);
+		for (const struct json *at = c->account_list->child; at != NULL; at = at->next)
+			config_account(c, at, c->n_accounts++);
 	}
-	c->accounts = allocate(accounts->count * sizeof *c->accounts);
-	for (const struct json *at = accounts->child; at != NULL; at = at->next)
-		config_account(c, at, c->n_accounts++);
 	return c->complaints > 0 ? -1 : 0;
+}
+
+/* Read a file as far as 'size' octets. Returns the text (the caller wipes and frees it); *n: its octets. */
+static char *file_text(int fd, size_t size, size_t *n)
+{
+	char *text = allocate(size); /* of which the system gives what is used */
+	ssize_t got;
+
+	for (*n = 0; (got = read(fd, text + *n, size - *n)) > 0;)
+		*n += (size_t)got;
+	return text;
 }
 
 /* Read and check the configuration file. Returns 0, or -1 after each complaint has been printed. */
 static int config_load(struct config *c, const char *path)
 {
-	int result = -1, fd = open(path, O_RDONLY | O_CLOEXEC);
-	size_t got = 0;
+	int result, fd = open(path, O_RDONLY | O_CLOEXEC);
 	struct stat st;
 	char *text;
-	ssize_t n;
+	size_t n;
 
 	*c = (struct config){ .path = path };
 	c->folder = strchr(path, '/') != NULL ? dirname(copy_text(path)) : ".";
@@ -957,15 +991,10 @@ static int config_load(struct config *c, const char *path)
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	text = allocate(JSON_OCTETS_MAX + 1); /* of which the system gives what is used */
-	while ((n = read(fd, text + got, JSON_OCTETS_MAX + 1 - got)) > 0)
-		got += (size_t)n;
-	if (n < 0)
-		log_error("%s: cannot read: %s", path, strerror(errno));
-	else
-		result = config_take(c, text, got);
+	text = file_text(fd, JSON_OCTETS_MAX + 1, &n);
 	close(fd);
-	wipe(text, got);
+	result = config_take(c, text, n);
+	wipe(text, n);
 	free(text);
 	if (c->secret && st.st_mode & (S_IRGRP | S_IROTH))
 		log_warn("%s holds a secret and others may read it; try: chmod 600 %s", path, path);
@@ -989,29 +1018,30 @@ struct options {
 };
 
 /* Return the configuration that the quick form stands for; the caller frees it. */
-static struct string quick_text(const struct options *o)
+static struct string quick_text(const struct options *o, const char *to, const char *command)
 {
-	unsigned long port = o->port != NULL ? strtoul(o->port, NULL, 10) : 993;
+	const char *port = o->port != NULL ? o->port : "993";
 	struct string t = string_new(QUICK_OCTETS_MAX);
-	char number[24];
 
-	snprintf(number, sizeof number, "%lu", port);
-	string_add(&t, "{\n  \"destination\": %j,\n  \"accounts\": [{\n    \"email\": %j,\n", o->to,
-		   o->user);
-	string_add(&t, "    \"host\": %j,\n", o->host);
-	if (o->password_command != NULL)
-		string_add(&t, "    \"password_command\": %j,\n", o->password_command);
-	string_add(&t, "    \"port\": %s%s\n  }]\n}\n", number, port == 143 ? "" : ",\n    \"ssl\": true");
+	string_add(&t,
+		   "{\n  \"destination\": %j,\n  \"accounts\": [{\n    \"email\": %j,\n    \"host\": %j,\n",
+		   to, o->user, o->host);
+	if (command != NULL)
+		string_add(&t, "    \"password_command\": %j,\n", command);
+	string_add(&t, "    \"port\": %s%s\n  }]\n}\n", port,
+		   strtoul(port, NULL, 10) == 143 ? "" : ",\n    \"ssl\": true");
 	return t;
 }
 
 /*
- * Make the configuration of a quick run. Its password is in the environment (borrowed; NULL: it is not),
- * else printed by the command, else asked. Returns 0, or -1 after each complaint has been printed.
+ * Make the configuration of a quick run. Its password is in the environment, where it is wiped, as others
+ * could read it, else printed by the command, else asked. Returns 0, or -1 after each complaint.
  */
-static int quick_load(struct config *c, const struct options *o, const char *password)
+static int quick_load(struct config *c, const struct options *o)
 {
-	struct string t = quick_text(o);
+	char *password = getenv("IMAP_BACKUP_PASSWORD");
+	const bool given = password != NULL && *password != '\0';
+	struct string t = quick_text(o, o->to, given ? NULL : o->password_command);
 	int result = -1;
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
@@ -1022,80 +1052,69 @@ static int quick_load(struct config *c, const struct options *o, const char *pas
 	string_free(&t);
 	if (result == 0) {
 		c->accounts[0].never_clear = true;
-		c->accounts[0].password = password;
-		if (password != NULL)
-			c->accounts[0].password_command = NULL;
+		c->accounts[0].password = given ? copy_text(password) : NULL;
 	}
+	if (given)
+		wipe(password, strlen(password));
 	return result;
 }
 
 /* Show the configuration with which a quick run can go on. */
 static void quick_hint(const struct options *o)
 {
-	char folder[PATH_MAX_OCTETS / 2], to[PATH_MAX_OCTETS];
-	struct options full = *o;
+	char folder[PATH_MAX_OCTETS / 2] = "", to[PATH_MAX_OCTETS];
 	struct string t;
 
-	if (log_to.level < LOG_INFO || getcwd(folder, sizeof folder) == NULL)
+	if (log_to.level < LOG_INFO || (*o->to != '/' && getcwd(folder, sizeof folder) == NULL))
 		return;
-	snprintf(to, sizeof to, "%s/%s", folder, o->to);
-	if (o->to[0] != '/')
-		full.to = to;
-	if (o->password_command == NULL)
-		full.password_command = "cat FILE-WITH-THE-PASSWORD";
+	snprintf(to, sizeof to, "%s%s%s", folder, *o->to != '/' ? "/" : "", o->to);
 	log_info("to go on with it, say every night, run imap_backup with a file that holds:");
-	t = quick_text(&full);
+	t = quick_text(o, to,
+		       o->password_command != NULL ? o->password_command : "cat FILE-WITH-THE-PASSWORD");
 	fputs(t.at, stderr);
 	string_free(&t);
 }
 
-/* Take the password out of the environment, where others could read it. The caller frees it; NULL: none. */
-static char *quick_password(void)
+/* Read the line that a person types or pastes, unless a signal ends the run. Returns its octets. */
+static size_t line_read(int fd, char *text, size_t size)
 {
-	char *value = getenv("IMAP_BACKUP_PASSWORD"), *password = NULL;
+	struct pollfd ready = { .fd = fd, .events = POLLIN };
+	ssize_t got = 1;
+	size_t n = 0;
 
-	if (value != NULL && *value != '\0') {
-		password = copy_text(value);
-		wipe(value, strlen(value));
+	while (got != 0 && n < size - 1 && memchr(text, '\n', n) == NULL && !stop_asked) {
+		got = poll(&ready, 1, 1000) > 0 ? read(fd, text + n, size - 1 - n) : -1;
+		n += got > 0 ? (size_t)got : 0;
 	}
-	return password;
+	text[n] = '\0';
+	n = stop_asked ? 0 : strcspn(text, "\n");
+	text[n] = '\0';
+	return n;
 }
 
 /*
- * Ask for an account's password on the terminal, without echo. A signal that ends the run
- * ends the question too. Returns the password (the caller wipes and frees it), or NULL if there is
- * no terminal or no answer.
+ * Ask for an account's password on the terminal, without echo. Returns the password (the caller wipes and
+ * frees it), or NULL if there is no terminal or no answer.
  */
 static char *password_prompt(const char *email)
 {
 	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
 	char text[1024], *password = NULL;
 	struct termios shown, hidden;
-	struct pollfd ready = { .fd = fd, .events = POLLIN };
-	ssize_t n;
 
-	if (fd < 0 || tcgetattr(fd, &shown) != 0) {
-		if (fd >= 0)
-			close(fd);
-		return NULL;
+	if (fd >= 0 && tcgetattr(fd, &shown) == 0) {
+		hidden = shown;
+		hidden.c_lflag = (hidden.c_lflag & ~(tcflag_t)ECHO) | ECHONL | ICANON;
+		hidden.c_cc[VQUIT] = hidden.c_cc[VSUSP] = _POSIX_VDISABLE; /* nor may these leave it so */
+		tcsetattr(fd, TCSAFLUSH, &hidden);
+		dprintf(fd, "password of %s: ", email);
+		if (line_read(fd, text, sizeof text) > 0)
+			password = copy_text(text);
+		tcsetattr(fd, TCSAFLUSH, &shown);
+		wipe(text, sizeof text);
 	}
-	hidden = shown;
-	hidden.c_lflag = (hidden.c_lflag & ~(tcflag_t)ECHO) | ECHONL | ICANON;
-	hidden.c_cc[VQUIT] = hidden.c_cc[VSUSP] = _POSIX_VDISABLE; /* nor may these leave it so */
-	tcsetattr(fd, TCSAFLUSH, &hidden);
-	dprintf(fd, "password of %s: ", email);
-	do
-		n = poll(&ready, 1, 1000);
-	while ((n == 0 || (n < 0 && errno == EINTR)) && !stop_asked);
-	if (n > 0)
-		n = read(fd, text, sizeof text);
-	tcsetattr(fd, TCSAFLUSH, &shown);
-	close(fd);
-	if (n > 0 && text[n - 1] == '\n') {
-		text[n - 1] = '\0';
-		password = copy_text(text);
-	}
-	wipe(text, sizeof text);
+	if (fd >= 0)
+		close(fd);
 	return password;
 }
 
@@ -4228,7 +4247,8 @@ static int http_run(struct http *h, const char *url, struct err *e)
 	if (h->verifier.err.code != E_NONE)
 		return err_set(e, h->verifier.err.code, "%s: %s", site, h->verifier.err.text);
 	if (code == CURLE_WRITE_ERROR)
-		return err_set(e, E_ACCOUNT, "%s: the answer has more than %d octets", site, HTTP_ANSWER_MAX);
+		return err_set(e, E_ACCOUNT, "%s: the answer has more than %d octets", site,
+			       HTTP_ANSWER_MAX);
 	return err_set(e, code == CURLE_PEER_FAILED_VERIFICATION ? E_ACCOUNT : E_NET, "%s: %s", site,
 		       *reason != '\0' ? reason : curl_easy_strerror(code));
 }
@@ -4280,34 +4300,15 @@ struct oauth_job { /* what all functions here work on */
 	char path[PATH_MAX_OCTETS], aside[PATH_MAX_OCTETS + 8]; /* of the token file */
 	int lock, fd;                        /* -1: not locked; what is written aside is not open */
 	bool waited;                         /* for another process, until it was locked */
-	struct json *root;                   /* owned; NULL: there is no file yet */
 	size_t octets;                       /* of the file */
+	struct json *root;                   /* owned; of the file, or an empty object */
 	const struct json *refresh, *access; /* its newest tokens of our client, or NULL */
+	struct json own[20];                 /* what oauth_merge() puts into the tree */
+	unsigned n_own;
 };
 
 /* SHA-256 of the access token that this process was given last. */
 static uint8_t oauth_given[32];
-
-/* A value of JSON as it was read, with its key; a comma before it unless it is the first. */
-static void string_value(struct string *t, const struct json *v)
-{
-	if (strchr("{[", t->at[t->n - 1]) == NULL)
-		string_add(t, ",");
-	if (v->key != NULL)
-		string_add(t, "%j:", v->key);
-	if (v->type == JSON_ARRAY || v->type == JSON_OBJECT) {
-		string_add(t, v->type == JSON_ARRAY ? "[" : "{");
-		for (const struct json *child = v->child; child != NULL; child = child->next)
-			string_value(t, child);
-		string_add(t, v->type == JSON_ARRAY ? "]" : "}");
-	} else {
-		string_add(t, v->type == JSON_STRING ? "%j" : "%s",
-			   v->text != NULL        ? v->text
-			   : v->type == JSON_NULL ? "null"
-			   : v->number != 0       ? "true"
-						  : "false");
-	}
-}
 
 /* The text of a member that is a string or a number; "" where it is neither, or 'object' is NULL. */
 static const char *oauth_text(const struct json *object, const char *key)
@@ -4319,39 +4320,7 @@ static const char *oauth_text(const struct json *object, const char *key)
 
 /* -- talking to the provider -- */
 
-enum oauth_item { OAUTH_AUTHORIZE, OAUTH_TOKEN, OAUTH_DEVICE, OAUTH_SCOPE, OAUTH_REDIRECT };
-
-/* What the config says of the provider, or what is built in ('out' may be used); "": there is none. */
-static const char *oauth_item(const struct oauth *o, enum oauth_item which, char out[300])
-{
-#define MICROSOFT "https://login.microsoftonline.com/"
-	static const char *const built_in[][5] = {
-		[OAUTH_O365] = { MICROSOFT "?/oauth2/v2.0/authorize", MICROSOFT "?/oauth2/v2.0/token",
-				 MICROSOFT "?/oauth2/v2.0/devicecode",
-				 "https://outlook.office.com/IMAP.AccessAsUser.All offline_access",
-				 MICROSOFT "common/oauth2/nativeclient" },
-		[OAUTH_GOOGLE] = { "https://accounts.google.com/o/oauth2/v2/auth",
-				   "https://oauth2.googleapis.com/token", "", "https://mail.google.com/",
-				   "http://127.0.0.1/" },
-		[OAUTH_CUSTOM] = { "", "", "", "", "http://127.0.0.1/" },
-	};
-	const char *const own[] = { o->auth_url, o->token_url, o->device_url, o->scope, o->redirect };
-	const char *value = built_in[o->type][which], *tenant = strchr(value, '?');
-
-	if (own[which] != NULL)
-		return own[which];
-	if (which == OAUTH_DEVICE && o->token_url != NULL) /* a cloud of its own */
-		return "";
-	if (which == OAUTH_SCOPE && o->type == OAUTH_O365 && o->client_credentials)
-		return "https://outlook.office365.com/.default";
-	if (tenant == NULL)
-		return value;
-	snprintf(out, 300, "%.*s%.200s%s", (int)(tenant - value), value,
-		 o->tenant_id != NULL ? o->tenant_id : "common", tenant + 1);
-	return out;
-}
-
-/* What to tell the person about an error, by the provider's number or else its word; or "". */
+/* What to tell the person about an error, by Microsoft's number or else the word; or "". */
 static const char *oauth_hint(const struct oauth *o, const char *number, const char *error)
 {
 	static const char *const hints[][2] = {
@@ -4387,28 +4356,30 @@ static const char *oauth_hint(const struct oauth *o, const char *number, const c
 		       : "";
 }
 
-/* An answer that is not what was asked for, in the provider's own words. What may pass is no E_ACCOUNT. */
-static void oauth_refused(struct oauth_job *k, const struct json *answer, const struct reply *r)
+/*
+ * The provider says no, by the word in k->error and in words of its own, in which Microsoft has a number.
+ * What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
+ */
+static int oauth_refused(struct oauth_job *k, const char *words, long status, unsigned wait_sec)
 {
-	const char *words = oauth_text(answer, "error_description"), *at = strstr(words, "AADSTS"), *hint;
-	char number[12] = "", own[160];
+	const char *number = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint;
+	char digits[12] = "", own[160];
 	enum err_code code = E_ACCOUNT;
 
-	if (at != NULL)
-		snprintf(number, sizeof number, "%.*s", (int)strspn(at + 6, "0123456789") % 12, at + 6);
-	hint = oauth_hint(k->oauth, number, k->error);
-	at = strstr(words, " Trace ID:");
-	snprintf(own, sizeof own, "%s%.*s", *words != '\0' ? ": " : "",
-		 (int)(at != NULL ? at - words : 999), words);
+	if (number != NULL)
+		snprintf(digits, sizeof digits, "%.*s", (int)strspn(number + 6, "0123456789"), number + 6);
+	hint = oauth_hint(k->oauth, digits, k->error);
+	snprintf(own, sizeof own, "%.*s", trace != NULL ? (int)(trace - words) : 999, words);
 	own[strcspn(own, "\r\n")] = '\0';
-	if (r->status >= 500 || r->status == 429 || r->status == 408 ||
+	if (status >= 500 || status == 429 || status == 408 ||
 	    word_place("temporarily_unavailable server_error slow_down authorization_pending", k->error) >=
 		    0)
-		code = r->wait_sec > 0 ? E_WAIT : E_NET;
+		code = wait_sec > 0 ? E_WAIT : E_NET;
 	if (*k->error == '\0')
-		snprintf(k->error, sizeof k->error, "HTTP status %ld", r->status);
-	err_set(k->e, code, "the provider says %s%s%s%s", k->error, own, *hint != '\0' ? "; " : "", hint);
-	k->e->wait_sec = r->wait_sec;
+		snprintf(k->error, sizeof k->error, "HTTP status %ld", status);
+	k->e->wait_sec = wait_sec;
+	return err_set(k->e, code, "the provider says %s%s%s%s%s", k->error, *own != '\0' ? ": " : "", own,
+		       *hint != '\0' ? "; " : "", hint);
 }
 
 /*
@@ -4416,35 +4387,35 @@ static void oauth_refused(struct oauth_job *k, const struct json *answer, const 
  * with E_ACCOUNT; with E_NET or E_WAIT if it may do better later. Where the provider itself refused,
  * k->error says how.
  */
-static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const char *format, ...)
+static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *format, ...)
 {
 	const struct oauth *o = k->oauth;
+	const bool device = url == o->device_url;
 	struct string form = string_new(FORM_MAX);
-	struct reply *r;
 	struct json *answer = NULL;
 	struct err no_json = { 0 };
-	char url[300];
+	struct reply *r;
 	va_list values;
 
 	va_start(values, format);
 	string_list(&form, format, values);
 	va_end(values);
 	string_add(&form, "&client_id=%f", o->client_id);
-	if (which == OAUTH_TOKEN && o->client_secret != NULL)
+	if (!device && o->client_secret != NULL)
 		string_add(&form, "&client_secret=%f", o->client_secret);
 	*k->error = '\0';
-	r = http_post(oauth_item(o, which, url), form.at, k->trust);
-	if (r->err.code != E_NONE)
+	r = http_post(url, form.at, k->trust);
+	if (r->err.code != E_NONE) {
 		*k->e = r->err;
-	else
+	} else {
 		answer = json_parse(r->text, r->octets, &no_json);
-	if (r->err.code == E_NONE &&
-	    (r->status != 200 ||
-	     *oauth_text(answer, which == OAUTH_TOKEN ? "access_token" : "device_code") == '\0')) {
-		snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
-		oauth_refused(k, answer, r);
-		json_free(answer);
-		answer = NULL;
+		if (r->status != 200 ||
+		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
+			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
+			oauth_refused(k, oauth_text(answer, "error_description"), r->status, r->wait_sec);
+			json_free(answer);
+			answer = NULL;
+		}
 	}
 	http_forget(r);
 	string_free(&form);
@@ -4455,21 +4426,13 @@ static struct json *oauth_ask(struct oauth_job *k, enum oauth_item which, const 
 static struct json *oauth_refresh(struct oauth_job *k)
 {
 	if (k->oauth->client_credentials)
-		return oauth_ask(k, OAUTH_TOKEN, "grant_type=client_credentials&scope=%f",
-				 oauth_item(k->oauth, OAUTH_SCOPE, NULL));
-	return oauth_ask(k, OAUTH_TOKEN, "grant_type=refresh_token&refresh_token=%f",
+		return oauth_ask(k, k->oauth->token_url, "grant_type=client_credentials&scope=%f",
+				 k->oauth->scope);
+	return oauth_ask(k, k->oauth->token_url, "grant_type=refresh_token&refresh_token=%f",
 			 oauth_text(k->refresh, "secret"));
 }
 
 /* -- the token file -- */
-
-/* The first of the tokens of a kind, or NULL. */
-static const struct json *oauth_first(const struct oauth_job *k, const char *kind)
-{
-	const struct json *list = k->root != NULL ? json_get(k->root, kind) : NULL;
-
-	return list != NULL && list->type == JSON_OBJECT ? list->child : NULL;
-}
 
 static bool oauth_is_ours(const struct oauth_job *k, const struct json *token)
 {
@@ -4479,9 +4442,11 @@ static bool oauth_is_ours(const struct oauth_job *k, const struct json *token)
 /* Of the tokens of a kind those of our client count, and of these the one with the highest number. */
 static const struct json *oauth_newest(const struct oauth_job *k, const char *kind, const char *number)
 {
-	const struct json *best = NULL;
+	const struct json *list = json_get(k->root, kind), *best = NULL;
 
-	for (const struct json *v = oauth_first(k, kind); v != NULL; v = v->next)
+	if (list == NULL || list->type != JSON_OBJECT)
+		return NULL;
+	for (const struct json *v = list->child; v != NULL; v = v->next)
 		if (oauth_is_ours(k, v) && *oauth_text(v, "secret") != '\0' &&
 		    strtoll(oauth_text(v, number), NULL, 10) >= strtoll(oauth_text(best, number), NULL, 10))
 			best = v;
@@ -4501,16 +4466,15 @@ static void oauth_close(struct oauth_job *k)
 	k->fd = k->lock = -1;
 }
 
-/* Lock the token file of an entry, and read it if there is one. */
+/* Lock the token file of an entry, and read it if there is one. Whatever it returns, close it. */
 static int oauth_open(struct oauth_job *k, const struct config *c, const struct oauth *o,
 		      const struct trust *trust, struct err *e)
 {
 	static const char *const types[] = { "o365", "google", "custom" };
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-	struct string t = string_new(OAUTH_FILE_MAX);
 	struct err wrong = { .text = " no object" };
-	ssize_t n = -1;
-	int fd, locked;
+	char *text;
+	int fd;
 
 	*k = (struct oauth_job){ .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1 };
 	snprintf(k->path, sizeof k->path, "%.3800s/oauth2_%s_%.70s.json", c->oauth2_cache, types[o->type],
@@ -4518,114 +4482,153 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	snprintf(k->aside, sizeof k->aside, "%s.lock", k->path);
 	mkdir(c->oauth2_cache, 0700);
 	k->lock = open(k->aside, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-	locked = k->lock >= 0 ? fcntl(k->lock, F_SETLK, &lock) : -1;
-	k->waited = k->lock >= 0 && locked != 0;
-	while (k->waited && (locked = fcntl(k->lock, F_SETLKW, &lock)) != 0 && errno == EINTR &&
-	       !stop_asked)
-		;
-	if (locked != 0 && stop_asked)
-		err_set(e, E_STOPPED, "stopped by a signal");
-	else if (locked != 0)
-		err_errno(e, E_ACCOUNT, "%s: cannot lock", k->aside);
+	if (k->lock < 0)
+		return err_errno(e, E_ACCOUNT, "%s: cannot open", k->aside);
+	while (fcntl(k->lock, k->waited ? F_SETLKW : F_SETLK, &lock) != 0) {
+		if (stop_asked)
+			return err_set(e, E_STOPPED, "stopped by a signal");
+		if (k->waited && errno != EINTR)
+			return err_errno(e, E_ACCOUNT, "%s: cannot lock", k->aside);
+		k->waited = true;
+	}
 	fd = open(k->path, O_RDONLY | O_CLOEXEC);
-	while (fd >= 0 && (n = read(fd, t.at + t.n, t.size - t.n)) > 0)
-		t.n += (size_t)n;
-	if (n < 0 && (fd >= 0 || errno != ENOENT))
-		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
-	else if (fd >= 0 &&
-		 ((k->root = json_parse(t.at, t.n, &wrong)) == NULL || k->root->type != JSON_OBJECT))
-		err_set(e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
-	if (fd >= 0)
+	if (fd < 0 && errno != ENOENT)
+		return err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
+	text = fd < 0 ? copy_text("{}") : file_text(fd, OAUTH_FILE_MAX, &k->octets);
+	if (fd < 0)
+		k->octets = 2;
+	else
 		close(fd);
-	k->octets = t.n;
+	k->root = json_parse(text, k->octets, &wrong);
+	wipe(text, k->octets);
+	free(text);
+	if (k->root == NULL || k->root->type != JSON_OBJECT)
+		return err_set(e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
 	k->refresh = oauth_newest(k, "RefreshToken", "last_modification_time");
 	k->access = oauth_newest(k, "AccessToken", "expires_on");
-	string_free(&t);
-	return e->code == E_NONE ? 0 : -1;
+	return 0;
 }
 
-/*
- * Begin to write the file anew, aside, and see to it that there is room: a token that a provider has given
- * and that cannot be kept may be the last one.
- */
-static int oauth_aside(struct oauth_job *k)
+/* Write the file anew, aside. */
+static int oauth_write(struct oauth_job *k, const struct string *t)
+{
+	if (k->fd < 0) {
+		snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
+		unlink(k->aside);
+		k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+	}
+	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
+	if (k->fd < 0 || lseek(k->fd, 0, SEEK_SET) != 0 || write(k->fd, t->at, t->n) != (ssize_t)t->n ||
+	    ftruncate(k->fd, (off_t)t->n) != 0)
+		return err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
+	return 0;
+}
+
+/* See to it that there is room: a token that a provider has given and that cannot be kept may be the last. */
+static int oauth_make_room(struct oauth_job *k)
 {
 	struct string room = string_new(k->octets + (8 << 10));
+	int result;
 
-	snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
-	unlink(k->aside);
-	k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
-	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
-	if (k->fd < 0 || write(k->fd, room.at, room.size) != (ssize_t)room.size)
-		err_errno(k->e, E_ACCOUNT, "%s: cannot write, so no token is asked for", k->aside);
+	room.n = room.size;
+	result = oauth_write(k, &room);
 	string_free(&room);
-	return k->e->code == E_NONE ? 0 : -1;
+	return result;
 }
 
-/* The text of the file with the tokens of an answer in it. What we know nothing of stays as it is. */
-static struct string oauth_merge(const struct oauth_job *k, const struct json *answer)
+/* Return the member of an object, which is put in, or emptied, unless it has this type. */
+static struct json *oauth_member(struct oauth_job *k, struct json *object, const char *key,
+				 enum json_type type)
 {
-	const struct oauth *o = k->oauth;
-	const struct json *old = k->refresh, *v;
-	const char *refresh = oauth_text(answer, "refresh_token"), *scope = oauth_text(answer, "scope");
-	const char *home = oauth_text(old, "home_account_id"), *where = oauth_text(old, "environment");
+	struct json *v = (struct json *)(uintptr_t)json_get(object, key);
+
+	if (v == NULL) {
+		v = &k->own[k->n_own++];
+		*v = (struct json){ .key = key, .next = object->child };
+		object->child = v;
+	}
+	if (v->type != type)
+		*v = (struct json){ .type = type, .key = v->key, .next = v->next };
+	return v;
+}
+
+/* Write a value, and what follows it in its array or object. */
+static void oauth_print(struct string *t, const struct json *v)
+{
+	static const char *const words[] = { "false", "true" };
+
+	for (; v != NULL; v = v->next) {
+		if (v->key != NULL)
+			string_add(t, "%j:", v->key);
+		if (v->type == JSON_ARRAY || v->type == JSON_OBJECT) {
+			string_add(t, v->type == JSON_ARRAY ? "[" : "{");
+			oauth_print(t, v->child);
+			string_add(t, v->type == JSON_ARRAY ? "]" : "}");
+		} else if (v->type == JSON_STRING) {
+			string_add(t, "%j", v->text);
+		} else {
+			string_add(t, "%s",
+				   v->type == JSON_NUMBER ? v->text
+				   : v->type == JSON_NULL ? "null"
+							  : words[v->number]);
+		}
+		string_add(t, v->next != NULL ? "," : "");
+	}
+}
+
+/* Put the tokens of an answer into the tree of the file. What we know nothing of stays as it is. */
+static void oauth_merge(struct oauth_job *k, const struct json *answer, struct string *t)
+{
+	const char *refresh = oauth_text(answer, "refresh_token"), *client = k->oauth->client_id;
+	const char *home = oauth_text(k->refresh, "home_account_id");
+	const char *where = oauth_text(k->refresh, "environment"), *scope = oauth_text(answer, "scope");
 	long long now = (long long)time(NULL), life = strtoll(oauth_text(answer, "expires_in"), NULL, 10);
-	struct string t = string_new(k->octets + 4 * HTTP_ANSWER_MAX);
-	char begin[24], end[24], url[300], site[300];
+	struct json *list = oauth_member(k, k->root, "AccessToken", JSON_OBJECT), *entry;
+	char begin[24], end[24], site[300];
 
 	snprintf(begin, sizeof begin, "%lld", now);
 	snprintf(end, sizeof end, "%lld", now + (life > 0 && life < INT32_MAX ? life : 600)); /* as MSAL */
-	if (*scope == '\0')
-		scope = oauth_item(o, OAUTH_SCOPE, NULL);
 	if (*where == '\0')
-		where = http_site(site, oauth_item(o, OAUTH_TOKEN, url)) + strlen("https://");
-	/* MSAL reads the fields, not the names of the entries. */
-	string_add(
-		&t,
-		"{\"AccessToken\":{%j:{\"credential_type\":\"AccessToken\",\"secret\":%j,\"cached_at\":%j,"
-		"\"expires_on\":%j,\"home_account_id\":%j,\"environment\":%j,\"client_id\":%j,\"target\":%j}",
-		o->client_id, oauth_text(answer, "access_token"), begin, end, home, where, o->client_id,
-		scope);
-	for (v = oauth_first(k, "AccessToken"); v != NULL; v = v->next)
-		if (!oauth_is_ours(k, v))
-			string_value(&t, v);
-	string_add(&t, "},\"RefreshToken\":{");
-	if (*refresh != '\0') {
-		string_add(&t, "%j:{\"secret\":%j,\"last_modification_time\":%j",
-			   old != NULL ? old->key : o->client_id, refresh, begin);
-		for (v = old != NULL ? old->child : NULL; v != NULL; v = v->next)
-			if (word_place("secret last_modification_time", v->key) < 0)
-				string_value(&t, v);
-		if (old == NULL)
-			string_add(
-				&t,
-				",\"credential_type\":\"RefreshToken\",\"home_account_id\":\"\",\"environment\":%j,"
-				"\"client_id\":%j,\"target\":%j",
-				where, o->client_id, scope);
-		string_add(&t, "}");
+		where = http_site(site, k->oauth->token_url) + strlen("https://");
+	for (const struct json **link = &list->child; *link != NULL;) {
+		if (oauth_is_ours(k, *link))
+			*link = (*link)->next;
+		else
+			link = &((struct json *)(uintptr_t)*link)->next;
 	}
-	for (v = oauth_first(k, "RefreshToken"); v != NULL; v = v->next)
-		if (v != old || *refresh == '\0')
-			string_value(&t, v);
-	string_add(&t, "}");
-	for (v = k->root != NULL ? k->root->child : NULL; v != NULL; v = v->next)
-		if (word_place("AccessToken RefreshToken", v->key) < 0)
-			string_value(&t, v);
-	string_add(&t, "}\n");
-	return t;
+	for (int r = 0; r <= (*refresh != '\0'); r++) {
+		const char *const fields[][2] = {
+			{ "credential_type", r ? "RefreshToken" : "AccessToken" },
+			{ "secret", r ? refresh : oauth_text(answer, "access_token") },
+			{ r ? "last_modification_time" : "cached_at", begin },
+			{ "home_account_id", home },
+			{ "environment", where },
+			{ "client_id", client },
+			{ "target", *scope != '\0' ? scope : k->oauth->scope },
+			{ "expires_on", end },
+		};
+
+		/* MSAL reads the fields, not the names of the entries. */
+		list = oauth_member(k, k->root, fields[0][1], JSON_OBJECT);
+		entry = oauth_member(k, list, r && k->refresh != NULL ? k->refresh->key : client,
+				     JSON_OBJECT);
+		for (int i = 0; i < 8 - r; i++)
+			oauth_member(k, entry, fields[i][0], JSON_STRING)->text = fields[i][1];
+	}
+	oauth_print(t, k->root);
 }
 
 /* Put the tokens of an answer on disk; only then the access token may be used. It must be locked. */
 static int oauth_keep(struct oauth_job *k, const struct json *answer)
 {
-	struct string t = oauth_merge(k, answer);
+	struct string t = string_new(k->octets + 4 * HTTP_ANSWER_MAX);
 	int folder;
 
+	oauth_merge(k, answer, &t);
 	if (t.full)
 		err_set(k->e, E_ACCOUNT, "%s: the tokens are too long", k->path);
-	else if (lseek(k->fd, 0, SEEK_SET) != 0 || write(k->fd, t.at, t.n) != (ssize_t)t.n ||
-		 ftruncate(k->fd, (off_t)t.n) != 0 || fsync(k->fd) != 0 || rename(k->aside, k->path) != 0)
-		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
+	else if (oauth_write(k, &t) == 0 && (fsync(k->fd) != 0 || rename(k->aside, k->path) != 0))
+		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->path);
 	string_free(&t);
 	if (k->e->code != E_NONE)
 		return -1;
@@ -4654,26 +4657,28 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 {
 	struct oauth_job k;
 	struct json *answer = NULL;
-	const char *found = NULL;
+	const char *found = NULL, *known;
 	char command[200];
 	uint8_t hash[32];
 	int64_t left;
 	size_t n;
 
-	if (oauth_open(&k, c, o, trust, e) == 0 && k.access != NULL) {
+	if (oauth_open(&k, c, o, trust, e) == 0) {
+		known = oauth_text(k.access, "secret");
 		left = strtoll(oauth_text(k.access, "expires_on"), NULL, 10) - (int64_t)time(NULL);
-		sha256(hash, oauth_text(k.access, "secret"), strlen(oauth_text(k.access, "secret")));
+		sha256(hash, known, strlen(known));
 		/* Whom we waited for has just got a token, or found that this one will do. */
 		if (left > 0 && (refused ? memcmp(hash, oauth_given, sizeof hash) != 0
-					 : k.waited || left >= OAUTH_LEFT_SEC))
-			found = oauth_text(k.access, "secret");
-	}
-	if (found == NULL && e->code == E_NONE && k.refresh == NULL && !o->client_credentials) {
-		err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"", o->name);
-		strcpy(k.error, "none");
-	} else if (found == NULL && e->code == E_NONE && oauth_aside(&k) == 0 &&
-		   (answer = oauth_refresh(&k)) != NULL && oauth_keep(&k, answer) == 0) {
-		found = oauth_text(answer, "access_token");
+					 : k.waited || left >= OAUTH_LEFT_SEC)) {
+			found = known;
+		} else if (k.refresh == NULL && !o->client_credentials) {
+			strcpy(k.error, "none");
+			err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"",
+				o->name);
+		} else if (oauth_make_room(&k) == 0 && (answer = oauth_refresh(&k)) != NULL &&
+			   oauth_keep(&k, answer) == 0) {
+			found = oauth_text(answer, "access_token");
+		}
 	}
 	if (found != NULL) {
 		sha256(oauth_given, found, strlen(found));
@@ -4687,7 +4692,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 		n = sizeof e->text - sizeof command; /* the whole command rather than the whole reason */
 		strcpy(e->text + (strlen(e->text) < n ? strlen(e->text) : n), command);
 	}
-	return e->code == E_NONE ? 0 : -1;
+	return found != NULL ? 0 : -1;
 }
 
 /* -- signing in -- */
@@ -4695,10 +4700,8 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 /* The device flow: the person types a code elsewhere, and we ask until that is done. */
 static struct json *oauth_device(struct oauth_job *k)
 {
-	struct json *answer = NULL, *codes = oauth_ask(k, OAUTH_DEVICE, "scope=%f",
-						       oauth_item(k->oauth, OAUTH_SCOPE, NULL));
-	const char *at = oauth_text(codes, "verification_uri"),
-		   *whole = oauth_text(codes, "verification_uri_complete");
+	struct json *answer = NULL,
+		    *codes = oauth_ask(k, k->oauth->device_url, "scope=%f", k->oauth->scope);
 	long sec = strtol(oauth_text(codes, "interval"), NULL, 10);
 	long limit_sec = strtol(oauth_text(codes, "expires_in"), NULL, 10);
 	int64_t began = now_ms();
@@ -4706,10 +4709,9 @@ static struct json *oauth_device(struct oauth_job *k)
 	sec = sec > 0 && sec < 300 ? sec : 5; /* the standard of RFC 8628 */
 	limit_sec = limit_sec > 0 && limit_sec < 86400 ? limit_sec : 900;
 	if (codes != NULL)
-		log_info("open %s on any device and enter the code %s there, within %ld minutes%s%s",
-			 *at != '\0' ? at : oauth_text(codes, "verification_url"),
-			 oauth_text(codes, "user_code"), (limit_sec + 59) / 60,
-			 *whole != '\0' ? "; or open " : "", whole);
+		log_info("open %s on any device and enter the code %s there, within %ld minutes",
+			 oauth_text(codes, "verification_uri"), oauth_text(codes, "user_code"),
+			 (limit_sec + 59) / 60);
 	while (answer == NULL && k->e->code == E_NONE) {
 		poll(NULL, 0, (int)sec * 1000);
 		if (stop_asked)
@@ -4718,7 +4720,7 @@ static struct json *oauth_device(struct oauth_job *k)
 			err_set(k->e, E_ACCOUNT, "the code was not entered in time");
 		else
 			answer = oauth_ask(
-				k, OAUTH_TOKEN,
+				k, k->oauth->token_url,
 				"grant_type=urn:ietf:params:oauth:grant-type:device_code&device_code=%f",
 				oauth_text(codes, "device_code"));
 		if (strcmp(k->error, "slow_down") == 0)
@@ -4748,7 +4750,7 @@ static void oauth_decode(char *text)
 	*to = '\0';
 }
 
-/* A parameter of an address, wherever it stands, decoded. */
+/* Have a parameter of an address, wherever it stands, decoded. Returns false if it has none. */
 static bool oauth_parameter(const char *address, const char *name, char *out, size_t size)
 {
 	const size_t n = strlen(name);
@@ -4768,29 +4770,29 @@ static bool oauth_parameter(const char *address, const char *name, char *out, si
  * Find the code in what a person has pasted: an address, where it may stand within another parameter and
  * be encoded once more, or the code alone. Both texts are overwritten.
  */
-static int oauth_code(char *pasted, const char *state, char *code, size_t size, struct err *e)
+static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char *code, size_t size)
 {
 	char other[160], words[160] = "";
 
 	for (int level = 0; level < 3; level++, oauth_decode(pasted)) {
-		if (oauth_parameter(pasted, "error", other, sizeof other)) {
+		if (oauth_parameter(pasted, "error", k->error, sizeof k->error)) {
 			oauth_parameter(pasted, "error_description", words, sizeof words);
 			for (char *p = words; (p = strchr(p, '+')) != NULL;)
 				*p = ' ';
-			return err_set(e, E_ACCOUNT, "the provider says %s: %s", other, words);
+			return oauth_refused(k, words, 0, 0);
 		}
 		if (!oauth_parameter(pasted, "code", code, size))
 			continue;
 		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)
 			return 0;
-		return err_set(e, E_ACCOUNT,
+		return err_set(k->e, E_ACCOUNT,
 			       "this address is of another sign-in (its \"state\" is not ours)");
 	}
 	pasted += strspn(pasted, " \t\r\n");
 	snprintf(code, size, "%.*s", (int)strcspn(pasted, " \t\r\n"), pasted);
 	if (*code != '\0' && strstr(code, "://") == NULL)
 		return 0;
-	return err_set(e, E_ACCOUNT,
+	return err_set(k->e, E_ACCOUNT,
 		       "there is no code in what was pasted; expected an address with code= in it");
 }
 
@@ -4798,13 +4800,10 @@ static int oauth_code(char *pasted, const char *state, char *code, size_t size, 
 static struct json *oauth_paste(struct oauth_job *k)
 {
 	const struct oauth *o = k->oauth;
-	const char *scope = oauth_item(o, OAUTH_SCOPE, NULL),
-		   *redirect = oauth_item(o, OAUTH_REDIRECT, NULL);
 	struct string t = string_new(FORM_MAX);
 	struct json *answer = NULL;
-	char verifier[44], challenge[44], state[44], url[300], code[8000];
+	char verifier[44], challenge[44], state[44], code[8000];
 	uint8_t random[48], hash[32];
-	ssize_t n = 1;
 
 	if (!random_octets(random, sizeof random))
 		err_errno(k->e, E_SYSTEM, "no random numbers: /dev/urandom");
@@ -4812,13 +4811,13 @@ static struct json *oauth_paste(struct oauth_job *k)
 	base64(state, random + 32, 16, true);
 	sha256(hash, verifier, strlen(verifier));
 	base64(challenge, hash, sizeof hash, true);
-	string_add(&t, "%s", oauth_item(o, OAUTH_AUTHORIZE, url));
-	string_add(&t, strchr(t.at, '?') != NULL ? "&" : "?");
 	string_add(&t,
+		   "%s%s"
 		   "client_id=%f&response_type=code&redirect_uri=%f&scope=%f&state=%f&code_challenge=%f"
-		   "&code_challenge_method=S256",
-		   o->client_id, redirect, scope, state, challenge);
-	string_add(&t, "%s%f%s", o->email != NULL ? "&login_hint=" : "", o->email != NULL ? o->email : "",
+		   "&code_challenge_method=S256%s%f%s",
+		   o->auth_url, strchr(o->auth_url, '?') != NULL ? "&" : "?", o->client_id, o->redirect,
+		   o->scope, state, challenge, o->email != NULL ? "&login_hint=" : "",
+		   o->email != NULL ? o->email : "",
 		   o->type == OAUTH_GOOGLE ? "&access_type=offline&prompt=consent" : "");
 	if (t.n > 1000) /* a line of the log has no more */
 		err_set(k->e, E_ACCOUNT, "the address for the sign-in would be too long");
@@ -4828,18 +4827,14 @@ static struct json *oauth_paste(struct oauth_job *k)
 		log_info(
 			"it ends on a page that is empty or cannot be shown: copy its whole address, paste "
 			"it here, and press Enter");
+		line_read(STDIN_FILENO, t.at, t.size);
 	}
-	string_free(&t);
-	t = string_new(FORM_MAX);
-	while (k->e->code == E_NONE && n != 0 && t.n < t.size - 1 && strchr(t.at, '\n') == NULL)
-		if ((n = read(STDIN_FILENO, t.at + t.n, 1)) > 0)
-			t.n++;
-		else if (n < 0 && (errno != EINTR || stop_asked))
-			err_set(k->e, E_STOPPED, "stopped by a signal");
-	if (k->e->code == E_NONE && oauth_code(t.at, state, code, sizeof code, k->e) == 0)
-		answer = oauth_ask(k, OAUTH_TOKEN,
+	if (stop_asked)
+		err_set(k->e, E_STOPPED, "stopped by a signal");
+	if (k->e->code == E_NONE && oauth_code(k, t.at, state, code, sizeof code) == 0)
+		answer = oauth_ask(k, o->token_url,
 				   "grant_type=authorization_code&code=%f&redirect_uri=%f&code_verifier=%f",
-				   code, redirect, verifier);
+				   code, o->redirect, verifier);
 	string_free(&t);
 	wipe(code, sizeof code);
 	return answer;
@@ -4856,16 +4851,15 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 		over[] = "access_denied authorization_declined expired_token bad_verification_code";
 	struct oauth_job k;
 	struct json *answer = NULL;
-	char url[300];
 
 	if (log_to.level < LOG_INFO) /* -q: there is something that must be said */
 		log_to.level = LOG_INFO;
 	if (oauth_open(&k, c, o, trust, e) == 0)
-		oauth_aside(&k); /* could a token be kept? */
+		oauth_make_room(&k); /* could a token be kept? */
 	oauth_close(&k);
 	if (e->code == E_NONE && o->client_credentials) {
 		answer = oauth_refresh(&k);
-	} else if (e->code == E_NONE && !paste && *oauth_item(o, OAUTH_DEVICE, url) != '\0') {
+	} else if (e->code == E_NONE && !paste && *o->device_url != '\0') {
 		answer = oauth_device(&k);
 		if (e->code == E_ACCOUNT && *k.error != '\0' && word_place(over, k.error) < 0) {
 			log_warn("no sign-in by a code: %s", e->text);
@@ -4874,8 +4868,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 	}
 	if (answer == NULL && e->code == E_NONE)
 		answer = oauth_paste(&k);
-	if (answer != NULL && oauth_open(&k, c, o, trust, e) == 0 && oauth_aside(&k) == 0 &&
-	    oauth_keep(&k, answer) == 0) {
+	if (answer != NULL && oauth_open(&k, c, o, trust, e) == 0 && oauth_keep(&k, answer) == 0) {
 		log_info("%s; the token is in %s", o->client_credentials ? "it works" : "signed in",
 			 k.path);
 		if (!o->client_credentials && *oauth_text(answer, "refresh_token") == '\0')
@@ -9101,7 +9094,6 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	static struct config config;
 	struct sigaction stop = { .sa_handler = on_stop_signal }, former;
 	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
-	char *password;
 	int status;
 	bool well = true;
 
@@ -9112,12 +9104,11 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	umask(077);
 	log_to.terminal = isatty(STDERR_FILENO) != 0;
 	log_to.color = log_to.terminal && getenv("NO_COLOR") == NULL;
-	password = quick_password();
 	status = options_parse(options, argc, argv);
 	if (status >= 0)
 		return status;
 	if (options->config_path != NULL ? config_load(&config, options->config_path) != 0
-					 : quick_load(&config, options, password) != 0)
+					 : quick_load(&config, options) != 0)
 		return 2;
 	if ((status = accounts_check(&config, options)) != 0)
 		return status;
