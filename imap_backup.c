@@ -519,7 +519,7 @@ struct config {
 
 enum config_place { IN_TOP, IN_ACCOUNT, IN_OAUTH };
 enum config_kind {
-	KEY_TEXT, /* const char *; an empty one counts as none; begins as one of 'words', if there are any */
+	KEY_TEXT,   /* const char *; an empty one counts as none; a URL if it has 'words': how it begins */
 	KEY_PATH,   /* the same, relative to the configuration's folder */
 	KEY_WORD,   /* unsigned: the word's number in 'words' */
 	KEY_OAUTH,  /* const struct oauth *, by its name */
@@ -549,9 +549,9 @@ static const struct config_key {
 	  CONFIG_PROCESSES_MAX },
 	{ IN_TOP, KEY_NUMBER, "processes_per_account", AT(config, processes_per_account), 0, 2, 1,
 	  CONFIG_PROCESSES_MAX },
-	{ IN_TOP, KEY_TEXT, "start_url", AT(config, start_url), .words = "http:// https://" },
-	{ IN_TOP, KEY_TEXT, "success_url", AT(config, success_url), .words = "http:// https://" },
-	{ IN_TOP, KEY_TEXT, "failure_url", AT(config, failure_url), .words = "http:// https://" },
+	{ IN_TOP, KEY_TEXT, "start_url", AT(config, start_url), .words = "http" },
+	{ IN_TOP, KEY_TEXT, "success_url", AT(config, success_url), .words = "http" },
+	{ IN_TOP, KEY_TEXT, "failure_url", AT(config, failure_url), .words = "http" },
 	{ IN_TOP, KEY_NAMES, "mailboxes", AT(config, mailboxes), KEY_GUARDS, 0, 1, CONFIG_NAMES_MAX },
 	{ IN_TOP, KEY_NAMES, "ignore_mailboxes", AT(config, ignore), KEY_GUARDS, 0, 0, CONFIG_NAMES_MAX },
 	{ IN_TOP, KEY_NUMBER, "timeout", AT(config, timeout_sec), 0, 120, 1, 3600 },
@@ -589,11 +589,11 @@ static const struct config_key {
 	{ IN_OAUTH, KEY_TEXT, "tenant_id", AT(oauth, tenant_id) },
 	{ IN_OAUTH, KEY_TEXT, "client_secret", AT(oauth, client_secret), KEY_SECRET },
 	{ IN_OAUTH, KEY_TEXT, "email", AT(oauth, email) },
-	{ IN_OAUTH, KEY_TEXT, "auth_url", AT(oauth, auth_url), .words = "https://" },
-	{ IN_OAUTH, KEY_TEXT, "token_url", AT(oauth, token_url), .words = "https://" },
-	{ IN_OAUTH, KEY_TEXT, "device_url", AT(oauth, device_url), .words = "https://" },
+	{ IN_OAUTH, KEY_TEXT, "auth_url", AT(oauth, auth_url), .words = "https" },
+	{ IN_OAUTH, KEY_TEXT, "token_url", AT(oauth, token_url), .words = "https" },
+	{ IN_OAUTH, KEY_TEXT, "device_url", AT(oauth, device_url), .words = "https" },
 	{ IN_OAUTH, KEY_TEXT, "scope", AT(oauth, scope) },
-	{ IN_OAUTH, KEY_TEXT, "redirect", AT(oauth, redirect), .words = "http:// https://" },
+	{ IN_OAUTH, KEY_TEXT, "redirect", AT(oauth, redirect), .words = "http" },
 };
 
 /* Tell what is wrong with the value 'at' of a key of the object at hand. */
@@ -638,8 +638,8 @@ static const char special_uses[] = "\\All, \\Archive, \\Drafts, \\Junk, \\Sent, 
 static void config_list(struct config *c, const struct json *list, const struct config_key *key, void *into)
 {
 	const struct json *entry = list->type == JSON_ARRAY ? list->child : list;
-	struct account *account = key->kind == KEY_PINS ? into : NULL;
 	unsigned n = list->type == JSON_ARRAY ? list->count : 1;
+	struct account *account = into;
 	char place[40];
 
 	if (n < key->low || n > key->high) {
@@ -652,36 +652,29 @@ static void config_list(struct config *c, const struct json *list, const struct 
 		if (entry->type != JSON_STRING)
 			config_bad(c, entry, place, "found %s, expected a string",
 				   json_type_name(entry->type));
-		else if (account != NULL && !config_pin(account->pin[i], entry->text))
-			config_bad(
-				c, entry, place,
-				"found \"%.8s\", expected the SHA-256 of the server's certificate: 64 hex digits",
-				entry->text);
-		else if (account == NULL && *entry->text == '\\' &&
+		else if (key->kind == KEY_PINS && !config_pin(account->pin[i], entry->text))
+			config_bad(c, entry, place,
+				   "found \"%.8s\", expected the certificate's SHA-256: 64 hex digits",
+				   entry->text);
+		else if (key->kind == KEY_NAMES && *entry->text == '\\' &&
 			 word_place(special_uses, entry->text) < 0)
 			config_bad(c, entry, place, "found \"%s\", expected a name or one of %s",
 				   entry->text, special_uses);
 	}
-	if (account != NULL)
+	if (key->kind == KEY_PINS)
 		account->pins = n;
 }
 
 /* Return a path that does not depend on the folder in which the program was started. */
-static const char *config_path(struct config *c, const struct json *value, const char *key)
+static const char *config_path(const struct config *c, const char *text)
 {
-	size_t n = strlen(c->folder) + strlen(value->text) + 2;
+	size_t n = strlen(c->folder) + strlen(text) + 2;
 	char *path;
 
-	if (value->text[0] == '~')
-		config_bad(c, value, key, "found \"%s\", expected the path in full: ~ is not expanded",
-			   value->text);
-	if (n > PATH_MAX_OCTETS / 2)
-		config_bad(c, value, key, "the path is too long; expected at most %d octets",
-			   PATH_MAX_OCTETS / 2 - 2);
-	if (value->text[0] == '/' || strcmp(c->folder, ".") == 0)
-		return value->text;
+	if (text[0] == '/' || strcmp(c->folder, ".") == 0)
+		return text;
 	path = allocate(n);
-	snprintf(path, n, "%s/%s", c->folder, value->text);
+	snprintf(path, n, "%s/%s", c->folder, text);
 	return path;
 }
 
@@ -694,14 +687,6 @@ static const struct oauth *config_oauth(const struct config *c, const char *name
 	return NULL;
 }
 
-/* Return true if a text begins as one of the words does, in any case of letters. */
-static bool config_begins(const char *text, const char *words)
-{
-	size_t n = strcspn(words, " ");
-
-	return strncasecmp(text, words, n) == 0 || (words[n] != '\0' && config_begins(text, words + n + 1));
-}
-
 /* Check and store what an object has for a key. */
 static void config_store(struct config *c, const struct json *object, const struct config_key *key,
 			 void *into)
@@ -710,15 +695,28 @@ static void config_store(struct config *c, const struct json *object, const stru
 		JSON_STRING, JSON_STRING, JSON_STRING, JSON_STRING, JSON_NUMBER,
 		JSON_BOOL,   JSON_ARRAY,  JSON_ARRAY,  JSON_ARRAY,  JSON_OBJECT,
 	};
+	static const char *const expected[] = {
+		"a URL that begins with ",
+		"a path in full (~ is not expanded), not so long",
+		"one of: ",
+		"a name of the top-level \"oauth2\"",
+		"a whole number ",
+	};
 	const struct json *value = json_get(object, key->name);
+	const char *text = value != NULL ? value->text : NULL, *words = key->words, *quote;
 	enum json_type type = types[key->kind];
 	void *to = (char *)into + key->at;
+	char range[40];
+	bool bad = false;
 	int word;
 
-	if (key->kind == KEY_NUMBER)
+	if (key->kind == KEY_NUMBER) {
 		*(unsigned *)to = key->standard;
+		snprintf(range, sizeof range, "from %u to %u", key->low, key->high);
+		words = range;
+	}
 	if (value == NULL || value->type == JSON_NULL ||
-	    (type == JSON_STRING && value->type == JSON_STRING && *value->text == '\0')) {
+	    (type == JSON_STRING && value->type == JSON_STRING && *text == '\0')) {
 		if (key->flags & KEY_MUST)
 			config_bad(c, value != NULL ? value : object, key->name,
 				   "missing or empty; expected %s", json_type_name(type));
@@ -732,35 +730,26 @@ static void config_store(struct config *c, const struct json *object, const stru
 	c->secret = c->secret || key->flags & KEY_SECRET;
 	switch (key->kind) {
 	case KEY_TEXT:
-		*(const char **)to = value->text;
-		if (key->words != NULL && !config_begins(value->text, key->words))
-			config_bad(c, value, key->name,
-				   "found \"%.8s\", expected a URL that begins with: %s", value->text,
-				   key->words);
+		*(const char **)to = text;
+		bad = words != NULL &&
+		      (strncasecmp(text, words, strlen(words)) != 0 || strstr(text, "://") == NULL);
 		break;
 	case KEY_PATH:
-		*(const char **)to = config_path(c, value, key->name);
+		*(const char **)to = config_path(c, text);
+		bad = *text == '~' || strlen(*(const char **)to) > PATH_MAX_OCTETS / 2;
 		break;
 	case KEY_WORD:
-		word = word_place(key->words, value->text);
-		*(unsigned *)to = word >= 0 ? (unsigned)word : 0;
-		if (word < 0)
-			config_bad(c, value, key->name, "found \"%s\", expected one of: %s", value->text,
-				   key->words);
+		word = word_place(words, text);
+		bad = word < 0;
+		*(unsigned *)to = bad ? 0 : (unsigned)word;
 		break;
 	case KEY_OAUTH:
-		*(const struct oauth **)to = config_oauth(c, value->text);
-		if (config_oauth(c, value->text) == NULL)
-			config_bad(c, value, key->name,
-				   "found \"%s\", expected a name of the top-level \"oauth2\"",
-				   value->text);
+		*(const struct oauth **)to = config_oauth(c, text);
+		bad = config_oauth(c, text) == NULL;
 		break;
 	case KEY_NUMBER:
-		if (value->integral && value->number >= key->low && value->number <= key->high)
-			*(unsigned *)to = (unsigned)value->number;
-		else
-			config_bad(c, value, key->name, "found %s, expected a whole number from %u to %u",
-				   value->text, key->low, key->high);
+		bad = !value->integral || value->number < key->low || value->number > key->high;
+		*(unsigned *)to = bad ? 0 : (unsigned)value->number;
 		break;
 	case KEY_BOOL:
 		*(unsigned *)to = key->low + (unsigned)value->number;
@@ -771,6 +760,11 @@ static void config_store(struct config *c, const struct json *object, const stru
 		if (key->kind != KEY_OBJECT)
 			config_list(c, value, key, into);
 	}
+	quote = type == JSON_STRING ? "\"" : "";
+	if (bad) /* of a URL no more is shown than how it begins */
+		config_bad(c, value, key->name, "found %s%.*s%s, expected %s%s", quote,
+			   key->kind == KEY_TEXT ? 8 : 300, text, quote, expected[key->kind],
+			   words != NULL ? words : "");
 }
 
 /*
@@ -858,8 +852,8 @@ static void config_sign_in(struct config *c, const struct json *object, struct o
 {
 #define MICROSOFT "https://login.microsoftonline.com/"
 	static const char *const standards[][5] = {
-		[OAUTH_O365] = { MICROSOFT "?/oauth2/v2.0/authorize", MICROSOFT "?/oauth2/v2.0/token",
-				 MICROSOFT "?/oauth2/v2.0/devicecode",
+		[OAUTH_O365] = { MICROSOFT "%s/oauth2/v2.0/authorize", MICROSOFT "%s/oauth2/v2.0/token",
+				 MICROSOFT "%s/oauth2/v2.0/devicecode",
 				 "https://outlook.office.com/IMAP.AccessAsUser.All offline_access",
 				 MICROSOFT "common/oauth2/nativeclient" },
 		[OAUTH_GOOGLE] = { "https://accounts.google.com/o/oauth2/v2/auth",
@@ -878,14 +872,8 @@ static void config_sign_in(struct config *c, const struct json *object, struct o
 	if (o->scope == NULL && o->type == OAUTH_O365 && o->client_credentials)
 		o->scope = "https://outlook.office365.com/.default";
 	for (int i = 0; i < 5; i++) {
-		const char *text = standards[o->type][i];
-		size_t n = strcspn(text, "?");
-
-		snprintf(o->standard[i], sizeof o->standard[i], "%.*s%.200s%s", (int)n, text,
-			 text[n] == '\0'        ? ""
-			 : o->tenant_id == NULL ? "common"
-						: o->tenant_id,
-			 text[n] == '\0' ? "" : text + n + 1);
+		snprintf(o->standard[i], sizeof o->standard[i], standards[o->type][i],
+			 o->tenant_id != NULL ? o->tenant_id : "common");
 		if (*own[i] == NULL)
 			*own[i] = o->standard[i];
 	}
@@ -900,8 +888,7 @@ static void config_sign_in(struct config *c, const struct json *object, struct o
 static void config_account(struct config *c, const struct json *object, unsigned number)
 {
 	struct account *account = &c->accounts[number];
-	const char *colon;
-	int secrets;
+	const char *host;
 
 	snprintf(c->where, sizeof c->where, "accounts[%u]", number);
 	config_object(c, object, IN_ACCOUNT, account);
@@ -918,18 +905,17 @@ static void config_account(struct config *c, const struct json *object, unsigned
 	account->never_clear = account->pins > 0;
 	if (account->port == 0)
 		account->port = account->ssl == SSL_ON ? 993 : 143;
-	secrets = (account->password != NULL) + (account->password_command != NULL) +
-		  (account->oauth != NULL);
-	if (secrets > 1)
+	if ((account->password != NULL) + (account->password_command != NULL) + (account->oauth != NULL) >
+	    1)
 		config_bad(c, object, "",
 			   "expected only one of \"password\", \"password_command\" and \"oauth2\"");
-	colon = account->host != NULL ? strchr(account->host, ':') : NULL;
-	if (account->host != NULL && ((colon != NULL && strchr(colon + 1, ':') == NULL) ||
-				      strpbrk(account->host, "/@[] \t") != NULL))
+	host = account->host != NULL ? account->host : "";
+	if (strpbrk(host, "/@[] \t") != NULL ||
+	    (strchr(host, ':') != NULL && strchr(host, ':') == strrchr(host, ':')))
 		config_bad(c, json_get(object, "host"), "host",
 			   "found \"%s\", expected a name or an address alone; a port goes into \"port\", "
 			   "imaps:// is \"ssl\": true",
-			   account->host);
+			   host);
 	if (account->email == NULL)
 		return;
 	config_file_name(c, json_get(object, "email"), "email", account->email);
@@ -965,7 +951,7 @@ static int config_take(struct config *c, const char *text, size_t n)
 	return c->complaints > 0 ? -1 : 0;
 }
 
-/* Read a file as far as 'size' octets. Returns the text (the caller wipes and frees it); *n: its octets. */
+/* Read a file, at most 'size' octets. Returns the text (the caller wipes and frees it), or NULL; *n: its octets. */
 static char *file_text(int fd, size_t size, size_t *n)
 {
 	char *text = allocate(size); /* of which the system gives what is used */
@@ -973,7 +959,10 @@ static char *file_text(int fd, size_t size, size_t *n)
 
 	for (*n = 0; (got = read(fd, text + *n, size - *n)) > 0;)
 		*n += (size_t)got;
-	return text;
+	if (got == 0)
+		return text;
+	free(text);
+	return NULL;
 }
 
 /* Read and check the configuration file. Returns 0, or -1 after each complaint has been printed. */
@@ -986,12 +975,11 @@ static int config_load(struct config *c, const char *path)
 
 	*c = (struct config){ .path = path };
 	c->folder = strchr(path, '/') != NULL ? dirname(copy_text(path)) : ".";
-	if (fd < 0 || fstat(fd, &st) != 0) {
-		log_error("%s: cannot open the configuration: %s%s", path, strerror(errno),
+	if (fd < 0 || fstat(fd, &st) != 0 || (text = file_text(fd, JSON_OCTETS_MAX + 1, &n)) == NULL) {
+		log_error("%s: cannot read the configuration: %s%s", path, strerror(errno),
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	text = file_text(fd, JSON_OCTETS_MAX + 1, &n);
 	close(fd);
 	result = config_take(c, text, n);
 	wipe(text, n);
@@ -1042,13 +1030,10 @@ static int quick_load(struct config *c, const struct options *o)
 	char *password = getenv("IMAP_BACKUP_PASSWORD");
 	const bool given = password != NULL && *password != '\0';
 	struct string t = quick_text(o, o->to, given ? NULL : o->password_command);
-	int result = -1;
+	int result;
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
-	if (t.full)
-		log_error("the options are too long");
-	else
-		result = config_take(c, t.at, t.n);
+	result = config_take(c, t.at, t.n);
 	string_free(&t);
 	if (result == 0) {
 		c->accounts[0].never_clear = true;
@@ -4141,33 +4126,29 @@ static void imap_close(struct imap *im)
  * libcurl, one request at a time. A URL that is told something (GET) may redirect, and what it answers is
  * passed over. A form (POST) goes by https to that address and no other, and its answer is bounded.
  */
-struct reply {             /* to a form; it holds secrets, so whoever has it gives it to http_forget() */
-	struct err err;    /* nobody answered; else: */
-	long status;       /* of HTTP */
-	unsigned wait_sec; /* the provider wants to be left alone (Retry-After), or 0 */
-	int64_t clock_sec; /* our clock: a certificate may have set it */
-	size_t octets;
-	char text[HTTP_ANSWER_MAX + 1];
-};
-
 struct http {
+	const char *form; /* what is posted; NULL: a GET */
 	const struct trust *trust;
-	const char *form;         /* NULL: a GET */
-	struct reply *reply;      /* NULL with a GET */
 	struct verifier verifier; /* what a libcurl that uses BearSSL too judges certificates by */
+	struct err err;           /* nobody answered; else: */
+	long status;              /* of HTTP */
+	unsigned wait_sec;        /* the provider wants to be left alone (Retry-After), or 0 */
+	int64_t clock_sec;        /* our clock: a certificate may have set it */
+	size_t octets;            /* of the answer to a form. It holds secrets: see http_forget() */
+	char text[HTTP_ANSWER_MAX + 1];
 };
 
 static size_t http_keep(char *octets, size_t size, size_t n, void *context)
 {
-	struct reply *r = ((struct http *)context)->reply;
+	struct http *h = context;
 
 	n *= size;
-	if (r == NULL)
+	if (h->form == NULL)
 		return n;
-	if (n > HTTP_ANSWER_MAX - r->octets)
+	if (n > HTTP_ANSWER_MAX - h->octets)
 		return 0;
-	memcpy(r->text + r->octets, octets, n);
-	r->octets += n;
+	memcpy(h->text + h->octets, octets, n);
+	h->octets += n;
 	return n;
 }
 
@@ -4195,8 +4176,8 @@ static char *http_site(char out[300], const char *url)
 	return out;
 }
 
-/* Make the request. What is told to a URL is tried a few times; a form goes once. */
-static int http_run(struct http *h, const char *url, struct err *e)
+/* Make the request; h->err tells if that failed. What is told to a URL is tried a few times; a form goes once. */
+static int http_run(struct http *h, const char *url)
 {
 	const char *library = curl_version_info(CURLVERSION_NOW)->ssl_version;
 	const bool post = h->form != NULL, secure = strncasecmp(url, "https:", 6) == 0;
@@ -4207,7 +4188,7 @@ static int http_run(struct http *h, const char *url, struct err *e)
 
 	http_site(site, url);
 	if (secure && h->trust->err.code != E_NONE)
-		return err_set(e, E_ACCOUNT, "%s: %s", site, h->trust->err.text);
+		return err_set(&h->err, E_ACCOUNT, "%s: %s", site, h->trust->err.text);
 	curl = curl_easy_init();
 	curl_easy_setopt(curl, CURLOPT_URL, url);
 	curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, post ? 0L : 1L);
@@ -4236,52 +4217,52 @@ static int http_run(struct http *h, const char *url, struct err *e)
 		poll(NULL, 0, attempt * 2000);
 		code = curl_easy_perform(curl);
 	}
-	if (post) {
-		curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->reply->status);
-		curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
-		h->reply->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
-	}
+	curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->status);
+	curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
+	h->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
 	curl_easy_cleanup(curl);
 	if (code == CURLE_OK)
 		return 0;
 	if (h->verifier.err.code != E_NONE)
-		return err_set(e, h->verifier.err.code, "%s: %s", site, h->verifier.err.text);
+		return err_set(&h->err, h->verifier.err.code, "%s: %s", site, h->verifier.err.text);
 	if (code == CURLE_WRITE_ERROR)
-		return err_set(e, E_ACCOUNT, "%s: the answer has more than %d octets", site,
+		return err_set(&h->err, E_ACCOUNT, "%s: the answer has more than %d octets", site,
 			       HTTP_ANSWER_MAX);
-	return err_set(e, code == CURLE_PEER_FAILED_VERIFICATION ? E_ACCOUNT : E_NET, "%s: %s", site,
+	return err_set(&h->err, code == CURLE_PEER_FAILED_VERIFICATION ? E_ACCOUNT : E_NET, "%s: %s", site,
 		       *reason != '\0' ? reason : curl_easy_strerror(code));
 }
 
-static void http_forget(struct reply *r)
-{
-	wipe(r, sizeof *r);
-	munmap(r, sizeof *r);
-}
-
 /*
- * POST a form; err in what it returns tells if that failed. A process of its own does it: the memory that
- * libcurl and its TLS library take, and the secrets that they leave behind in it, end with that process.
+ * POST a form. A process of its own does it: the memory that libcurl and its TLS library take, and the
+ * secrets that they leave behind in it, end with that process.
  */
-static struct reply *http_post(const char *url, const char *form, const struct trust *trust)
+static struct http *http_post(const char *url, const char *form, const struct trust *trust)
 {
-	struct reply *r = allocate_shared(sizeof *r);
-	struct http h = { .trust = trust, .form = form, .reply = r };
+	struct http *h = allocate_shared(sizeof *h);
 	int status = -1;
-	pid_t child = fork();
+	pid_t child;
 
+	h->form = form;
+	h->trust = trust;
+	child = fork();
 	if (child == 0) {
-		http_run(&h, url, &r->err);
-		r->clock_sec = clock_sec;
+		http_run(h, url);
+		h->clock_sec = clock_sec;
 		_exit(0);
 	}
 	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
 	if (status == 0)
-		clock_sec = r->clock_sec;
+		clock_sec = h->clock_sec;
 	else
-		r->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
-	return r;
+		h->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
+	return h;
+}
+
+static void http_forget(struct http *h)
+{
+	wipe(h, sizeof *h);
+	munmap(h, sizeof *h);
 }
 
 /* ======== oauth: signs in once, and keeps a fresh access token from then on ======== */
@@ -4320,8 +4301,11 @@ static const char *oauth_text(const struct json *object, const char *key)
 
 /* -- talking to the provider -- */
 
-/* What to tell the person about an error, by Microsoft's number or else the word; or "". */
-static const char *oauth_hint(const struct oauth *o, const char *number, const char *error)
+/*
+ * The provider says no, by the word in k->error and in words of its own, in which Microsoft has a number.
+ * What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
+ */
+static int oauth_refused(struct oauth_job *k, const char *words, long status, unsigned wait_sec)
 {
 	static const char *const hints[][2] = {
 		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
@@ -4337,38 +4321,25 @@ static const char *oauth_hint(const struct oauth *o, const char *number, const c
 		{ "700025", "this app has no secret: remove \"client_secret\"" },
 		{ "7000215 7000222", "\"client_secret\" is wrong (its ID?) or has expired" },
 		{ "50011 redirect_uri_mismatch", "register this \"redirect\", or set another" },
-		{ "7000112 70001 700011 700016 unauthorized_client", "check \"client_id\"" },
+		{ "7000112 70001 700011 700016", "check \"client_id\"" },
 		{ "50194 9002332 9001023 50020 500208",
 		  "set \"tenant_id\": directory, consumers, organizations" },
 		{ "70011 65005 650057 invalid_scope", "the app's registration must allow the scope" },
 		{ "70018 70019 expired_token bad_verification_code", "too old or mistyped: begin again" },
-		{ "invalid_client", "check \"client_id\" and \"client_secret\"" },
+		{ "invalid_client unauthorized_client", "check \"client_id\" and \"client_secret\"" },
 		{ "65004 access_denied authorization_declined", "it was declined" },
 	};
-	const char *words[] = { number, error };
-
-	for (int w = 0; w < 2; w++)
-		for (size_t i = 0; i < sizeof hints / sizeof *hints; i++)
-			if (word_place(hints[i][0], words[w]) >= 0)
-				return hints[i][1];
-	return o->type == OAUTH_GOOGLE && strcmp(error, "invalid_grant") == 0
-		       ? "status \"Testing\" ends after 7 days: publish the app, then sign in again"
-		       : "";
-}
-
-/*
- * The provider says no, by the word in k->error and in words of its own, in which Microsoft has a number.
- * What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
- */
-static int oauth_refused(struct oauth_job *k, const char *words, long status, unsigned wait_sec)
-{
-	const char *number = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint;
+	const char *number = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint = "";
 	char digits[12] = "", own[160];
 	enum err_code code = E_ACCOUNT;
 
 	if (number != NULL)
 		snprintf(digits, sizeof digits, "%.*s", (int)strspn(number + 6, "0123456789"), number + 6);
-	hint = oauth_hint(k->oauth, digits, k->error);
+	if (k->oauth->type == OAUTH_GOOGLE && strcmp(k->error, "invalid_grant") == 0)
+		hint = "status \"Testing\" ends after 7 days: publish the app, then sign in again";
+	for (size_t i = 0; i < sizeof hints / sizeof *hints && *hint == '\0'; i++)
+		if (word_place(hints[i][0], digits) >= 0 || word_place(hints[i][0], k->error) >= 0)
+			hint = hints[i][1];
 	snprintf(own, sizeof own, "%.*s", trace != NULL ? (int)(trace - words) : 999, words);
 	own[strcspn(own, "\r\n")] = '\0';
 	if (status >= 500 || status == 429 || status == 408 ||
@@ -4394,7 +4365,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	struct string form = string_new(FORM_MAX);
 	struct json *answer = NULL;
 	struct err no_json = { 0 };
-	struct reply *r;
+	struct http *h;
 	va_list values;
 
 	va_start(values, format);
@@ -4404,20 +4375,20 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	if (!device && o->client_secret != NULL)
 		string_add(&form, "&client_secret=%f", o->client_secret);
 	*k->error = '\0';
-	r = http_post(url, form.at, k->trust);
-	if (r->err.code != E_NONE) {
-		*k->e = r->err;
+	h = http_post(url, form.at, k->trust);
+	if (h->err.code != E_NONE) {
+		*k->e = h->err;
 	} else {
-		answer = json_parse(r->text, r->octets, &no_json);
-		if (r->status != 200 ||
+		answer = json_parse(h->text, h->octets, &no_json);
+		if (h->status != 200 ||
 		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
 			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
-			oauth_refused(k, oauth_text(answer, "error_description"), r->status, r->wait_sec);
+			oauth_refused(k, oauth_text(answer, "error_description"), h->status, h->wait_sec);
 			json_free(answer);
 			answer = NULL;
 		}
 	}
-	http_forget(r);
+	http_forget(h);
 	string_free(&form);
 	return answer;
 }
@@ -4434,11 +4405,6 @@ static struct json *oauth_refresh(struct oauth_job *k)
 
 /* -- the token file -- */
 
-static bool oauth_is_ours(const struct oauth_job *k, const struct json *token)
-{
-	return strcmp(oauth_text(token, "client_id"), k->oauth->client_id) == 0;
-}
-
 /* Of the tokens of a kind those of our client count, and of these the one with the highest number. */
 static const struct json *oauth_newest(const struct oauth_job *k, const char *kind, const char *number)
 {
@@ -4447,7 +4413,8 @@ static const struct json *oauth_newest(const struct oauth_job *k, const char *ki
 	if (list == NULL || list->type != JSON_OBJECT)
 		return NULL;
 	for (const struct json *v = list->child; v != NULL; v = v->next)
-		if (oauth_is_ours(k, v) && *oauth_text(v, "secret") != '\0' &&
+		if (strcmp(oauth_text(v, "client_id"), k->oauth->client_id) == 0 &&
+		    *oauth_text(v, "secret") != '\0' &&
 		    strtoll(oauth_text(v, number), NULL, 10) >= strtoll(oauth_text(best, number), NULL, 10))
 			best = v;
 	return best;
@@ -4492,14 +4459,14 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 		k->waited = true;
 	}
 	fd = open(k->path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 && errno != ENOENT)
-		return err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
-	text = fd < 0 ? copy_text("{}") : file_text(fd, OAUTH_FILE_MAX, &k->octets);
-	if (fd < 0)
-		k->octets = 2;
-	else
+	text = fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &k->octets) : errno == ENOENT ? allocate(1) : NULL;
+	if (text == NULL)
+		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
+	if (fd >= 0)
 		close(fd);
-	k->root = json_parse(text, k->octets, &wrong);
+	if (text == NULL)
+		return -1;
+	k->root = k->octets > 0 ? json_parse(text, k->octets, &wrong) : json_parse("{}", 2, &wrong);
 	wipe(text, k->octets);
 	free(text);
 	if (k->root == NULL || k->root->type != JSON_OBJECT)
@@ -4509,31 +4476,27 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	return 0;
 }
 
-/* Write the file anew, aside. */
+/*
+ * Write the file anew, aside. t NULL: only see to it that there is room, before anything is asked for: a token
+ * that a provider has given and that cannot be kept may be the last one.
+ */
 static int oauth_write(struct oauth_job *k, const struct string *t)
 {
+	struct string room = t != NULL ? *t : string_new(k->octets + (8 << 10));
+
+	room.n = t != NULL ? t->n : room.size;
+	snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
 	if (k->fd < 0) {
-		snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
 		unlink(k->aside);
 		k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
 	}
 	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
-	if (k->fd < 0 || lseek(k->fd, 0, SEEK_SET) != 0 || write(k->fd, t->at, t->n) != (ssize_t)t->n ||
-	    ftruncate(k->fd, (off_t)t->n) != 0)
-		return err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
-	return 0;
-}
-
-/* See to it that there is room: a token that a provider has given and that cannot be kept may be the last. */
-static int oauth_make_room(struct oauth_job *k)
-{
-	struct string room = string_new(k->octets + (8 << 10));
-	int result;
-
-	room.n = room.size;
-	result = oauth_write(k, &room);
-	string_free(&room);
-	return result;
+	if (k->fd < 0 || lseek(k->fd, 0, SEEK_SET) != 0 ||
+	    write(k->fd, room.at, room.n) != (ssize_t)room.n || ftruncate(k->fd, (off_t)room.n) != 0)
+		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
+	if (t == NULL)
+		string_free(&room);
+	return k->e->code == E_NONE ? 0 : -1;
 }
 
 /* Return the member of an object, which is put in, or emptied, unless it has this type. */
@@ -4555,8 +4518,6 @@ static struct json *oauth_member(struct oauth_job *k, struct json *object, const
 /* Write a value, and what follows it in its array or object. */
 static void oauth_print(struct string *t, const struct json *v)
 {
-	static const char *const words[] = { "false", "true" };
-
 	for (; v != NULL; v = v->next) {
 		if (v->key != NULL)
 			string_add(t, "%j:", v->key);
@@ -4564,19 +4525,21 @@ static void oauth_print(struct string *t, const struct json *v)
 			string_add(t, v->type == JSON_ARRAY ? "[" : "{");
 			oauth_print(t, v->child);
 			string_add(t, v->type == JSON_ARRAY ? "]" : "}");
-		} else if (v->type == JSON_STRING) {
-			string_add(t, "%j", v->text);
 		} else {
-			string_add(t, "%s",
-				   v->type == JSON_NUMBER ? v->text
+			string_add(t, v->type == JSON_STRING ? "%j" : "%s",
+				   v->text != NULL        ? v->text
 				   : v->type == JSON_NULL ? "null"
-							  : words[v->number]);
+				   : v->number != 0       ? "true"
+							  : "false");
 		}
 		string_add(t, v->next != NULL ? "," : "");
 	}
 }
 
-/* Put the tokens of an answer into the tree of the file. What we know nothing of stays as it is. */
+/*
+ * Put the tokens of an answer into the tree of the file. What we know nothing of stays as
+ * it is, but for access tokens: they are only kept to save a question.
+ */
 static void oauth_merge(struct oauth_job *k, const struct json *answer, struct string *t)
 {
 	const char *refresh = oauth_text(answer, "refresh_token"), *client = k->oauth->client_id;
@@ -4590,12 +4553,7 @@ static void oauth_merge(struct oauth_job *k, const struct json *answer, struct s
 	snprintf(end, sizeof end, "%lld", now + (life > 0 && life < INT32_MAX ? life : 600)); /* as MSAL */
 	if (*where == '\0')
 		where = http_site(site, k->oauth->token_url) + strlen("https://");
-	for (const struct json **link = &list->child; *link != NULL;) {
-		if (oauth_is_ours(k, *link))
-			*link = (*link)->next;
-		else
-			link = &((struct json *)(uintptr_t)*link)->next;
-	}
+	list->child = NULL;
 	for (int r = 0; r <= (*refresh != '\0'); r++) {
 		const char *const fields[][2] = {
 			{ "credential_type", r ? "RefreshToken" : "AccessToken" },
@@ -4675,7 +4633,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 			strcpy(k.error, "none");
 			err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"",
 				o->name);
-		} else if (oauth_make_room(&k) == 0 && (answer = oauth_refresh(&k)) != NULL &&
+		} else if (oauth_write(&k, NULL) == 0 && (answer = oauth_refresh(&k)) != NULL &&
 			   oauth_keep(&k, answer) == 0) {
 			found = oauth_text(answer, "access_token");
 		}
@@ -4750,7 +4708,7 @@ static void oauth_decode(char *text)
 	*to = '\0';
 }
 
-/* Have a parameter of an address, wherever it stands, decoded. Returns false if it has none. */
+/* Have a parameter of an address that is decoded, wherever it stands. Returns false if it has none. */
 static bool oauth_parameter(const char *address, const char *name, char *out, size_t size)
 {
 	const size_t n = strlen(name);
@@ -4760,7 +4718,6 @@ static bool oauth_parameter(const char *address, const char *name, char *out, si
 		    (p > address && (isalnum((unsigned char)p[-1]) || strchr("_-", p[-1]) != NULL)))
 			continue;
 		snprintf(out, size, "%.*s", (int)strcspn(p + n + 1, "&#\"'<> \t\r\n"), p + n + 1);
-		oauth_decode(out);
 		return true;
 	}
 	return false;
@@ -4774,15 +4731,15 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 {
 	char other[160], words[160] = "";
 
-	for (int level = 0; level < 3; level++, oauth_decode(pasted)) {
-		if (oauth_parameter(pasted, "error", k->error, sizeof k->error)) {
-			oauth_parameter(pasted, "error_description", words, sizeof words);
-			for (char *p = words; (p = strchr(p, '+')) != NULL;)
-				*p = ' ';
-			return oauth_refused(k, words, 0, 0);
-		}
-		if (!oauth_parameter(pasted, "code", code, size))
-			continue;
+	for (int level = 0; level < 4; level++)
+		oauth_decode(pasted);
+	if (oauth_parameter(pasted, "error", k->error, sizeof k->error)) {
+		oauth_parameter(pasted, "error_description", words, sizeof words);
+		for (char *p = words; (p = strchr(p, '+')) != NULL;)
+			*p = ' ';
+		return oauth_refused(k, words, 0, 0);
+	}
+	if (oauth_parameter(pasted, "code", code, size)) {
 		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)
 			return 0;
 		return err_set(k->e, E_ACCOUNT,
@@ -4837,6 +4794,7 @@ static struct json *oauth_paste(struct oauth_job *k)
 				   code, o->redirect, verifier);
 	string_free(&t);
 	wipe(code, sizeof code);
+	wipe(verifier, sizeof verifier);
 	return answer;
 }
 
@@ -4855,7 +4813,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 	if (log_to.level < LOG_INFO) /* -q: there is something that must be said */
 		log_to.level = LOG_INFO;
 	if (oauth_open(&k, c, o, trust, e) == 0)
-		oauth_make_room(&k); /* could a token be kept? */
+		oauth_write(&k, NULL); /* could a token be kept? */
 	oauth_close(&k);
 	if (e->code == E_NONE && o->client_credentials) {
 		answer = oauth_refresh(&k);
@@ -8964,19 +8922,19 @@ static void run_tell(const struct run *run, const char *url)
 	const struct config *c = run->config;
 	const struct options *o = run->options;
 	struct trust own = { .path = "" };
-	struct http h = { .trust = run_trust(run, c->ca_file) };
-	struct err e = { 0 };
+	static struct http h;
 	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
 	    run->stopping)
 		return;
+	h = (struct http){ .trust = run_trust(run, c->ca_file) };
 	if (h.trust == NULL) {
 		h.trust = &own;
 		trust_load(&own, c->ca_file);
 	}
-	if (http_run(&h, url, &e) != 0)
-		log_warn("%s", e.text);
+	if (http_run(&h, url) != 0)
+		log_warn("%s", h.err.text);
 	else
 		log_detail("%s: told", http_site(site, url));
 }

@@ -319,9 +319,8 @@ def test_the_originals_token_file(t):
             old, new = ({x: y for x, y in entry.items() if x not in ('secret', 'last_modification_time')}
                         for entry in (old, new))
         assert old == new, (old, new)
-    assert after['AccessToken']['another app'] == before['AccessToken']['another app']
-    mine = [e for e in after['AccessToken'].values() if e['client_id'] == CLIENT]
-    assert len(mine) == 1 and len(after['AccessToken']) == 2, after['AccessToken']
+    mine = list(after['AccessToken'].values())
+    assert len(mine) == 1, mine
     # What MSAL looks for when it is asked for a token without a person.
     theirs = next(e for e in before['AccessToken'].values() if e['client_id'] == CLIENT)
     assert all(mine[0][x] == theirs[x] for x in ('home_account_id', 'environment', 'target')), mine
@@ -436,7 +435,7 @@ def test_a_provider_that_is_not_who_it_says(t):
     json.dump(config, open(t.path, 'w'))
     said = SignIn(t)
     said.ends(2)
-    assert 'https://' in said.err and 'pw@' not in said.err and 'secret' not in said.err, said.err
+    assert 'begins with https' in said.err and 'pw@' not in said.err and 'secret' not in said.err, said.err
 
 
 class Picky(Session):
