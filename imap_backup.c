@@ -4302,10 +4302,11 @@ static const char *oauth_text(const struct json *object, const char *key)
 /* -- talking to the provider -- */
 
 /*
- * The provider says no, by the word in k->error and in words of its own, in which Microsoft has a number.
- * What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
+ * The provider says no, by the word in k->error and in words of its own. Microsoft's have a number, which may
+ * be known already, or is "". What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
  */
-static int oauth_refused(struct oauth_job *k, const char *words, long status, unsigned wait_sec)
+static int oauth_refused(struct oauth_job *k, const char *number, const char *words, long status,
+			 unsigned wait_sec)
 {
 	static const char *const hints[][2] = {
 		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
@@ -4329,12 +4330,12 @@ static int oauth_refused(struct oauth_job *k, const char *words, long status, un
 		{ "invalid_client unauthorized_client", "check \"client_id\" and \"client_secret\"" },
 		{ "65004 access_denied authorization_declined", "it was declined" },
 	};
-	const char *number = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint = "";
-	char digits[12] = "", own[160];
+	const char *at = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint = "";
+	char digits[12], own[160];
 	enum err_code code = E_ACCOUNT;
 
-	if (number != NULL)
-		snprintf(digits, sizeof digits, "%.*s", (int)strspn(number + 6, "0123456789"), number + 6);
+	number = *number == '\0' && at != NULL ? at + 6 : number;
+	snprintf(digits, sizeof digits, "%.*s", (int)strspn(number, "0123456789"), number);
 	if (k->oauth->type == OAUTH_GOOGLE && strcmp(k->error, "invalid_grant") == 0)
 		hint = "status \"Testing\" ends after 7 days: publish the app, then sign in again";
 	for (size_t i = 0; i < sizeof hints / sizeof *hints && *hint == '\0'; i++)
@@ -4364,6 +4365,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	const bool device = url == o->device_url;
 	struct string form = string_new(FORM_MAX);
 	struct json *answer = NULL;
+	const struct json *codes;
 	struct err no_json = { 0 };
 	struct http *h;
 	va_list values;
@@ -4383,7 +4385,10 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 		if (h->status != 200 ||
 		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
 			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
-			oauth_refused(k, oauth_text(answer, "error_description"), h->status, h->wait_sec);
+			codes = answer != NULL ? json_get(answer, "error_codes") : NULL;
+			codes = codes != NULL ? codes->child : NULL;
+			oauth_refused(k, codes != NULL && codes->text != NULL ? codes->text : "",
+				      oauth_text(answer, "error_description"), h->status, h->wait_sec);
 			json_free(answer);
 			answer = NULL;
 		}
@@ -4737,7 +4742,7 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 		oauth_parameter(pasted, "error_description", words, sizeof words);
 		for (char *p = words; (p = strchr(p, '+')) != NULL;)
 			*p = ' ';
-		return oauth_refused(k, words, 0, 0);
+		return oauth_refused(k, "", words, 0, 0);
 	}
 	if (oauth_parameter(pasted, "code", code, size)) {
 		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)

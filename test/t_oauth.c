@@ -133,13 +133,39 @@ static void test_refused(void)
 		struct json *answer = json_parse(rows[i].answer, strlen(rows[i].answer), &no_json);
 		snprintf(k.error, sizeof k.error, "%s", oauth_text(answer, "error"));
 		if (answer != NULL)
-			oauth_refused(&k, oauth_text(answer, "error_description"), rows[i].status, 0);
+			oauth_refused(&k, "", oauth_text(answer, "error_description"), rows[i].status, 0);
 		else
-			oauth_refused(&k, "", rows[i].status, 0);
+			oauth_refused(&k, "", "", rows[i].status, 0);
 		check((int)e.code == rows[i].code && strstr(e.text, rows[i].text) != NULL, "refused %zu: %s", i, e.text);
 		check(strchr(e.text, '\n') == NULL && strstr(e.text, "Trace") == NULL, "refused %zu: %s", i, e.text);
 		json_free(answer);
 	}
+}
+
+/* Each number that is known has its hint, whether it stands in the words or beside them. */
+static void test_hints(void)
+{
+	static const struct { const char *numbers, *hint; } rows[] = {
+		{ "65001 90094 90095", "administrator approve" }, { "50105", "assign" }, { "50076 50079 50078 50074", "second factor" },
+		{ "70043", "exempt" }, { "700082 70008", "not used" }, { "50173 50132 50133", "password changed" },
+		{ "70000", "client_id" }, { "53003 530036", "--paste" }, { "50097 53000 53001 530084", "only an administrator" },
+		{ "7000218", "public client" }, { "700025", "remove" }, { "50011", "redirect" }, { "7000112 70001 700011", "client_id" },
+		{ "50194 9002332 9001023 50020 500208", "tenant_id" }, { "70011 65005 650057", "scope" },
+		{ "70019 70018", "begin again" }, { "65004", "declined" },
+	};
+	const struct oauth oauth = { .type = OAUTH_O365 };
+
+	for (size_t i = 0; i < N(rows); i++)
+		for (const char *number = rows[i].numbers; *number != '\0'; number += strcspn(number, " "), number += *number == ' ')
+			for (int beside = 0; beside < 2; beside++) {
+				struct err e = { 0 };
+				struct oauth_job k = { .oauth = &oauth, .e = &e, .error = "invalid_client" };
+				char words[40];
+
+				snprintf(words, sizeof words, "AADSTS%.*s: x", (int)strcspn(number, " "), number);
+				oauth_refused(&k, beside ? words + 6 : "", beside ? "x" : words, 400, 0);
+				check(e.code == E_ACCOUNT && strstr(e.text, rows[i].hint) != NULL, "%s: %s", words, e.text);
+			}
 }
 
 /* Whatever a token file holds, what is made of it can be read again and holds the rest of it. */
@@ -198,6 +224,7 @@ int main(void)
 	test_code();
 	test_providers();
 	test_refused();
+	test_hints();
 	test_merge();
 	return checked("t_oauth");
 }
