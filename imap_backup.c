@@ -4327,8 +4327,8 @@ static int oauth_refused(struct oauth_job *k, const char *number, const char *wo
 		  "set \"tenant_id\": directory, consumers, organizations" },
 		{ "70011 65005 650057 invalid_scope", "the app's registration must allow the scope" },
 		{ "70018 70019 expired_token bad_verification_code", "too old or mistyped: begin again" },
-		{ "invalid_client unauthorized_client", "check \"client_id\" and \"client_secret\"" },
 		{ "65004 access_denied authorization_declined", "it was declined" },
+		{ "invalid_client unauthorized_client", "check \"client_id\" and \"client_secret\"" },
 	};
 	const char *at = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint = "";
 	char digits[12], own[160];
