@@ -4132,8 +4132,6 @@ struct http {
 	struct verifier verifier; /* what a libcurl that uses BearSSL too judges certificates by */
 	struct err err;           /* nobody answered; else: */
 	long status;              /* of HTTP */
-	unsigned wait_sec;        /* the provider wants to be left alone (Retry-After), or 0 */
-	int64_t clock_sec;        /* our clock: a certificate may have set it */
 	size_t octets;            /* of the answer to a form. It holds secrets: see http_forget() */
 	char text[HTTP_ANSWER_MAX + 1];
 };
@@ -4184,7 +4182,6 @@ static int http_run(struct http *h, const char *url)
 	char reason[CURL_ERROR_SIZE] = "", site[300];
 	CURL *curl;
 	CURLcode code = CURLE_FAILED_INIT;
-	curl_off_t wait_sec = 0;
 
 	http_site(site, url);
 	if (secure && h->trust->err.code != E_NONE)
@@ -4218,8 +4215,6 @@ static int http_run(struct http *h, const char *url)
 		code = curl_easy_perform(curl);
 	}
 	curl_easy_getinfo(curl, CURLINFO_RESPONSE_CODE, &h->status);
-	curl_easy_getinfo(curl, CURLINFO_RETRY_AFTER, &wait_sec);
-	h->wait_sec = wait_sec < WAIT_SEC ? (unsigned)wait_sec : WAIT_SEC;
 	curl_easy_cleanup(curl);
 	if (code == CURLE_OK)
 		return 0;
@@ -4247,14 +4242,11 @@ static struct http *http_post(const char *url, const char *form, const struct tr
 	child = fork();
 	if (child == 0) {
 		http_run(h, url);
-		h->clock_sec = clock_sec;
 		_exit(0);
 	}
 	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
 		;
-	if (status == 0)
-		clock_sec = h->clock_sec;
-	else
+	if (status != 0)
 		h->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
 	return h;
 }
@@ -4303,10 +4295,9 @@ static const char *oauth_text(const struct json *object, const char *key)
 
 /*
  * The provider says no, by the word in k->error and in words of its own. Microsoft's have a number, which may
- * be known already, or is "". What may pass is E_NET or E_WAIT, all else E_ACCOUNT.
+ * be known already, or is "". What may pass is E_NET, all else E_ACCOUNT.
  */
-static int oauth_refused(struct oauth_job *k, const char *number, const char *words, long status,
-			 unsigned wait_sec)
+static int oauth_refused(struct oauth_job *k, const char *number, const char *words, long status)
 {
 	static const char *const hints[][2] = {
 		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
@@ -4346,17 +4337,16 @@ static int oauth_refused(struct oauth_job *k, const char *number, const char *wo
 	if (status >= 500 || status == 429 || status == 408 ||
 	    word_place("temporarily_unavailable server_error slow_down authorization_pending", k->error) >=
 		    0)
-		code = wait_sec > 0 ? E_WAIT : E_NET;
+		code = E_NET;
 	if (*k->error == '\0')
 		snprintf(k->error, sizeof k->error, "HTTP status %ld", status);
-	k->e->wait_sec = wait_sec;
 	return err_set(k->e, code, "the provider says %s%s%s%s%s", k->error, *own != '\0' ? ": " : "", own,
 		       *hint != '\0' ? "; " : "", hint);
 }
 
 /*
  * POST a form: what the format says, and what every form has. Returns the answer (caller frees), or NULL
- * with E_ACCOUNT; with E_NET or E_WAIT if it may do better later. Where the provider itself refused,
+ * with E_ACCOUNT; with E_NET if it may do better later. Where the provider itself refused,
  * k->error says how.
  */
 static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *format, ...)
@@ -4388,7 +4378,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 			codes = answer != NULL ? json_get(answer, "error_codes") : NULL;
 			codes = codes != NULL ? codes->child : NULL;
 			oauth_refused(k, codes != NULL && codes->text != NULL ? codes->text : "",
-				      oauth_text(answer, "error_description"), h->status, h->wait_sec);
+				      oauth_text(answer, "error_description"), h->status);
 			json_free(answer);
 			answer = NULL;
 		}
@@ -4612,7 +4602,7 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
  *   token     receives the token; whoever calls wipes and frees it
  *
  * However many processes want one, one of them asks the provider; the others wait for its lock and find
- * the new token in the file. E_NET and E_WAIT: it may do better later. Where a person must sign in, the
+ * the new token in the file. E_NET: it may do better later. Where a person must sign in, the
  * text of E_ACCOUNT ends with the command for it.
  */
 static int oauth_token(const struct config *c, const struct oauth *o, const struct trust *trust,
@@ -4688,7 +4678,7 @@ static struct json *oauth_device(struct oauth_job *k)
 				oauth_text(codes, "device_code"));
 		if (strcmp(k->error, "slow_down") == 0)
 			sec += 5;
-		if (k->e->code == E_NET || k->e->code == E_WAIT) {
+		if (k->e->code == E_NET) {
 			log_detail("%s", k->e->text);
 			*k->e = (struct err){ 0 };
 		}
@@ -4742,7 +4732,7 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 		oauth_parameter(pasted, "error_description", words, sizeof words);
 		for (char *p = words; (p = strchr(p, '+')) != NULL;)
 			*p = ' ';
-		return oauth_refused(k, "", words, 0, 0);
+		return oauth_refused(k, "", words, 0);
 	}
 	if (oauth_parameter(pasted, "code", code, size)) {
 		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)

@@ -203,12 +203,11 @@ static void skip_space(struct parser *p)
 
 /* ---- strings ---- */
 
-/* At the 'u' of \uXXXX: read it and the digits. */
+/* Read the digits of \uXXXX. */
 static int parse_hex(struct parser *p, uint32_t *unit)
 {
 	char digits[5] = "";
 
-	p->at++;
 	for (int i = 0; i < 4; i++) {
 		if (!isxdigit((unsigned char)*p->at))
 			return fail(p, "four hexadecimal digits after \\u");
@@ -218,16 +217,23 @@ static int parse_hex(struct parser *p, uint32_t *unit)
 	return 0;
 }
 
-/* At the 'u': one sequence, or the two (RFC 8259 section 7) of a character above U+FFFF. */
-static int parse_unicode(struct parser *p, char **to)
+/* At the backslash: write at *to what it stands for; two \uXXXX (RFC 8259 section 7) are one above U+FFFF. */
+static int parse_escape(struct parser *p, char **to)
 {
-	char *start = p->at - 1;
-	uint32_t u, low = 0;
+	static const char letters[] = "u\"\\/bfnrt", meanings[] = "u\"\\/\b\f\n\r\t";
+	char *start = p->at++;
+	uint32_t u, low;
 
+	if (!take(p, letters))
+		return fail(p, "one of \"\\/bfnrtu after '\\' (a backslash is written \\\\)");
+	if (p->at[-1] != 'u') {
+		*(*to)++ = meanings[strchr(letters, p->at[-1]) - letters];
+		return 0;
+	}
 	if (parse_hex(p, &u) < 0)
 		return -1;
 	if (u >= 0xD800 && u <= 0xDBFF && strncmp(p->at, "\\u", 2) == 0) {
-		p->at++;
+		p->at += 2;
 		if (parse_hex(p, &low) < 0)
 			return -1;
 		if (low >= 0xDC00 && low <= 0xDFFF)
@@ -239,20 +245,6 @@ static int parse_unicode(struct parser *p, char **to)
 			      : fail_found(p, "half a surrogate pair", "both, as \\uD83D\\uDE00");
 	}
 	*to += utf8_put(*to, u);
-	return 0;
-}
-
-/* At the backslash: write at *to what it stands for. */
-static int parse_escape(struct parser *p, char **to)
-{
-	static const char letters[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-
-	p->at++;
-	if (*p->at == 'u')
-		return parse_unicode(p, to);
-	if (!take(p, letters))
-		return fail(p, "one of \"\\/bfnrtu after '\\' (a backslash is written \\\\)");
-	*(*to)++ = meanings[strchr(letters, p->at[-1]) - letters];
 	return 0;
 }
 

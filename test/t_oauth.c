@@ -133,9 +133,9 @@ static void test_refused(void)
 		struct json *answer = json_parse(rows[i].answer, strlen(rows[i].answer), &no_json);
 		snprintf(k.error, sizeof k.error, "%s", oauth_text(answer, "error"));
 		if (answer != NULL)
-			oauth_refused(&k, "", oauth_text(answer, "error_description"), rows[i].status, 0);
+			oauth_refused(&k, "", oauth_text(answer, "error_description"), rows[i].status);
 		else
-			oauth_refused(&k, "", "", rows[i].status, 0);
+			oauth_refused(&k, "", "", rows[i].status);
 		check((int)e.code == rows[i].code && strstr(e.text, rows[i].text) != NULL, "refused %zu: %s", i, e.text);
 		check(strchr(e.text, '\n') == NULL && strstr(e.text, "Trace") == NULL, "refused %zu: %s", i, e.text);
 		json_free(answer);
@@ -163,7 +163,7 @@ static void test_hints(void)
 				char words[40];
 
 				snprintf(words, sizeof words, "AADSTS%.*s: x", (int)strcspn(number, " "), number);
-				oauth_refused(&k, beside ? words + 6 : "", beside ? "x" : words, 400, 0);
+				oauth_refused(&k, beside ? words + 6 : "", beside ? "x" : words, 400);
 				check(e.code == E_ACCOUNT && strstr(e.text, rows[i].hint) != NULL, "%s: %s", words, e.text);
 			}
 }
