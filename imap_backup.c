@@ -1067,14 +1067,14 @@ static size_t line_read(int fd, char *text, size_t size)
 	ssize_t got = 1;
 	size_t n = 0;
 
-	while (got != 0 && n < size - 1 && memchr(text, '\n', n) == NULL && !stop_asked) {
+	*text = '\0';
+	while (got != 0 && n < size - 1 && strchr(text, '\n') == NULL && !stop_asked) {
 		got = poll(&ready, 1, 1000) > 0 ? read(fd, text + n, size - 1 - n) : -1;
 		n += got > 0 ? (size_t)got : 0;
+		text[n] = '\0';
 	}
-	text[n] = '\0';
-	n = stop_asked ? 0 : strcspn(text, "\n");
-	text[n] = '\0';
-	return n;
+	text[stop_asked ? 0 : strcspn(text, "\n")] = '\0';
+	return strlen(text);
 }
 
 /*
@@ -4549,7 +4549,7 @@ static void oauth_merge(struct oauth_job *k, const struct json *answer, struct s
 	if (*where == '\0')
 		where = http_site(site, k->oauth->token_url) + strlen("https://");
 	list->child = NULL;
-	for (int r = 0; r <= (*refresh != '\0'); r++) {
+	for (int r = 0; r < (*refresh != '\0' ? 2 : 1); r++) {
 		const char *const fields[][2] = {
 			{ "credential_type", r ? "RefreshToken" : "AccessToken" },
 			{ "secret", r ? refresh : oauth_text(answer, "access_token") },
