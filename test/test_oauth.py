@@ -3,6 +3,7 @@ import base64
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import threading
@@ -222,6 +223,18 @@ def test_paste(t):
     said.ends(1, paste=p.browser(said.address(), t.user, deny=True) + '\n')
     assert 'access_denied: The user said no.' in said.err, said.err
     assert tokens(t) == kept, 'a sign-in that failed cost the token'
+
+
+def test_a_signal_ends_a_sign_in(t):
+    """Also where nothing else is to be said; only the lock is left."""
+    p = started(t)
+    with_dovecot(t, p)
+    for options, pattern in ((('-q',), r'enter the code (\S+) there'), (('-q', '--paste'), 'press Enter')):
+        said = SignIn(t, *options)
+        said.says(pattern)
+        said.process.send_signal(signal.SIGINT)
+        assert 'stopped by a signal' in said.ends(1), said.err
+    assert [x for x in os.listdir(t.folder) if 'oauth2' in x] == ['oauth2_custom_work.json.lock']
 
 
 def test_oauthbearer(t):
