@@ -4190,7 +4190,6 @@ static int http_run(struct http *h, const char *url)
 	curl_easy_setopt(curl, CURLOPT_URL, url);
 	curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, post ? 0L : 1L);
 	curl_easy_setopt(curl, CURLOPT_FAILONERROR, post ? 0L : 1L);
-	curl_easy_setopt(curl, CURLOPT_MAXREDIRS, 5L);
 	curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, post ? "https" : "http,https");
 	curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, secure ? "https" : "http,https");
 	curl_easy_setopt(curl, CURLOPT_SSLVERSION, (long)CURL_SSLVERSION_TLSv1_2);
@@ -4614,7 +4613,6 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 	char command[200];
 	uint8_t hash[32];
 	int64_t left;
-	size_t n;
 
 	if (oauth_open(&k, c, o, trust, e) == 0) {
 		known = oauth_text(k.access, "secret");
@@ -4642,8 +4640,9 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 	if (e->code == E_ACCOUNT && *k.error != '\0') {
 		snprintf(command, sizeof command, "; run: imap_backup --authorize %.60s %.100s", o->name,
 			 c->path);
-		n = sizeof e->text - sizeof command; /* the whole command rather than the whole reason */
-		strcpy(e->text + (strlen(e->text) < n ? strlen(e->text) : n), command);
+		e->text[sizeof e->text -
+			sizeof command] = '\0'; /* the whole command, not the whole reason */
+		strcat(e->text, command);
 	}
 	return found != NULL ? 0 : -1;
 }
@@ -4752,35 +4751,34 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 static struct json *oauth_paste(struct oauth_job *k)
 {
 	const struct oauth *o = k->oauth;
-	struct string t = string_new(FORM_MAX);
+	struct string t;
 	struct json *answer = NULL;
 	char verifier[44], challenge[44], state[44], code[8000];
 	uint8_t random[48], hash[32];
 
-	if (!random_octets(random, sizeof random))
+	if (!random_octets(random, sizeof random)) {
 		err_errno(k->e, E_SYSTEM, "no random numbers: /dev/urandom");
+		return NULL;
+	}
 	base64(verifier, random, 32, true);
 	base64(state, random + 32, 16, true);
 	sha256(hash, verifier, strlen(verifier));
 	base64(challenge, hash, sizeof hash, true);
-	string_add(&t,
-		   "%s%s"
-		   "client_id=%f&response_type=code&redirect_uri=%f&scope=%f&state=%f&code_challenge=%f"
-		   "&code_challenge_method=S256%s%f%s",
-		   o->auth_url, strchr(o->auth_url, '?') != NULL ? "&" : "?", o->client_id, o->redirect,
-		   o->scope, state, challenge, o->email != NULL ? "&login_hint=" : "",
-		   o->email != NULL ? o->email : "",
-		   o->type == OAUTH_GOOGLE ? "&access_type=offline&prompt=consent" : "");
-	if (t.n > 1000) /* a line of the log has no more */
-		err_set(k->e, E_ACCOUNT, "the address for the sign-in would be too long");
-	if (k->e->code == E_NONE) {
-		log_info("open this address in a browser on any device, and sign in:");
-		log_info("%s", t.at);
-		log_info(
-			"it ends on a page that is empty or cannot be shown: copy its whole address, paste "
-			"it here, and press Enter");
-		line_read(STDIN_FILENO, t.at, t.size);
-	}
+	t = string_new(FORM_MAX);
+	string_add(&t, "%s%sclient_id=%f&response_type=code&redirect_uri=%f&scope=%f&state=%f", o->auth_url,
+		   strchr(o->auth_url, '?') != NULL ? "&" : "?", o->client_id, o->redirect, o->scope,
+		   state);
+	string_add(&t, "&code_challenge=%f&code_challenge_method=S256", challenge);
+	if (o->email != NULL)
+		string_add(&t, "&login_hint=%f", o->email);
+	if (o->type == OAUTH_GOOGLE)
+		string_add(&t, "&access_type=offline&prompt=consent");
+	log_info("open this address in a browser on any device, and sign in:");
+	fprintf(stderr, "%s\n", t.at); /* a line of the log may be too short for it */
+	log_info(
+		"it ends on a page that is empty or cannot be shown: copy its whole address, paste it here, "
+		"and press Enter");
+	line_read(STDIN_FILENO, t.at, t.size);
 	if (stop_asked)
 		err_set(k->e, E_STOPPED, "stopped by a signal");
 	if (k->e->code == E_NONE && oauth_code(k, t.at, state, code, sizeof code) == 0)
@@ -4790,6 +4788,7 @@ static struct json *oauth_paste(struct oauth_job *k)
 	string_free(&t);
 	wipe(code, sizeof code);
 	wipe(verifier, sizeof verifier);
+	wipe(random, sizeof random);
 	return answer;
 }
 
