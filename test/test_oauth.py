@@ -276,6 +276,19 @@ def test_eight_that_need_one_token(t):
     assert p.grants() - before == 1, p.grants() - before
 
 
+def test_tokens_that_live_for_seconds(t):
+    """Several connections, each with a token that is over before the next one logs in; and a day later."""
+    p = started(t, lifetime=2)
+    have = with_dovecot(t, p, processes_per_account=4)
+    sign_in(t, p)
+    t.backup()
+    t.same(have)
+    before = p.grants()
+    age(t, -86400)
+    assert '2 without news' in t.backup().err
+    assert before > 0 and p.grants() > before, (before, p.grants())
+
+
 def original(refresh, client=CLIENT, when=1700000000):
     """What MSAL writes for the Python original."""
     home, host = 'a1.b2', 'login.microsoftonline.com'
