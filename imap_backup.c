@@ -479,13 +479,13 @@ enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
 enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
 enum oauth_type { OAUTH_O365, OAUTH_GOOGLE, OAUTH_CUSTOM };
 
-struct oauth { /* what is NULL stands not in the configuration */
+struct oauth { /* a text that is NULL does not stand in the configuration */
 	const char *name;
 	unsigned type;               /* enum oauth_type */
 	unsigned client_credentials; /* 1: the program signs in as itself; 0: for a person */
 	const char *client_id, *tenant_id, *client_secret, *email;
 	const char *auth_url, *token_url, *device_url, *scope, *redirect; /* "": the provider has none */
-	char standard[5][300]; /* owned: these, where not given */
+	char standard[5][300]; /* owned: what these point to where the configuration has none */
 };
 
 struct account {
@@ -4531,8 +4531,8 @@ static void oauth_print(struct string *t, const struct json *v)
 }
 
 /*
- * Put the tokens of an answer into the tree of the file. What we know nothing of stays as
- * it is, but for access tokens: they are only kept to save a question.
+ * Put the tokens of an answer into the tree of the file. What we know nothing of stays as it is, except other
+ * access tokens: they are only kept to save a question.
  */
 static void oauth_merge(struct oauth_job *k, const struct json *answer, struct string *t)
 {
