@@ -4132,7 +4132,7 @@ struct http {
 	struct verifier verifier; /* what a libcurl that uses BearSSL too judges certificates by */
 	struct err err;           /* nobody answered; else: */
 	long status;              /* of HTTP */
-	size_t octets;            /* of the answer to a form. It holds secrets: see http_forget() */
+	size_t octets;            /* of the answer to a form, with secrets */
 	char text[HTTP_ANSWER_MAX + 1];
 };
 
@@ -4228,7 +4228,7 @@ static int http_run(struct http *h, const char *url)
 
 /*
  * POST a form. A process of its own does it: the memory that libcurl and its TLS library take, and the
- * secrets that they leave behind in it, end with that process.
+ * secrets that they leave behind in it, end with that process. The caller wipes and unmaps what it returns.
  */
 static struct http *http_post(const char *url, const char *form, const struct trust *trust)
 {
@@ -4248,12 +4248,6 @@ static struct http *http_post(const char *url, const char *form, const struct tr
 	if (status != 0)
 		h->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
 	return h;
-}
-
-static void http_forget(struct http *h)
-{
-	wipe(h, sizeof *h);
-	munmap(h, sizeof *h);
 }
 
 /* ======== oauth: signs in once, and keeps a fresh access token from then on ======== */
@@ -4382,7 +4376,8 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 			answer = NULL;
 		}
 	}
-	http_forget(h);
+	wipe(h, sizeof *h);
+	munmap(h, sizeof *h);
 	string_free(&form);
 	return answer;
 }

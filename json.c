@@ -158,12 +158,6 @@ static unsigned column(const struct parser *p)
 	return (unsigned)(p->at - p->line_start) + 1;
 }
 
-/* Return the octets of the character at hand, or 0 if the text has no valid one here. */
-static size_t char_octets(const struct parser *p, uint32_t *code)
-{
-	return utf8_char((const uint8_t *)p->at, (size_t)(p->end - p->at), code);
-}
-
 static int fail_found(struct parser *p, const char *found, const char *expected)
 {
 	return err_set(p->e, E_FORMAT, "%u:%u: found %s but expected %s", p->line, column(p), found,
@@ -183,7 +177,7 @@ static int fail(struct parser *p, const char *expected)
 		return fail_found(p, "the end of the line", expected);
 	if (c >= ' ' && c <= '~')
 		snprintf(found, sizeof found, "'%c'", c);
-	else if (c > 0x7F && char_octets(p, &code) > 0)
+	else if (c > 0x7F && utf8_char((const uint8_t *)p->at, (size_t)(p->end - p->at), &code) > 0)
 		snprintf(found, sizeof found, "the character U+%04lX", (unsigned long)code);
 	else
 		snprintf(found, sizeof found, "octet 0x%02x", (unsigned)c);
@@ -266,7 +260,7 @@ static int parse_string(struct parser *p, const char **text)
 			return fail(p, "'\"' at the end of the string");
 		if ((unsigned char)*p->at < ' ')
 			return fail(p, "an escape sequence such as \\t or \\u0007 in its place");
-		n = char_octets(p, NULL);
+		n = utf8_char((const uint8_t *)p->at, (size_t)(p->end - p->at), NULL);
 		if (n == 0)
 			return fail(p, "a character in UTF-8");
 		memmove(to, p->at, n);
@@ -278,7 +272,7 @@ static int parse_string(struct parser *p, const char **text)
 	return 0;
 }
 
-/* ---- numbers and words ---- */
+/* ---- numbers ---- */
 
 static int skip_digits(struct parser *p)
 {
@@ -313,25 +307,6 @@ static int parse_number(struct parser *p, struct json *v)
 	v->integral = errno == 0 && *end == '\0';
 	v->number = v->integral ? number : 0;
 	return 0;
-}
-
-static int parse_word(struct parser *p, struct json *v)
-{
-	static const char *const words[] = { "null", "false", "true" };
-
-	for (int i = 0; i < 3; i++) {
-		size_t n = strlen(words[i]);
-
-		if (strncmp(p->at, words[i], n) == 0) {
-			p->at += n;
-			v->type = i == 0 ? JSON_NULL : JSON_BOOL;
-			v->number = i == 2;
-			return 0;
-		}
-	}
-	if (isalpha((unsigned char)*p->at))
-		return fail_found(p, "a word without quotes", "a value");
-	return fail(p, "a value");
 }
 
 /* ---- arrays and objects ---- */
@@ -396,6 +371,7 @@ static int parse_children(struct parser *p, struct json *v)
 
 static int parse_value(struct parser *p, struct json *v)
 {
+	static const char *const words[] = { "null", "false", "true" };
 	char c = *p->at;
 
 	v->line = p->line;
@@ -410,7 +386,17 @@ static int parse_value(struct parser *p, struct json *v)
 	}
 	if (c == '-' || (c >= '0' && c <= '9'))
 		return parse_number(p, v);
-	return parse_word(p, v);
+	for (int i = 0; i < 3; i++) {
+		if (strncmp(p->at, words[i], strlen(words[i])) == 0) {
+			p->at += strlen(words[i]);
+			v->type = i == 0 ? JSON_NULL : JSON_BOOL;
+			v->number = i == 2;
+			return 0;
+		}
+	}
+	if (isalpha((unsigned char)c))
+		return fail_found(p, "a word without quotes", "a value");
+	return fail(p, "a value");
 }
 
 /* ---- see imap_backup.h ---- */
