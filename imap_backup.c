@@ -1095,6 +1095,8 @@ static char *password_prompt(const char *email)
 		dprintf(fd, "password of %s: ", email);
 		if (line_read(fd, text, sizeof text) > 0)
 			password = copy_text(text);
+		else
+			dprintf(fd, "\n"); /* what is said next is to begin a line */
 		tcsetattr(fd, TCSAFLUSH, &shown);
 		wipe(text, sizeof text);
 	}
@@ -4837,10 +4839,18 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 
 /* What a run has done, for the summary. */
 struct counts {
-	uint64_t mailboxes, unchanged, stored, gone, back, octets, failures;
-	uint64_t others, others_new; /* duplicates left out: in all, and by this run for the first time */
-	uint64_t compared;           /* mails with the server's, octet by octet */
+	union { /* of a type that printf() has a letter for */
+		struct {
+			unsigned long long mailboxes, unchanged, stored, gone, back, octets, failures;
+			unsigned long long others, others_new; /* left out: in all; first by this run */
+			unsigned long long compared;           /* with the server's, octet by octet */
+			unsigned long long mails, received;    /* that came, and their octets */
+			unsigned long long connections, waits, in, out; /* octets on the wire */
+		};
+		unsigned long long all[16];
+	};
 };
+_Static_assert(sizeof(struct counts) == 16 * sizeof(unsigned long long), "all of them are in 'all'");
 
 /* One mailbox of an account, as the server lists it. */
 struct mailbox {
@@ -4852,6 +4862,7 @@ struct mailbox {
 	bool alike; /* another one spells the same name differently: see name_file() */
 	struct imap_status status;
 	uint32_t weight; /* mails that are probably new */
+	uint32_t held;   /* and in its archive */
 };
 
 /* -- names -- */
@@ -5454,6 +5465,7 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 			counts->others += info.others;
 			continue;
 		}
+		box->held = info.fits ? info.stored : (uint32_t)(info.octets / AHEAD_MAIL_OCTETS);
 		live = info.stored - info.gone;
 		box->weight = box->status.messages > live ? box->status.messages - live : 0;
 		box->has_news = true;
@@ -5556,8 +5568,8 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 		one = stop_due();
 		if (one == 0 && (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box))) {
 			log_context(account->email, a->text);
-			one = a->m != NULL ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
-			if (a->m == NULL)
+			one = a->m != NULL || o->mode == RUN_LIST ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
+			if (a->m == NULL && o->mode != RUN_LIST)
 				log_error("%s", e.text);
 		}
 		mbox_close(a->m, NULL, &e);
@@ -6751,8 +6763,8 @@ static void session_speak(const struct session *s, const struct sync *y)
 /* Return true if an error is of one mailbox only, so that the others can go on. */
 static bool err_is_local(const struct err *e)
 {
-	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_SYSTEM || e->code == E_FULL ||
-	       e->code == E_LOCKED;
+	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_STALE || e->code == E_SYSTEM ||
+	       e->code == E_FULL || e->code == E_LOCKED;
 }
 
 /* Take a mailbox out of the session; whoever gave it is told. An archive that was put in order is tried again. */
@@ -7375,53 +7387,51 @@ static int restore_run(struct restore *r, struct err *e)
  *
  * Nobody sends messages. What the processes share is memory: a struct board for each account, in which
  * each worker has a slot that only it writes, and a word for each mailbox, by which workers take them.
- * The places of "total_processes" are octets in a pipe: whoever connects takes one out, whoever ends or
- * pauses for long puts it back; whoever reaps a process that died puts it back for that. A process ends
- * when its parent does.
+ * Whoever connects takes one of the places of "total_processes"; whoever ends or pauses for long gives it
+ * back; whoever reaps a process that died gives it back for that. A process ends when its parent does.
  */
-struct slot {                   /* of a worker */
-	struct counts counts;   /* of the mailboxes that are over */
-	uint64_t mails, octets; /* that came, for the progress line */
-	uint64_t in, out;       /* octets on the wire, of connections that are closed */
-	unsigned waits, connections, tries;
-	volatile bool place;              /* it holds one */
-	unsigned in_hand;                 /* mailboxes; these: */
-	uint32_t hand[SESSION_BOXES_MAX]; /* hashes of their names, for the case that it dies */
-	char name[80];                    /* of the first, for the progress line */
+struct slot {                 /* of a worker */
+	struct counts counts; /* of the mailboxes that are over, and of connections */
+	pid_t pid;            /* 0: none. Written by the process that forks it */
+	unsigned tries;       /* in a row: connections that failed */
+	volatile bool place;  /* it holds one */
+	uint32_t hand;        /* hash of the first mailbox in hand, for the case that it dies; or 0 */
+	char name[80];        /* of that, for the progress line */
 };
 
 struct board { /* of an account, in shared memory */
-	const struct account *account;
-	int64_t began_ms, ended_ms, not_before_ms;
-	uint64_t weight;             /* mails that are probably new */
-	volatile bool over;          /* no use in going on */
-	volatile bool locked;        /* another run is at work */
-	volatile bool one_at_a_time; /* the server breaks at a second command */
-	volatile bool again;         /* the account's process is to be started once more */
-	unsigned died;               /* processes without a mailbox in hand */
-	unsigned blamed;
-	struct {
-		uint32_t hash;
-		unsigned deaths;
-	} blame[BLAME_MAX]; /* mailboxes that were in hand when a process died */
-	unsigned n_slots;
-	struct slot *slots; /* the account's process has the first */
+	struct account *account;
+	int64_t began_ms, ended_ms, not_before_ms; /* 0: not yet; at once */
+	uint64_t weight;                           /* mails that are probably new */
+	volatile bool over;                        /* it is done, or there is no use in going on */
+	volatile bool locked;                      /* another run is at work */
+	volatile bool one_at_a_time;               /* the server breaks at a second command */
+	unsigned died;                             /* account's processes without a mailbox in hand */
+	unsigned blamed;                           /* these: */
+	uint32_t blame[BLAME_MAX];                 /* the hashes that were in hand when a process died */
+	struct slot slots[CONFIG_PROCESSES_MAX];   /* the account's process has the first */
+	/* The parent's: */
+	int output;                /* a pipe: the processes' stdout, which ends when all of them have */
+	struct pile errors, boxes; /* with --json: what came from there, ... */
+	size_t octets;             /* ... and what has not become a record yet */
+	char text[2 * RECORD_MAX];
 };
 
-/* What all processes of a run know. */
+struct shared { /* by all processes of a run */
+	atomic_uint places;         /* that are free */
+	atomic_uint full;           /* messages that tell of a full disk: one is enough */
+	volatile unsigned starving; /* accounts that wait for their first place */
+	struct board boards[];
+};
+
 struct run {
 	const struct config *config;
 	const struct options *options;
-	struct trust *trusts; /* owned: for each CA bundle that is named, loaded before a fork */
+	struct trust *trusts; /* owned: each CA bundle that is named */
 	unsigned n_trusts;
-	struct board *boards; /* shared, as all that follows with volatile */
+	struct shared *shared;
+	struct board *boards; /* in there */
 	unsigned n_boards;
-	volatile unsigned *starving; /* accounts that wait for their first place */
-	atomic_uint *full;           /* of messages that tell of a full disk: one is enough */
-	int places[2];
-	struct report { /* with --json: of each board */
-		struct pile errors, boxes;
-	} * reports;
 	bool stopping;
 	int64_t began_ms, drawn_ms, rate_ms;
 	uint64_t rate_octets, rate; /* octets a second, smoothed */
@@ -7434,21 +7444,18 @@ struct worker { /* a process's own */
 	struct run *run;
 	struct board *board;
 	struct slot *slot;
-	const struct account *account;
 	char folder[PATH_MAX_OCTETS];
-	char *password; /* owned; NULL: that of the config */
-	int lock;       /* descriptor of the account's lock file, or -1 */
+	int lock; /* descriptor of the account's lock file */
 	struct mailboxes list;
-	bool listed, connected;
+	bool listed;
 	atomic_uint *states; /* shared: of the first list.todo mailboxes */
 	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
 	struct session session;
-	unsigned expiries;    /* sessions in a row without progress that ended with their token */
-	bool token_refused;   /* in this run */
-	unsigned tries, cuts; /* in a row: connections that failed; and that broke at a second command */
-	int64_t told_ms, started_ms;
-	pid_t helpers[CONFIG_PROCESSES_MAX]; /* by their slots; 0: none */
+	unsigned expiries;  /* sessions in a row without progress that ended with their token */
+	bool token_refused; /* in this run */
+	unsigned cuts;      /* connections in a row that broke at a second command */
+	int64_t told_ms;
 };
 
 /* Return true if the mode needs neither a server nor a password. */
@@ -7459,31 +7466,96 @@ static bool run_is_offline(const struct options *o)
 
 static void counts_add(struct counts *to, const struct counts *from)
 {
-	to->mailboxes += from->mailboxes;
-	to->unchanged += from->unchanged;
-	to->stored += from->stored;
-	to->gone += from->gone;
-	to->back += from->back;
-	to->others += from->others;
-	to->others_new += from->others_new;
-	to->octets += from->octets;
-	to->failures += from->failures;
+	for (size_t i = 0; i < sizeof to->all / sizeof *to->all; i++)
+		to->all[i] += from->all[i];
+}
+
+/* Of what --json tells counts. */
+enum { OF_ACCOUNT = 1, OF_MAILBOX = 2, OF_COMPARED = 4 /* a mailbox, with --verify --online */ };
+
+/* Write what --json tells of one of these. Returns out. */
+static char *counts_json(char out[400], const struct counts *c, unsigned of)
+{
+	const struct {
+		const char *key;
+		unsigned long long n;
+		unsigned of;
+	} rows[] = {
+		{ "mailboxes", c->mailboxes, OF_ACCOUNT },
+		{ "unchanged", c->unchanged, OF_ACCOUNT },
+		{ "new", c->stored, OF_ACCOUNT | OF_MAILBOX },
+		{ "gone", c->gone, OF_ACCOUNT | OF_MAILBOX },
+		{ "back", c->back, OF_ACCOUNT | OF_MAILBOX },
+		{ "compared", c->compared, OF_COMPARED },
+		{ "duplicates", c->others, OF_ACCOUNT | OF_MAILBOX },
+		{ "octets", of == OF_ACCOUNT ? c->in : c->octets, OF_ACCOUNT | OF_MAILBOX },
+		{ "failures", c->failures, OF_ACCOUNT | OF_MAILBOX },
+	};
+	char *end = out;
+
+	for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+		if (rows[i].of & of)
+			end += sprintf(end, ",\"%s\":%llu", rows[i].key, rows[i].n);
+	return out;
 }
 
 /* Take a place for this slot, if one is free. */
 static bool place_take(struct run *run, struct slot *slot)
 {
-	char octet;
+	unsigned left = run->shared->places;
 
-	if (!slot->place && read(run->places[0], &octet, 1) == 1)
-		slot->place = true;
+	while (!slot->place && left > 0)
+		slot->place = atomic_compare_exchange_weak(&run->shared->places, &left, left - 1);
 	return slot->place;
 }
 
 static void place_give(struct run *run, struct slot *slot)
 {
-	if (slot->place && write(run->places[1], "", 1) == 1)
-		slot->place = false;
+	if (slot->place)
+		atomic_fetch_add(&run->shared->places, 1);
+	slot->place = false;
+}
+
+/* Fork the process of a slot that has a place; it ends when this one does. Returns what fork() does. */
+static pid_t slot_fork(struct slot *slot)
+{
+	pid_t self = getpid(), pid;
+
+	fflush(stdout);
+	pid = fork();
+	if (pid > 0)
+		slot->pid = pid;
+	else if (pid == 0)
+		parent_pid = self;
+	return pid;
+}
+
+/*
+ * See whether the slot's process has ended; without WNOHANG wait for that. If it died, what it had in hand
+ * is remembered. Returns true if it has ended.
+ */
+static bool slot_reap(struct run *run, struct board *b, struct slot *slot, int how)
+{
+	int status = 0;
+	pid_t pid;
+
+	do
+		pid = waitpid(slot->pid, &status, how);
+	while (pid < 0 && errno == EINTR);
+	if (pid == 0)
+		return false;
+	if (status != 0) {
+		log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
+			 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+		b->died += slot == b->slots && slot->hand == 0;
+		if (slot->hand != 0 && b->blamed < BLAME_MAX)
+			b->blame[b->blamed++] = slot->hand;
+	}
+	slot->hand = 0;
+	slot->name[0] = '\0';
+	slot->pid = 0;
+	place_give(run, slot);
+	return true;
 }
 
 /* -- mailboxes in hand -- */
@@ -7491,72 +7563,39 @@ static void place_give(struct run *run, struct slot *slot)
 /* How many processes died with this mailbox in hand. */
 static unsigned board_deaths(const struct board *b, const struct mailbox *box)
 {
+	uint32_t hash = b->blamed > 0 ? name_hash(box->name) : 0;
+	unsigned deaths = 0;
+
 	for (unsigned i = 0; i < b->blamed; i++)
-		if (b->blame[i].hash == name_hash(box->name))
-			return b->blame[i].deaths;
-	return 0;
+		deaths += b->blame[i] == hash;
+	return deaths;
 }
 
-/* The worker with this slot has died, or was killed: remember which mailboxes it had in hand. */
-static void board_bury(struct run *run, struct board *b, struct slot *slot, int status)
+/* Tell those who look at the slot which mailbox is the first in hand; NULL: none. */
+static void worker_show(struct worker *w, const struct mailbox *box)
 {
-	log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
-		 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-	b->died += slot->in_hand == 0;
-	for (unsigned i = 0; i < slot->in_hand; i++) {
-		unsigned k = 0;
-
-		while (k < b->blamed && b->blame[k].hash != slot->hand[i])
-			k++;
-		if (k == BLAME_MAX)
-			continue;
-		b->blame[k].hash = slot->hand[i];
-		b->blame[k].deaths++;
-		b->blamed += k == b->blamed;
-	}
-	slot->in_hand = 0;
-	place_give(run, slot);
-}
-
-/* Tell those who look at the slot which mailboxes are in hand. */
-static void worker_show(struct worker *w)
-{
-	const struct sync *y = w->session.first;
 	char name[NAME_OCTETS] = "";
 
-	w->slot->in_hand = 0;
-	if (y != NULL)
-		name_text(name, y->box->name, y->box->delimiter);
+	w->slot->hand = box != NULL ? name_hash(box->name) : 0;
+	if (box != NULL)
+		name_text(name, box->name, box->delimiter);
 	log_visible(w->slot->name, sizeof w->slot->name, name, strlen(name));
-	for (; y != NULL && w->slot->in_hand < SESSION_BOXES_MAX; y = y->next)
-		w->slot->hand[w->slot->in_hand++] = name_hash(y->box->name);
 }
 
-/* Hand the parent what is known of a mailbox that is over. */
-static void worker_report(const struct sync *y)
-{
-	const struct counts *c = &y->counts;
-	char text[NAME_OCTETS], file[MBOX_FILE_MAX + 8], compared[40] = "";
-
-	name_text(text, y->box->name, y->box->delimiter);
-	mailbox_file(y->box, file);
-	if (y->session->compare)
-		snprintf(compared, sizeof compared, ",\"compared\":%llu", (unsigned long long)c->compared);
-	report_box(text, file,
-		   ",\"new\":%llu,\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu%s",
-		   (unsigned long long)c->stored, (unsigned long long)c->gone, (unsigned long long)c->back,
-		   (unsigned long long)c->others, (unsigned long long)c->octets,
-		   (unsigned long long)c->failures, compared);
-}
-
-/* Say what failed; but of a full disk, which many processes may meet, once. */
+/* Say what failed, or was in the way; but of a full disk, which many processes may meet, once. */
 static void worker_complain(struct worker *w, const struct err *e)
 {
+	bool full = e->code == E_FULL, locked = e->code == E_LOCKED;
+
+	w->board->locked = w->board->locked || locked;
+	w->board->over = w->board->over || full;
+	if (locked || e->code == E_STALE) {
+		log_info("%s", e->text);
+		return;
+	}
 	w->slot->counts.failures++;
-	if (e->code != E_FULL)
-		log_error("%s", e->text);
-	else if (atomic_fetch_add(w->run->full, 1) == 0)
-		log_error("%s; without room the backup ends here", e->text);
+	if (!full || atomic_fetch_add(&w->run->shared->full, 1) == 0)
+		log_error("%s%s", e->text, full ? "; without room the backup ends here" : "");
 }
 
 /* A mailbox is over, for good or not: say so. */
@@ -7564,35 +7603,33 @@ static void worker_over(void *context, struct sync *y)
 {
 	struct worker *w = context;
 	const struct counts *c = &y->counts;
-	char octets[16];
+	char octets[16], text[NAME_OCTETS], file[MBOX_FILE_MAX + 8], json[400];
 
-	if (y->err.code == E_LOCKED) {
-		log_info("%s", y->err.text);
-		w->board->locked = true;
-	} else if (sync_is_barred(y)) {
+	if (sync_is_barred(y)) {
 		log_warn("%s; \"ignore_mailboxes\" leaves it out without this warning", y->err.text);
 	} else if (y->err.code != E_NONE) {
 		worker_complain(w, &y->err);
-		w->board->over = w->board->over || y->err.code == E_FULL;
 	} else if (w->session.compare) {
-		log_info(
-			"the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
-			(unsigned long long)c->stored, (unsigned long long)c->gone,
-			(unsigned long long)c->compared, (unsigned long long)c->failures);
+		log_info("the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
+			 c->stored, c->gone, c->compared, c->failures);
 	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
-		log_info("%llu %s, %llu gone, %llu back, %s", (unsigned long long)c->stored,
-			 w->session.dry ? "would be fetched" : "new", (unsigned long long)c->gone,
-			 (unsigned long long)c->back, log_octets(octets, c->octets));
+		log_info("%llu %s, %llu gone, %llu back, %s", c->stored,
+			 w->session.dry ? "would be fetched" : "new", c->gone, c->back,
+			 log_octets(octets, c->octets));
 	} else {
 		log_detail("nothing new");
 	}
 	if (y->err.code == E_NONE) /* that is progress, also where no mail was new */
-		w->tries = 0;
+		w->slot->tries = 0;
 	counts_add(&w->slot->counts, c);
-	if (c->stored + c->gone + c->back + c->compared + c->failures > 0 || y->err.code != E_NONE)
-		worker_report(y);
+	if (c->stored + c->gone + c->back + c->compared + c->failures > 0 || y->err.code != E_NONE) {
+		name_text(text, y->box->name, y->box->delimiter);
+		mailbox_file(y->box, file);
+		report_box(text, file, "%s",
+			   counts_json(json, c, w->session.compare ? OF_MAILBOX | OF_COMPARED : OF_MAILBOX));
+	}
 	w->states[y->box - w->list.boxes] = BOX_OVER;
-	worker_show(w);
+	worker_show(w, w->session.first != NULL ? w->session.first->box : NULL);
 }
 
 /* Give back the mailboxes in hand, for another worker or another time. */
@@ -7611,11 +7648,32 @@ static void worker_drop(struct worker *w)
 		free(y);
 	}
 	w->next = 0;
-	worker_show(w);
+	worker_show(w, NULL);
 	session_speak(&w->session, NULL);
 }
 
 /* -- helpers -- */
+
+/* See which helpers have ended; what they had in hand is free again. Returns how many are left. */
+static unsigned account_reap(struct worker *w)
+{
+	struct board *b = w->board;
+	unsigned left = 0;
+
+	for (unsigned k = 1; k < b->account->processes; k++) {
+		if (b->slots[k].pid == 0)
+			continue;
+		if (!slot_reap(w->run, b, &b->slots[k], WNOHANG)) {
+			left++;
+			continue;
+		}
+		for (uint32_t i = 0; i < w->list.todo; i++)
+			if (w->states[i] == BOX_TAKEN + k)
+				w->states[i] = BOX_FREE;
+		w->next = 0;
+	}
+	return left;
+}
 
 static void worker_run(struct worker *w);
 
@@ -7623,41 +7681,37 @@ static void worker_run(struct worker *w);
 static void account_start_helpers(struct worker *w)
 {
 	struct board *b = w->board;
-	uint32_t unclaimed = 0;
+	uint32_t i = w->next;
 
-	if (!w->listed || b->over || stop_due() || *w->run->starving > 0 || b->not_before_ms > now_ms())
+	if (!w->listed || b->over || stop_due() || w->run->shared->starving > 0 ||
+	    b->not_before_ms > now_ms())
 		return;
-	for (uint32_t i = w->next; i < w->list.todo && unclaimed < b->n_slots; i++)
-		unclaimed += w->states[i] == BOX_FREE;
-	for (unsigned k = 1; k < b->n_slots && unclaimed > 0; k++, unclaimed--) {
-		pid_t self = getpid();
+	for (unsigned k = 1; k < b->account->processes; k++, i++) { /* a mailbox for each of them */
+		struct slot *slot = &b->slots[k];
+		pid_t pid;
 
-		if (w->helpers[k] != 0)
-			continue;
-		if (!place_take(w->run, &b->slots[k]))
+		while (i < w->list.todo && w->states[i] != BOX_FREE)
+			i++;
+		if (i >= w->list.todo)
 			return;
-		fflush(stdout);
-		w->helpers[k] = fork();
-		if (w->helpers[k] < 0) {
+		if (slot->pid != 0)
+			continue;
+		if (!place_take(w->run, slot))
+			return;
+		if ((pid = slot_fork(slot)) < 0) {
 			log_detail("cannot start a helper: %s", strerror(errno));
-			w->helpers[k] = 0;
-			place_give(w->run, &b->slots[k]);
+			place_give(w->run, slot);
 			return;
 		}
-		if (w->helpers[k] > 0)
+		if (pid > 0)
 			continue;
-		parent_pid = self;
 		if (w->im.s.fd >= 0)
 			close(w->im.s.fd);
-		memset(&w->im, 0, sizeof w->im);
-		w->im.s.fd = -1;
-		w->slot = &b->slots[k];
+		w->im = (struct imap){ .s.fd = -1 };
+		w->slot = slot;
 		w->session.first = NULL;
-		w->connected = false;
-		w->tries = w->cuts = 0;
-		worker_show(w);
+		slot->tries = w->cuts = 0;
 		worker_run(w);
-		place_give(w->run, w->slot);
 		_exit(0);
 	}
 }
@@ -7666,45 +7720,43 @@ static void account_start_helpers(struct worker *w)
 static struct sync *worker_begin(void *context, bool ahead)
 {
 	struct worker *w = context;
-	const unsigned mine = BOX_TAKEN + (unsigned)(w->slot - w->board->slots);
+	struct board *b = w->board;
+	const unsigned mine = BOX_TAKEN + (unsigned)(w->slot - b->slots);
 	uint64_t mails = 0;
+	unsigned in_hand = 0;
 	struct sync *y;
 
-	if (stop_due() || w->board->over || w->slot->in_hand == SESSION_BOXES_MAX)
-		return NULL;
 	/* A helper leaves its place to an account that has none. */
-	if (mine != BOX_TAKEN && *w->run->starving > 0)
+	if (stop_due() || b->over || (mine != BOX_TAKEN && w->run->shared->starving > 0))
 		return NULL;
 	for (y = w->session.first; y != NULL; y = y->next) {
-		if (board_deaths(w->board, y->box) > 0)
+		if (++in_hand == SESSION_BOXES_MAX || board_deaths(b, y->box) > 0)
 			return NULL;
 		mails += y->m != NULL ? mbox_count(y->m) : 0;
 	}
 	for (uint32_t i = w->next; i < w->list.todo; i++) {
 		const struct mailbox *box = &w->list.boxes[i];
-		unsigned expected = BOX_FREE;
+		unsigned expected = BOX_FREE, deaths;
 
 		if (w->states[i] != BOX_FREE) {
 			w->next += i == w->next;
 			continue;
 		}
-		if (ahead) {
-			char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
-			struct mbox_info info;
-
-			mailbox_file(box, file);
-			mailbox_path(&w->list, file, path);
-			mbox_peek(path, box->name, &info);
-			mails += info.fits ? info.stored : (uint64_t)info.octets / AHEAD_MAIL_OCTETS;
-			if (mails > AHEAD_MAILS || board_deaths(w->board, box) > 0)
-				return NULL;
-		}
-		if (!atomic_compare_exchange_strong(&w->states[i], &expected, mine))
+		deaths = board_deaths(b, box);
+		if (ahead && (mails + box->held > AHEAD_MAILS || deaths > 0))
+			return NULL;
+		if (!atomic_compare_exchange_strong(&w->states[i], &expected, deaths > 1 ? BOX_OVER : mine))
 			continue;
+		if (deaths > 1) {
+			log_error("\"%s\": its worker died twice", box->name);
+			w->slot->counts.failures++;
+			continue;
+		}
 		y = allocate(sizeof *y);
 		y->session = &w->session;
 		y->box = box;
-		w->slot->hand[w->slot->in_hand++] = name_hash(box->name);
+		if (!ahead)
+			worker_show(w, box);
 		if (mine == BOX_TAKEN)
 			account_start_helpers(w);
 		return y;
@@ -7712,48 +7764,18 @@ static struct sync *worker_begin(void *context, bool ahead)
 	return NULL;
 }
 
-/* See which helpers have ended. Returns how many are left. */
-static unsigned account_reap_helpers(struct worker *w)
-{
-	unsigned left = 0;
-
-	for (unsigned k = 1; k < w->board->n_slots; k++) {
-		int status;
-		pid_t pid = w->helpers[k] != 0 ? waitpid(w->helpers[k], &status, WNOHANG) : 0;
-
-		left += w->helpers[k] != 0 && pid == 0;
-		if (pid <= 0)
-			continue;
-		w->helpers[k] = 0;
-		if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-			board_bury(w->run, w->board, &w->board->slots[k], status);
-		for (uint32_t i = 0; i < w->list.todo; i++)
-			if (w->states[i] == BOX_TAKEN + k) {
-				bool twice = board_deaths(w->board, &w->list.boxes[i]) > 1;
-
-				if (twice) {
-					log_error("\"%s\": its worker died twice", w->list.boxes[i].name);
-					w->slot->counts.failures++;
-				}
-				w->states[i] = twice ? BOX_OVER : BOX_FREE;
-				w->next = 0;
-			}
-	}
-	return left;
-}
-
-/* What comes is counted; five times a second there is time for other things. */
+/* Mails have come. Five times a second the account's process has time for its helpers. */
 static void worker_progress(void *context, uint64_t mails, uint64_t octets)
 {
 	struct worker *w = context;
 	int64_t now;
 
-	w->slot->mails += mails;
-	w->slot->octets += octets;
+	w->slot->counts.mails += mails;
+	w->slot->counts.received += octets;
 	if (w->slot != w->board->slots || (now = now_ms()) - w->told_ms < 200)
 		return;
 	w->told_ms = now;
-	account_reap_helpers(w);
+	account_reap(w);
 	account_start_helpers(w);
 }
 
@@ -7761,7 +7783,7 @@ static void worker_progress(void *context, uint64_t mails, uint64_t octets)
 
 static void worker_hang_up(struct worker *w)
 {
-	struct slot *slot = w->slot;
+	struct counts *c = &w->slot->counts;
 
 	if (w->im.s.fd < 0)
 		return;
@@ -7769,120 +7791,127 @@ static void worker_hang_up(struct worker *w)
 		if (++w->cuts == 2) {
 			log_info("the server breaks at a second command: one at a time from here on");
 			w->board->one_at_a_time = true;
-			w->tries = 0;
+			w->slot->tries = 0;
 		}
 	} else if (w->im.pipelines) {
 		w->cuts = 0;
 	}
 	imap_close(&w->im);
-	slot->in += w->im.s.in;
-	slot->out += w->im.s.out;
-	slot->waits += w->im.s.waits;
+	c->in += w->im.s.in;
+	c->out += w->im.s.out;
+	c->waits += w->im.s.waits;
 	w->im.s.fd = -1;
-	w->connected = false;
 }
 
-/* How long to wait before the next try: doubling, at random between half of it and the whole. */
-static unsigned backoff_ms(unsigned tries, const struct err *e)
-{
-	unsigned ms = BACKOFF_SEC * 1000;
-
-	if (tries < 7 && (1000u << (tries - 1)) < ms)
-		ms = 1000u << (tries - 1);
-	ms = ms / 2 + (unsigned)rand() % (ms / 2 + 1);
-	return e->wait_sec * 1000 > ms ? e->wait_sec * 1000 : ms;
-}
-
-/* Wait, unless it is for so long that another should have the place: then return false. */
+/*
+ * Wait before the next try: doubling, at random between half of it and the whole, or as long as the server
+ * asks for. Returns false if it is for so long that another should have the place.
+ */
 static bool worker_pause(struct worker *w, const struct err *e)
 {
-	unsigned pause = backoff_ms(w->tries, e);
+	unsigned tries = w->slot->tries, most = tries < 7 ? 1000u << (tries - 1) : BACKOFF_SEC * 1000;
+	unsigned pause = most / 2 + (unsigned)rand() % (most / 2 + 1);
+	int64_t until, left;
 
-	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10,
-		 w->tries, w->run->config->retries);
+	if (pause < e->wait_sec * 1000)
+		pause = e->wait_sec * 1000;
+	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10, tries,
+		 w->run->config->retries);
+	until = now_ms() + pause;
 	if (pause > PLACE_SEC * 1000) {
-		w->board->not_before_ms = now_ms() + pause;
+		w->board->not_before_ms = until;
 		return false;
 	}
-	for (unsigned part; pause > 0 && !stop_due(); pause -= part) {
-		part = pause < 500 ? pause : 500;
-		poll(NULL, 0, (int)part);
-	}
+	while ((left = until - now_ms()) > 0 && !stop_due())
+		poll(NULL, 0, left < 500 ? (int)left : 500);
 	return true;
 }
 
-/* The account cannot be backed up any further in this run. */
+/* The account cannot be backed up any further in this run; of its workers one says so. */
 static void account_fail(struct worker *w, const struct err *e)
 {
-	if (!w->board->over)
+	if (!w->board->over && e->code != E_STOPPED)
 		worker_complain(w, e);
-	w->board->over = true;
+	w->board->over = w->board->over || e->code != E_STOPPED;
 }
 
-/* The CA bundle with this name, or NULL. */
-static struct trust *run_trust(const struct run *run, const char *named)
+/* Return the CA bundle with this name (NULL: the usual one), loaded when it is first asked for. */
+static struct trust *run_trust(struct run *run, const char *named)
 {
-	for (unsigned i = 0; i < run->n_trusts; i++) {
-		const char *other = run->trusts[i].named;
+	struct trust *t = run->trusts;
 
-		if (named == other || (named != NULL && other != NULL && strcmp(named, other) == 0))
-			return &run->trusts[i];
-	}
-	return NULL;
+	for (; t < run->trusts + run->n_trusts; t++)
+		if (strcmp(named != NULL ? named : "", t->named != NULL ? t->named : "") == 0)
+			return t;
+	run->n_trusts++;
+	trust_load(t, named);
+	return t;
+}
+
+/* Return the CA bundle that an account's server is judged by; NULL: it needs none. */
+static struct trust *account_trust(struct run *run, const struct account *account)
+{
+	return account->pins > 0 && account->oauth == NULL ? NULL : run_trust(run, account->ca_file);
 }
 
 static int worker_connect(struct worker *w, struct err *e)
 {
-	const char *password = w->password != NULL ? w->password : w->account->password;
-	const struct account *account = w->account;
-	const struct trust *trust = run_trust(w->run, account->ca_file);
-	char *token = NULL;
+	const struct account *account = w->board->account;
+	const struct config *config = w->run->config;
+	const struct trust *trust = account_trust(w->run, account);
 
-	while (!w->connected) {
+	for (;;) {
+		char *token = NULL;
+		int result;
+
 		if (account->oauth != NULL &&
-		    oauth_token(w->run->config, account->oauth, trust, w->im.refused, &token, e) != 0)
+		    oauth_token(config, account->oauth, trust, w->im.refused, &token, e) != 0)
 			return -1;
-		w->slot->connections++;
-		w->connected = imap_open(&w->im, account, w->board->one_at_a_time,
-					 token != NULL ? token : password, trust,
-					 w->run->config->timeout_sec) == 0;
-		if (token != NULL) {
+		w->slot->counts.connections++;
+		result = imap_open(&w->im, account, w->board->one_at_a_time,
+				   token != NULL ? token : account->password, trust, config->timeout_sec);
+		if (token != NULL)
 			wipe(token, strlen(token));
-			free(token);
-		}
+		free(token);
 		*e = w->im.s.err;
-		if (w->connected || !w->im.refused || w->token_refused)
-			break;
+		if (result == 0 || !w->im.refused || w->token_refused)
+			return result;
+		worker_hang_up(w);
 		w->token_refused = true; /* once a run: then a fresh one is tried */
 		*e = (struct err){ 0 };
 	}
-	return w->connected ? 0 : -1;
 }
 
-static void list_print_head(const struct account *account)
-{
-	printf("%s\n  %-22s %8s %7s %8s %5s  %-10s %s\n", account->email, "mailbox", "messages", "size",
-	       "archived", "gone", "last", "file");
-}
+/* -- what --list and --check print -- */
 
 /*
- * Print what --list says of a mailbox, so that lines fit into 80 columns: a name or a file that is too long
- * for that has a line of its own. 'status' may be NULL: the server was not asked.
+ * Tell what --list says of a mailbox, so that lines fit into 80 columns: a name or a file that is too long
+ * for that has a line of its own. 'why' is NULL, or why it is not backed up.
  */
-static void list_print(const char *text, const struct imap_status *status, const struct mbox_info *info,
-		       const char *file)
+static void list_print(const char *text, const char *why, const struct imap_status *status,
+		       const struct mbox_info *info, const char *file)
 {
-	char visible[NAME_OCTETS], messages[16] = "-", size[16] = "-", when[16] = "never";
+	char visible[NAME_OCTETS], messages[24] = "-", size[16] = "-", when[16] = "never";
 	time_t sec = (time_t)info->claim.when_sec;
 	unsigned used, width;
 	struct tm tm;
 
+	if (why == NULL)
+		report_box(text, file, ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu",
+			   (unsigned long)status->messages, (unsigned long long)status->octets,
+			   (unsigned long)info->stored, (unsigned long)info->gone);
+	if (log_to.records)
+		return;
 	log_visible(visible, sizeof visible, text, strlen(text));
 	log_fit(visible, UINT_MAX, &used);
 	printf("  %s%s%*s ", visible, used > 22 ? "\n  " : "", used > 22 ? 22 : 22 - (int)used, "");
-	if (status != NULL && status->known)
+	if (why != NULL) {
+		printf("%s\n", why);
+		return;
+	}
+	if (status->known)
 		snprintf(messages, sizeof messages, "%lu", (unsigned long)status->messages);
-	if (status != NULL && status->octets > 0)
+	if (status->octets > 0)
 		log_octets(size, status->octets);
 	if (sec != 0 && localtime_r(&sec, &tm) != NULL)
 		strftime(when, sizeof when, "%Y-%m-%d", &tm);
@@ -7892,65 +7921,35 @@ static void list_print(const char *text, const struct imap_status *status, const
 	       (unsigned long)info->gone, when, width > 11 ? "\n      " : " ", visible);
 }
 
-/* Print what --list says of an account. */
 static void account_print_list(const struct worker *w)
 {
-	const struct mailboxes *l = &w->list;
-
-	if (!log_to.records)
-		list_print_head(w->account);
-	for (uint32_t i = 0; i < l->n; i++) {
-		const struct mailbox *box = &l->boxes[i];
+	for (uint32_t i = 0; i < w->list.n; i++) {
+		const struct mailbox *box = &w->list.boxes[i];
+		const char *why = box->wanted ? NULL : box->selectable ? "(ignored)" : "(holds no mail)";
 		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8], text[NAME_OCTETS];
-		char visible[NAME_OCTETS];
 		struct mbox_info info;
 
 		name_text(text, box->name, box->delimiter);
-		if (!box->wanted) {
-			log_visible(visible, sizeof visible, text, strlen(text));
-			if (!log_to.records)
-				printf("  %-22s %s\n", visible,
-				       box->selectable ? "(ignored)" : "(holds no mail)");
-			continue;
-		}
 		mailbox_file(box, file);
-		mailbox_path(l, file, path);
+		mailbox_path(&w->list, file, path);
 		mbox_peek(path, box->name, &info);
-		if (log_to.records) {
-			report_box(text, file,
-				   ",\"messages\":%lu,\"size\":%llu,\"archived\":%lu,\"gone\":%lu",
-				   (unsigned long)box->status.messages,
-				   (unsigned long long)box->status.octets, (unsigned long)info.stored,
-				   (unsigned long)info.gone);
-			continue;
-		}
-		list_print(text, &box->status, &info, file);
+		list_print(text, why, &box->status, &info, file);
 	}
 }
 
-/* Print what --list -n says of an account: what its archives tell, without the server. */
-static void account_print_archives(const struct worker *w)
+/* Print what --list -n says of an archive: what is on disk. */
+static int archive_list(void *context, struct archive *a)
 {
-	struct dirent **files = NULL;
-	int n = scandir(w->folder, &files, is_archive, alphasort);
+	struct mbox_info info;
 
-	list_print_head(w->account);
-	for (int i = 0; i < n; i++) {
-		char path[PATH_MAX_OCTETS + 300], text[sizeof files[i]->d_name];
-		const char *file = files[i]->d_name;
-		struct mbox_info info;
-
-		snprintf(text, sizeof text, "%.*s", (int)strlen(file) - 5, file);
-		mailbox_path(&w->list, file, path);
-		mbox_peek(path, NULL, &info);
-		list_print(text, NULL, &info, file);
-		free(files[i]);
-	}
-	free(files);
+	(void)context;
+	mbox_peek(a->path, NULL, &info);
+	list_print(a->text, NULL, &a->box.status, &info, strrchr(a->path, '/') + 1);
+	return 0;
 }
 
 /* Print what --check found: how the line is protected, what the server can do, and what there is. */
-static void account_print_check(const struct worker *w)
+static void account_print_check(const struct worker *w, unsigned long long mailboxes)
 {
 	static const struct {
 		unsigned capability;
@@ -7958,23 +7957,23 @@ static void account_print_check(const struct worker *w)
 	} matters[] = { { CAP_LIST_STATUS, "LIST-STATUS" }, { CAP_CONDSTORE, "CONDSTORE" },
 			{ CAP_ESEARCH, "ESEARCH" },         { CAP_COMPRESS, "COMPRESS" },
 			{ CAP_LITERAL_PLUS, "LITERAL+" },   { CAP_SPECIAL_USE, "SPECIAL-USE" } };
+	const struct account *account = w->board->account;
+	unsigned long long mails = 0;
 	char line[600];
-	uint64_t mails = 0, mailboxes = 0;
 
 	if (log_to.records)
 		return;
 	tls_describe(&w->im.s, line, sizeof line);
-	printf("%s: login works by %s at %s, port %u; %s\n   ", w->account->email, w->im.mechanism,
-	       w->account->host, w->account->port, line);
+	printf("%s: login works by %s at %s, port %u; %s\n   ", account->email, w->im.mechanism,
+	       account->host, account->port, line);
 	for (size_t i = 0; i < sizeof matters / sizeof *matters; i++)
 		printf(" %s%s", w->im.capabilities & matters[i].capability ? "" : "no ", matters[i].word);
-	for (uint32_t i = 0; i < w->list.n; i++) {
-		mailboxes += w->list.boxes[i].wanted;
+	for (uint32_t i = 0; i < w->list.n; i++)
 		mails += w->list.boxes[i].wanted ? w->list.boxes[i].status.messages : 0;
-	}
-	printf("\n    %llu mailboxes, %llu mails\n", (unsigned long long)mailboxes,
-	       (unsigned long long)mails);
+	printf("\n    %llu mailboxes, %llu mails\n", mailboxes, mails);
 }
+
+/* -- an account's process -- */
 
 static int account_restore(struct worker *w, struct err *e)
 {
@@ -7987,7 +7986,7 @@ static int account_restore(struct worker *w, struct err *e)
 	r.im = &w->im;
 	r.counts = &w->slot->counts;
 	result = restore_run(&r, e);
-	w->tries = r.n_refused > refused ? 0 : w->tries;
+	w->slot->tries = r.n_refused > refused ? 0 : w->slot->tries;
 	w->board->locked = w->board->locked || result == 3;
 	return result < 0 ? -1 : 0;
 }
@@ -7995,78 +7994,63 @@ static int account_restore(struct worker *w, struct err *e)
 /* List the mailboxes, and find out what there is to do. */
 static int account_list(struct worker *w, struct err *e)
 {
-	struct run *run = w->run;
-	const struct options *o = run->options;
+	const enum run_mode mode = w->run->options->mode;
 	struct mailboxes *l = &w->list;
 	bool first = w->slot->counts.mailboxes == 0;
 	struct counts counts = { 0 };
 
-	if (mailboxes_list(l, &w->im, o->mode == RUN_LIST, e) != 0)
-		return -1;
-	if (o->mode == RUN_RESTORE && account_restore(w, e) != 0)
+	if (mailboxes_list(l, &w->im, mode == RUN_LIST, e) != 0 ||
+	    (mode == RUN_RESTORE && account_restore(w, e) != 0))
 		return -1;
 	w->listed = true;
-	if (l->odd.code != E_NONE) {
-		log_error("%s", l->odd.text);
+	if (l->odd.code != E_NONE)
+		worker_complain(w, &l->odd);
+	if (mailboxes_select(l) == 0 && mode != RUN_RESTORE) {
+		log_error("none of %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
+			  (unsigned long)l->n);
 		counts.failures++;
 	}
-	if (mailboxes_select(l) == 0 && o->mode != RUN_RESTORE) {
-		log_error(
-			"none of its %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
-			(unsigned long)l->n);
-		counts.failures++;
-	}
-	if (o->mode == RUN_CHECK) {
-		counts.mailboxes = mailboxes_select(l);
-		account_print_check(w);
-	} else if (o->mode != RUN_RESTORE) {
-		l->all = o->mode == RUN_VERIFY;
-		mailboxes_plan(l, o->dry || o->mode != RUN_BACKUP, &counts);
-	}
-	if (o->mode == RUN_LIST)
+	l->all = mode == RUN_VERIFY;
+	if (mode != RUN_RESTORE)
+		mailboxes_plan(l, w->run->options->dry || mode != RUN_BACKUP, &counts);
+	if (mode == RUN_CHECK)
+		account_print_check(w, counts.mailboxes);
+	if (mode == RUN_LIST)
 		account_print_list(w);
 	if (!first) /* it was counted before */
 		counts.mailboxes = counts.unchanged = counts.failures = 0;
 	counts_add(&w->slot->counts, &counts);
-	if (o->mode != RUN_BACKUP && o->mode != RUN_VERIFY)
+	if (mode != RUN_BACKUP && mode != RUN_VERIFY)
 		l->todo = 0;
 	w->states = allocate_shared((l->todo + 1) * sizeof *w->states);
-	for (uint32_t i = 0; i < l->todo; i++) {
-		w->board->weight += first ? l->boxes[i].weight : 0;
-		if (board_deaths(w->board, &l->boxes[i]) > 1) {
-			log_error("\"%s\": its worker died twice", l->boxes[i].name);
-			w->slot->counts.failures++;
-			w->states[i] = BOX_OVER;
-		}
-	}
+	for (uint32_t i = 0; i < l->todo && first; i++)
+		w->board->weight += l->boxes[i].weight;
 	return 0;
 }
 
 /* See what an error means for the worker. Returns true if it goes on, with a new connection. */
-static bool worker_recovers(struct worker *w, struct err *e)
+static bool worker_recovers(struct worker *w, bool connected, const struct err *e)
 {
-	bool connecting = !w->connected || !w->listed;
+	struct slot *slot = w->slot;
 
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
-	if (e->code == E_STOPPED)
-		return false;
 	if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
 		account_fail(w, e);
 		return false;
 	}
 	if (w->im.expired && w->expiries++ < 3) /* a fresh token goes on: no retry */
 		return true;
-	if (++w->tries <= w->run->config->retries)
+	if (++slot->tries <= w->run->config->retries)
 		return worker_pause(w, e);
-	if (!connecting && w->session.first != NULL) {
+	if (connected && w->session.first != NULL) {
 		w->session.first->err = *e;
 		session_finish(&w->session, w->session.first);
-		w->tries = 0;
+		slot->tries = 0;
 		return true;
 	}
-	if (w->slot != w->board->slots || account_reap_helpers(w) > 0)
+	if (slot != w->board->slots || account_reap(w) > 0)
 		log_warn("%s; going on with one connection less", e->text);
 	else
 		account_fail(w, e);
@@ -8078,37 +8062,34 @@ static void worker_run(struct worker *w)
 {
 	srand((unsigned)getpid() ^ (unsigned)now_ms());
 	while (!stop_due() && !w->board->over) {
-		uint64_t before = w->slot->mails;
+		uint64_t before = w->slot->counts.mails;
 		struct err e = { 0 };
+		bool connected = worker_connect(w, &e) == 0 && (w->listed || account_list(w, &e) == 0);
 
-		if (worker_connect(w, &e) == 0 && (w->listed || account_list(w, &e) == 0)) {
-			if (session_run(&w->session, &e) == 0)
-				break;
-		}
-		if (w->slot->mails > before || w->session.bound > 0)
-			w->tries = w->expiries = 0;
-		if (!worker_recovers(w, &e))
+		if (connected && session_run(&w->session, &e) == 0)
+			break;
+		if (w->slot->counts.mails > before || w->session.bound > 0)
+			w->slot->tries = w->expiries = 0;
+		if (!worker_recovers(w, connected, &e))
 			break;
 	}
 	worker_drop(w);
 	worker_hang_up(w);
+	place_give(w->run, w->slot);
 }
 
-/* -- an account's process -- */
-
-/* Make a folder if there is none; its entry is to outlast a power cut, as what comes into it does. */
+/* Make a folder if there is none, with its parents. Its entry is to outlast a power cut, as its files do. */
 static int make_folder(const char *path)
 {
-	char parent[PATH_MAX_OCTETS];
-	char *slash;
+	char copy[PATH_MAX_OCTETS];
 	int fd;
 
-	if (mkdir(path, 0700) != 0)
+	snprintf(copy, sizeof copy, "%s", path);
+	if (mkdir(path, 0700) != 0 &&
+	    (errno != ENOENT || make_folder(dirname(copy)) != 0 || mkdir(path, 0700) != 0))
 		return errno == EEXIST ? 0 : -1;
-	snprintf(parent, sizeof parent, "%s", path);
-	slash = strrchr(parent, '/');
-	memcpy(slash != NULL ? slash + 1 : parent, ".", 2);
-	if ((fd = open(parent, O_RDONLY | O_CLOEXEC)) >= 0) {
+	snprintf(copy, sizeof copy, "%s", path);
+	if ((fd = open(dirname(copy), O_RDONLY | O_CLOEXEC)) >= 0) {
 		fsync(fd);
 		close(fd);
 	}
@@ -8145,16 +8126,16 @@ static int account_lock(struct worker *w, struct err *e)
 }
 
 /*
- * The first line that the account's password_command prints. Its signals are as usual, and it gets
- * "timeout" seconds; all that it started ends with it.
+ * Have the first line that the account's password_command prints as its password. Its signals are as usual,
+ * and it gets "timeout" seconds; all that it started ends with it.
  */
-static int account_ask_command(struct worker *w, struct err *e)
+static int account_ask_command(struct run *run, struct account *account, struct err *e)
 {
-	char text[1024], *end;
-	int64_t deadline = now_ms() + (int64_t)w->run->config->timeout_sec * 1000;
+	int64_t deadline = now_ms() + (int64_t)run->config->timeout_sec * 1000;
+	char text[2048];
+	int pair[2], status = -1;
 	size_t n = 0;
 	ssize_t got = 1;
-	int pair[2], status = -1;
 	pid_t pid;
 
 	if (pipe(pair) != 0 || (pid = fork()) < 0)
@@ -8166,20 +8147,18 @@ static int account_ask_command(struct worker *w, struct err *e)
 		dup2(pair[1], STDOUT_FILENO);
 		close(pair[0]);
 		close(pair[1]);
-		execl("/bin/sh", "sh", "-c", w->account->password_command, (char *)NULL);
+		execl("/bin/sh", "sh", "-c", account->password_command, (char *)NULL);
 		_exit(127);
 	}
 	close(pair[1]);
 	while (got > 0 && !stop_due() && now_ms() < deadline) {
 		struct pollfd fd = { .fd = pair[0], .events = POLLIN };
-		char more[256];
 
 		if (poll(&fd, 1, 500) <= 0)
 			continue;
-		got = read(pair[0], more, sizeof more);
-		for (ssize_t i = 0; i < got && n < sizeof text - 1; i++)
-			text[n++] = more[i];
-		wipe(more, sizeof more);
+		got = read(pair[0], text + n, sizeof text - 1 - n);
+		n += got > 0 ? (size_t)got : 0;
+		n = n < sizeof text / 2 ? n : sizeof text / 2; /* what is more is overwritten */
 	}
 	close(pair[0]);
 	if (got > 0)
@@ -8187,351 +8166,296 @@ static int account_ask_command(struct worker *w, struct err *e)
 	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
 		;
 	text[n] = '\0';
-	if ((end = strpbrk(text, "\r\n")) != NULL)
-		*end = '\0';
+	text[strcspn(text, "\r\n")] = '\0';
 	if (got > 0 && stop_due())
 		err_set(e, E_STOPPED, "stopped by a signal");
 	else if (got > 0)
 		err_set(e, E_ACCOUNT, "\"password_command\" did not end within %u seconds",
-			w->run->config->timeout_sec);
+			run->config->timeout_sec);
 	else if (status != 0 || text[0] == '\0')
 		err_set(e, E_ACCOUNT, "\"password_command\" %s",
 			status != 0 ? "failed" : "printed nothing");
 	else
-		w->password = copy_text(text);
+		account->password = copy_text(text);
 	wipe(text, sizeof text);
 	return e->code == E_NONE ? 0 : -1;
+}
+
+/* Have what a worker needs before it connects: the lock, the CAs, the password. Returns 0, or -1. */
+static int account_prepare(struct worker *w, struct err *e)
+{
+	const struct options *o = w->run->options;
+	struct account *account = w->board->account;
+	const struct trust *trust = account_trust(w->run, account);
+
+	if (o->mode == RUN_BACKUP && !o->dry && account_lock(w, e) != 0)
+		return -1;
+	/* It will be refused, and its fingerprint told; elsewhere it may do without. */
+	if (account->pins == 0 && account->ssl == SSL_ON && trust->err.code != E_NONE)
+		log_warn("%s", trust->err.text);
+	if (account->password != NULL || account->oauth != NULL)
+		return 0;
+	if (account->password_command != NULL)
+		return account_ask_command(w->run, account, e);
+	return err_set(e, E_ACCOUNT,
+		       "no password: expected one of \"password\", \"password_command\" and \"oauth2\"");
 }
 
 /* An account's process, from its lock to its last helper. */
 static void account_run(struct run *run, struct board *b)
 {
+	const struct config *config = run->config;
+	const struct options *o = run->options;
 	struct worker *w = allocate(sizeof *w);
-	const struct account *account = b->account;
-	const struct trust *trust = run_trust(run, account->ca_file);
-	uint32_t left = 0;
 	struct err e = { 0 };
+	uint32_t left = 0;
+	int status = 0;
 
 	w->run = run;
 	w->board = b;
 	w->slot = b->slots;
-	w->account = account;
-	w->lock = -1;
 	w->im.s.fd = -1;
-	w->tries = w->slot->tries;
-	snprintf(w->folder, sizeof w->folder, "%s/%s", run->config->destination, account->email);
-	w->list = (struct mailboxes){ .config = run->config,
-				      .account = account,
-				      .only = run->options->mailboxes,
+	snprintf(w->folder, sizeof w->folder, "%s/%s", config->destination, b->account->email);
+	w->list = (struct mailboxes){ .config = config,
+				      .account = b->account,
+				      .only = o->mailboxes,
 				      .folder = w->folder };
-	w->session = (struct session){ .config = run->config,
+	w->session = (struct session){ .config = config,
 				       .list = &w->list,
 				       .im = &w->im,
-				       .dry = run->options->dry || run->options->mode == RUN_VERIFY,
-				       .compare = run->options->mode == RUN_VERIFY,
+				       .dry = o->dry || o->mode == RUN_VERIFY,
+				       .compare = o->mode == RUN_VERIFY,
 				       .begin = worker_begin,
 				       .progress = worker_progress,
 				       .over = worker_over,
 				       .context = w };
 	session_speak(&w->session, NULL);
-	b->again = false;
-	for (unsigned i = 0; i < run->config->n_accounts;
-	     i++) { /* a core dump is to hold no more than it must */
-		const struct account *other = &run->config->accounts[i];
-
-		if (other != account && other->password != NULL)
-			wipe((void *)(uintptr_t)other->password, strlen(other->password));
-	}
-	if (run->options->mode == RUN_LIST && run->options->dry)
-		account_print_archives(w);
-	if (run->options->mode == RUN_VERIFY) {
-		int status = archives_walk(run->config, run->options, account, archive_verify,
-					   &w->slot->counts);
-
+	/* A core dump is to hold no more than it must. */
+	for (const struct account *a = config->accounts; a < config->accounts + config->n_accounts; a++)
+		if (a != b->account && a->password != NULL)
+			wipe((void *)(uintptr_t)a->password, strlen(a->password));
+	if (o->mode == RUN_LIST && !log_to.records)
+		printf("%s\n  mailbox                messages    size archived  gone  last       file\n",
+		       b->account->email);
+	if (o->mode == RUN_VERIFY || run_is_offline(o)) {
+		status = archives_walk(config, o, b->account,
+				       o->mode == RUN_VERIFY ? archive_verify : archive_list,
+				       &w->slot->counts);
 		w->slot->counts.failures += status == 1 && w->slot->counts.failures == 0;
 		b->locked = status == 3;
 		session_speak(&w->session, NULL);
 	}
-	if (run_is_offline(run->options)) {
-		fflush(stdout);
-		_exit(0);
-	}
-	if (run->options->mode == RUN_BACKUP && !run->options->dry)
-		account_lock(w, &e);
-	/* Without a bundle the clear may do, or STARTTLS may fail then with a clear word. */
-	if (e.code == E_NONE && account->pins == 0 && account->ssl == SSL_ON && trust != NULL &&
-	    trust->err.code != E_NONE) {
-		if (run->options->mode == RUN_CHECK) /* goes on: the refusal shows the fingerprint */
-			log_warn("%s", trust->err.text);
-		else
-			e = trust->err;
-	}
-	if (e.code == E_NONE && account->password == NULL && account->password_command == NULL &&
-	    account->oauth == NULL)
-		err_set(&e, E_ACCOUNT,
-			"no password: expected one of \"password\", \"password_command\" and \"oauth2\"");
-	if (e.code == E_NONE && account->password_command != NULL)
-		account_ask_command(w, &e);
-	if (e.code == E_LOCKED) {
-		log_info("%s", e.text);
-		b->locked = b->over = true;
-	} else if (e.code != E_NONE && e.code != E_STOPPED) {
+	if (run_is_offline(o)) {
+		w->listed = true;
+	} else if (account_prepare(w, &e) == 0) {
+		worker_run(w);
+	} else {
 		account_fail(w, &e);
 	}
-	/* What helpers leave undone, because they died or had to wait, is this process's again. */
-	do {
-		worker_run(w);
-		place_give(run, w->slot);
-		while (account_reap_helpers(w) > 0) {
-			for (unsigned k = 1; k < b->n_slots && stop_due(); k++)
-				if (w->helpers[k] != 0)
-					kill(w->helpers[k], SIGTERM);
-			poll(NULL, 0, 50);
-		}
-		left = w->listed ? 0 : 1;
-		for (uint32_t i = 0; i < w->list.todo; i++)
-			left += w->states[i] != BOX_OVER;
-	} while (left > 0 && !b->over && !stop_due() && w->listed && b->not_before_ms <= now_ms() &&
-		 place_take(run, w->slot));
-	b->again = left > 0 && !b->over;
-	w->slot->tries = w->tries;
+	while (account_reap(w) > 0) {
+		for (unsigned k = 1; k < b->account->processes && stop_due(); k++)
+			if (b->slots[k].pid != 0)
+				kill(b->slots[k].pid, SIGTERM);
+		poll(NULL, 0, 50);
+	}
+	/* What helpers left undone, because they died or had to wait, is for another process. */
+	while (left < w->list.todo && w->states[left] == BOX_OVER)
+		left++;
+	b->over = b->over || (w->listed && left == w->list.todo);
 	fflush(stdout);
 	_exit(0);
 }
 
 /* -- the parent -- */
 
-struct child {          /* an account's process */
-	pid_t pid;      /* 0: none */
-	int alive;      /* a pipe that closes when the process and its helpers are gone; their stdout */
-	unsigned tries; /* to start it */
-	bool over;
-	size_t octets; /* of the record that comes, with --json */
-	char record[RECORD_MAX];
-};
-
-/* Take in the records that a child has written; the last one may be cut. */
-static void child_report(struct child *child, struct report *report, const char *text, size_t n)
+/* Start an account's process; its first slot holds a place. */
+static bool board_start(struct run *run, struct board *b)
 {
-	for (; n > 0; text++, n--) {
-		if (*text != '\n') {
-			child->record[child->octets] = *text;
-			child->octets += child->octets < sizeof child->record - 1;
-			continue;
-		}
-		if (child->octets > 1)
-			pile_add(child->record[0] == 'E' ? &report->errors : &report->boxes,
-				 child->record + 1, child->octets - 1);
-		child->octets = 0;
-	}
-}
-
-/* Fork an account's process; its first slot holds a place. */
-static bool child_start(struct run *run, struct child *child, struct board *b)
-{
-	pid_t self = getpid();
 	int pair[2];
+	pid_t pid;
 
 	if (pipe(pair) != 0)
 		return false;
-	fflush(stdout);
-	child->pid = fork();
-	if (child->pid < 0) {
+	pid = slot_fork(b->slots);
+	if (pid == 0) {
+		dup2(pair[1], STDOUT_FILENO);
 		close(pair[0]);
 		close(pair[1]);
-		child->pid = 0;
-		return false;
-	}
-	if (child->pid == 0) {
-		parent_pid = self;
-		close(pair[0]);
-		dup2(pair[1], STDOUT_FILENO);
 		log_to.records = log_to.errors != NULL;
 		log_to.errors = NULL;
 		account_run(run, b);
 	}
 	close(pair[1]);
+	if (pid < 0)
+		close(pair[0]);
+	if (pid < 0)
+		return false;
 	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
-	child->alive = pair[0];
+	b->output = pair[0];
 	if (b->began_ms == 0)
 		b->began_ms = now_ms();
 	return true;
 }
 
 /* The processes of an account are gone: as they should, or they died. */
-static void child_gone(struct run *run, struct child *child, struct board *b)
+static void board_end(struct run *run, struct board *b)
 {
-	int status = 0;
-
-	close(child->alive);
-	while (waitpid(child->pid, &status, 0) < 0 && errno == EINTR)
-		;
-	child->pid = 0;
 	log_context(b->account->email, "");
-	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-		board_bury(run, b, b->slots, status);
-		b->again = b->died < 2 && b->blamed < BLAME_MAX;
-		if (!b->again) {
-			log_error("the account's process died again and again");
-			b->slots->counts.failures++;
-		}
-	}
-	for (unsigned k = 0; k < b->n_slots; k++)
+	close(b->output);
+	slot_reap(run, b, b->slots, 0);
+	for (unsigned k = 1; k < b->account->processes; k++) {
+		b->slots[k].pid = 0;
 		place_give(run, &b->slots[k]);
-	child->over = !b->again;
-	if (child->over)
+	}
+	if (!b->over && (b->died > 1 || b->blamed == BLAME_MAX)) {
+		log_error("the account's process died again and again");
+		b->slots->counts.failures++;
+		b->over = true;
+	}
+	if (b->over)
 		b->ended_ms = now_ms();
 	log_context("", "");
 }
 
-/* What an account's processes have done so far. */
-static struct slot board_sum(const struct board *b)
+/* Take in what an account's processes have written: text to be passed on, or records, one a line. */
+static void board_read(struct run *run, struct board *b)
 {
-	struct slot sum = { 0 };
+	ssize_t got = read(b->output, b->text + b->octets, sizeof b->text - b->octets);
+	char *end;
 
-	for (unsigned k = 0; k < b->n_slots; k++) {
-		const struct slot *slot = &b->slots[k];
-
-		counts_add(&sum.counts, &slot->counts);
-		sum.mails += slot->mails;
-		sum.octets += slot->octets;
-		sum.in += slot->in;
-		sum.out += slot->out;
-		sum.waits += slot->waits;
-		sum.connections += slot->connections;
-		if (sum.name[0] == '\0' && slot->in_hand > 0)
-			memcpy(sum.name, slot->name, sizeof sum.name);
+	if (got == 0)
+		board_end(run, b);
+	if (got <= 0)
+		return;
+	b->octets += (size_t)got;
+	if (!run->options->json) {
+		fwrite(b->text, 1, b->octets, stdout);
+		b->octets = 0;
 	}
+	while ((end = memchr(b->text, '\n', b->octets)) != NULL) {
+		struct pile *pile = b->text[0] == 'E' ? &b->errors : &b->boxes;
+
+		pile_add(pile, b->text + 1, (size_t)(end - b->text) - 1);
+		b->octets -= (size_t)(end + 1 - b->text);
+		memmove(b->text, end + 1, b->octets);
+	}
+}
+
+/* What an account's processes have done so far. */
+static struct counts board_sum(const struct board *b)
+{
+	struct counts sum = { 0 };
+
+	for (unsigned k = 0; k < b->account->processes; k++)
+		counts_add(&sum, &b->slots[k].counts);
 	return sum;
 }
 
 /* The one live line of a terminal: what matters most stands first, for it is cut where the screen ends. */
 static void run_draw(struct run *run)
 {
-	char line[500], hand[200] = "", left[40] = "", percent[16] = "", octets[16], rate[24] = "";
-	uint64_t mails = 0, all = 0, weight = 0;
+	unsigned long long mails = 0, octets = 0, weight = 0, left;
+	unsigned columns = 80, used;
+	char line[500] = "\r\033[K", hand[200] = "", amount[16], *end = line + 4;
 	int64_t now = now_ms();
 	struct winsize size;
-	size_t columns = 80;
 	ssize_t ignored;
 
 	if (!log_to.terminal || log_to.level < LOG_INFO || run->options->mode != RUN_BACKUP ||
 	    now - run->drawn_ms < 250)
 		return;
 	run->drawn_ms = now;
-	for (unsigned i = 0; i < run->n_boards; i++) {
-		const struct board *b = &run->boards[i];
-		struct slot sum = board_sum(b);
+	for (struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
+		struct counts sum = board_sum(b);
 
 		mails += sum.mails;
-		all += sum.octets;
+		octets += sum.received;
 		weight += b->ended_ms > 0 || b->weight < sum.mails ? sum.mails : b->weight;
-		if (hand[0] == '\0' && sum.name[0] != '\0')
-			snprintf(hand, sizeof hand, "%.80s %.80s", b->account->email, sum.name);
+		for (unsigned k = 0; k < b->account->processes && hand[0] == '\0'; k++)
+			if (b->slots[k].name[0] != '\0')
+				snprintf(hand, sizeof hand, "%.80s %s", b->account->email,
+					 b->slots[k].name);
 	}
 	if (now - run->rate_ms >= 1000) {
-		uint64_t fresh = (all - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
+		uint64_t fresh = (octets - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
 
 		run->rate = run->rate == 0 ? fresh : (run->rate * 3 + fresh) / 4;
-		run->rate_octets = all;
+		run->rate_octets = octets;
 		run->rate_ms = now;
 	}
 	if (weight > 0)
-		snprintf(percent, sizeof percent, "%u%% ", (unsigned)(mails * 100 / weight));
-	if (run->rate > 0 && mails > 0 && weight > mails) {
-		uint64_t sec = all / mails * (weight - mails) / run->rate;
-
-		snprintf(left, sizeof left, " %llu:%02llu left", (unsigned long long)sec / 60,
-			 (unsigned long long)sec % 60);
-	}
+		end += sprintf(end, "%llu%% ", mails * 100 / weight);
+	end += sprintf(end, "%llu mails %s", mails, log_octets(amount, octets));
 	if (run->rate > 0)
-		snprintf(rate, sizeof rate, " %s/s", log_octets(octets, run->rate));
+		end += sprintf(end, " %s/s", log_octets(amount, run->rate));
+	if (run->rate > 0 && mails > 0 && weight > mails) {
+		left = octets / mails * (weight - mails) / run->rate;
+		end += sprintf(end, " %llu:%02llu left", left / 60, left % 60);
+	}
+	sprintf(end, " %s", hand);
 	if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1)
 		columns = size.ws_col;
-	snprintf(line, sizeof line, "\r\033[K%s%llu mails %s%s%s %s", percent, (unsigned long long)mails,
-		 log_octets(octets, all), rate, left, hand);
-	ignored = write(STDERR_FILENO, line,
-			4 + log_fit(line + 4, (unsigned)columns - 1, &(unsigned){ 0 }));
+	ignored = write(STDERR_FILENO, line, 4 + log_fit(line + 4, columns - 1, &used));
 	(void)ignored;
 }
 
-/* Start the processes that are due and have a place. Returns false if nothing is left to be started. */
-static bool run_start_children(struct run *run, struct child *children)
+/* Start the accounts' processes that are due and have a place. */
+static void run_start(struct run *run)
 {
 	unsigned starving = 0;
-	bool left = false;
 
-	for (unsigned i = 0; i < run->n_boards && !run->stopping; i++) {
-		struct child *child = &children[i];
-		struct board *b = &run->boards[i];
-
-		if (child->over || child->pid != 0)
-			continue;
-		left = true;
-		if (b->not_before_ms > now_ms())
+	for (struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
+		if (b->ended_ms != 0 || b->slots->pid != 0 || b->not_before_ms > now_ms())
 			continue;
 		if (!place_take(run, b->slots)) {
 			starving++;
-		} else if (!child_start(run, child, b)) {
-			log_write(child->tries < run->config->retries ? LOG_WARN : LOG_ERROR,
+		} else if (!board_start(run, b)) {
+			log_write(b->slots->tries < run->config->retries ? LOG_WARN : LOG_ERROR,
 				  "%s: cannot start a process: %s", b->account->email, strerror(errno));
 			place_give(run, b->slots);
 			b->not_before_ms = now_ms() + 1000;
-			if (child->tries++ == run->config->retries) {
+			if (b->slots->tries++ == run->config->retries) {
 				b->slots->counts.failures++;
-				child->over = true;
+				b->ended_ms = now_ms();
 			}
 		}
 	}
-	*run->starving = starving;
-	return left;
+	run->shared->starving = starving;
 }
 
 /* Run until every account is over. What the modes with a result print comes in the order of the config. */
 static void run_all(struct run *run)
 {
-	struct child *children = allocate(run->n_boards * sizeof *children);
-	bool ordered = run->options->mode != RUN_BACKUP;
+	struct pollfd *fds = allocate(run->n_boards * sizeof *fds);
+	bool left = true;
 
 	run->began_ms = run->rate_ms = now_ms();
-	for (;;) {
-		struct pollfd fds[2 * CONFIG_PROCESSES_MAX];
-		struct child *polled[2 * CONFIG_PROCESSES_MAX];
-		unsigned n = 0;
-		bool left = run_start_children(run, children);
+	while (left) {
+		bool stop = stop_asked && !run->stopping;
 
+		run->stopping = run->stopping || stop;
+		if (!run->stopping)
+			run_start(run);
+		left = false;
 		for (unsigned i = 0; i < run->n_boards; i++) {
-			struct child *child = &children[i];
+			const struct board *b = &run->boards[i];
+			pid_t pid = b->slots->pid;
 
-			if (child->pid != 0 && stop_asked && !run->stopping)
-				kill(child->pid, SIGTERM);
-			if (child->pid != 0 && n < 2 * CONFIG_PROCESSES_MAX) {
-				fds[n] = (struct pollfd){ .fd = child->alive, .events = POLLIN };
-				polled[n++] = child;
-			}
-			if (ordered && !child->over && (child->pid != 0 || !run->stopping))
-				break;
+			if (stop && pid != 0)
+				kill(pid, SIGTERM);
+			fds[i] = (struct pollfd){ .fd = -1, .events = POLLIN };
+			if (pid != 0 && (!left || run->options->mode == RUN_BACKUP))
+				fds[i].fd = b->output;
+			left = left || pid != 0 || (b->ended_ms == 0 && !run->stopping);
 		}
-		run->stopping = run->stopping || stop_asked;
-		if (n == 0 && !left)
-			break;
-		if (poll(fds, n, log_to.terminal ? 250 : 500) < 0)
+		if (!left || poll(fds, run->n_boards, log_to.terminal ? 250 : 500) < 0)
 			continue;
-		for (unsigned i = 0; i < n; i++) {
-			char text[4096];
-			ssize_t got = fds[i].revents != 0 ? read(fds[i].fd, text, sizeof text) : -1;
-
-			if (got > 0 && run->options->json)
-				child_report(polled[i], &run->reports[polled[i] - children], text,
-					     (size_t)got);
-			else if (got > 0)
-				fwrite(text, 1, (size_t)got, stdout);
-			else if (got == 0)
-				child_gone(run, polled[i], &run->boards[polled[i] - children]);
-		}
+		for (unsigned i = 0; i < run->n_boards; i++)
+			if (fds[i].revents != 0)
+				board_read(run, &run->boards[i]);
 		run_draw(run);
 	}
-	free(children);
+	free(fds);
 }
 
 /* ======== command line ======== */
@@ -8575,7 +8499,7 @@ static const struct option_row {
 	{ TAKE_MODE, 0, "authorize", "NAME", RUN_AUTHORIZE, 0, "sign in for an entry of \"oauth2\" ..." },
 	{ TAKE_FLAG, 0, "paste", NULL, TO(paste), AUTHORIZE, "... with an address that is pasted" },
 	{ .help = "" },
-	{ TAKE_ACCOUNT, 'a', "account", "EMAIL", 0, WITH_ACCOUNTS, "only this account (both may be repeated)" },
+	{ TAKE_ACCOUNT, 'a', "account", "EMAIL", 0, WITH_ACCOUNTS, "only this account (may be repeated)" },
 	{ TAKE_MAILBOX, 'm', "mailbox", "NAME", 0, WITH_ACCOUNTS, "only this mailbox (wildcards * and ?)" },
 	{ TAKE_FLAG, 'n', "dry-run", NULL, TO(dry), WITH_NEWS, "say what would be done" },
 	{ TAKE_LEVEL, 'q', "quiet", NULL, 0, 0, "warnings and errors only (for cron)" },
@@ -8616,7 +8540,7 @@ static void options_help(void)
 	     "options or configuration, 3 another run is at work.");
 }
 
-/* Check that the options fit the mode and each other. 'given': bits of rows. Returns -1, or the exit status. */
+/* Check that the options (bits of rows) fit the mode and each other. Returns -1, or the exit status. */
 static int options_check(const struct options *o, const struct option_row *mode, unsigned given)
 {
 	unsigned bit = o->all ? (unsigned)EXPORT_ALL : 1u << o->mode;
@@ -8717,61 +8641,37 @@ static int options_parse(struct options *o, int argc, char **argv)
 	return status;
 }
 
-/* Return true if the destination is on another file system than the root, as require_mount wants it. */
-static bool destination_mounted(const struct config *c)
+/* Return what keeps the destination from being the mounted volume that "require_mount" wants, or NULL. */
+static const char *destination_unmounted(const struct config *c)
 {
 	struct stat root, own;
-	bool there = stat("/", &root) == 0 && stat(c->destination, &own) == 0;
-	const char *wrong = !there                      ? strerror(errno)
-			    : root.st_dev == own.st_dev ? "it lies on the same file system as /"
-							: NULL;
 
-	if (wrong != NULL)
-		log_error("%s: %s; \"require_mount\" wants a volume that is mounted there", c->destination,
-			  wrong);
-	return wrong == NULL;
+	if (!c->require_mount)
+		return NULL;
+	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0)
+		return strerror(errno);
+	return root.st_dev == own.st_dev ? "\"require_mount\": no volume is mounted there" : NULL;
 }
 
-/*
- * Say whether the destination is there or can be made, and how much is free. Returns false if it cannot
- * be written.
- */
-static bool destination_describe(const struct config *c, char line[PATH_MAX_OCTETS + 100])
+/* Say whether backups can go to the destination, which may have to be made, and how much is free there. */
+static bool destination_describe(const struct config *c, char line[PATH_MAX_OCTETS + 200])
 {
-	char path[PATH_MAX_OCTETS], octets[16], *slash;
-	const char *wrong = NULL;
+	const char *wrong = destination_unmounted(c);
+	char path[PATH_MAX_OCTETS], octets[16], *up = path;
 	struct statvfs fs;
 
 	snprintf(path, sizeof path, "%s", c->destination);
-	while (access(path, F_OK) != 0 && errno == ENOENT && strcmp(path, "/") != 0 &&
-	       strcmp(path, ".") != 0)
-		if ((slash = strrchr(path, '/')) == NULL)
-			strcpy(path, ".");
-		else
-			slash[slash == path] = '\0';
-	if (access(path, W_OK | X_OK) != 0)
+	while (access(up, F_OK) != 0 && errno == ENOENT && strcmp(up, ".") != 0 && strcmp(up, "/") != 0)
+		up = dirname(up);
+	if (wrong == NULL && (access(up, W_OK | X_OK) != 0 || statvfs(up, &fs) != 0))
 		wrong = strerror(errno);
-	snprintf(line, PATH_MAX_OCTETS + 100, "%s: %s", c->destination,
-		 wrong != NULL                       ? wrong
-		 : strcmp(path, c->destination) == 0 ? "can be written"
-						     : "can be made");
-	if (wrong == NULL && statvfs(path, &fs) == 0)
-		snprintf(line + strlen(line), 40, ", %s free",
+	if (wrong != NULL)
+		snprintf(line, PATH_MAX_OCTETS + 200, "%s: %s", c->destination, wrong);
+	else
+		snprintf(line, PATH_MAX_OCTETS + 200, "%s: can be %s, %s free", c->destination,
+			 strcmp(up, c->destination) == 0 ? "written" : "made",
 			 log_octets(octets, (uint64_t)fs.f_bavail * fs.f_frsize));
 	return wrong == NULL;
-}
-
-/* Print what --check says of the destination. Returns false if no backup can go there. */
-static bool destination_check(const struct config *c)
-{
-	char line[PATH_MAX_OCTETS + 100];
-	bool well = destination_describe(c, line);
-
-	if (!well)
-		log_error("%s", line);
-	else if (log_to.errors == NULL)
-		printf("%s\n", line);
-	return (!c->require_mount || destination_mounted(c)) && well;
 }
 
 /* Return 0 if all accounts that -a names are in the configuration, else the exit status. */
@@ -8788,46 +8688,27 @@ static int accounts_check(const struct config *c, const struct options *o)
 	return 0;
 }
 
-/* Make a board for each account that is wanted, and load the CA bundles that they name. */
-static int run_prepare(struct run *run)
+/* Make a board for each account that is wanted, and have the CA bundles and passwords that are needed. */
+static void run_prepare(struct run *run)
 {
 	const struct config *c = run->config;
 	const struct options *o = run->options;
-	char octet = 0;
 
-	run->boards = allocate_shared(c->n_accounts * sizeof *run->boards + 2 * sizeof *run->full);
-	run->full = (atomic_uint *)(void *)(run->boards + c->n_accounts);
-	run->starving = (volatile unsigned *)(void *)(run->full + 1);
-	run->trusts = allocate((c->n_accounts + 1) * sizeof *run->trusts);
-	run->reports = allocate(c->n_accounts * sizeof *run->reports);
-	for (unsigned i = 0; i < c->n_accounts; i++) {
-		struct account *account = &c->accounts[i];
-		struct board *b = &run->boards[run->n_boards];
-		struct trust *trust;
-
-		if (!account_is_wanted(o, account))
+	run->shared = allocate_shared(sizeof *run->shared + c->n_accounts * sizeof *run->boards);
+	run->shared->places = c->total_processes;
+	run->boards = run->shared->boards;
+	for (struct account *a = c->accounts; a < c->accounts + c->n_accounts; a++) {
+		if (!account_is_wanted(o, a))
 			continue;
-		run->n_boards++;
-		b->account = account;
-		if (account->password == NULL && account->password_command == NULL &&
-		    account->oauth == NULL && !run_is_offline(o))
-			account->password = password_prompt(account->email);
-		b->n_slots = o->mode == RUN_BACKUP ? account->processes : 1;
-		b->slots = allocate_shared(b->n_slots * sizeof *b->slots);
-		if ((account->pins > 0 && account->oauth == NULL) ||
-		    run_trust(run, account->ca_file) != NULL)
+		run->boards[run->n_boards++].account = a;
+		if (o->mode != RUN_BACKUP)
+			a->processes = 1;
+		if (run_is_offline(o))
 			continue;
-		trust = &run->trusts[run->n_trusts++];
-		trust_load(trust, account->ca_file);
+		account_trust(run, a);
+		if (a->password == NULL && a->password_command == NULL && a->oauth == NULL)
+			a->password = password_prompt(a->email);
 	}
-	if (pipe(run->places) != 0 || fcntl(run->places[0], F_SETFL, O_NONBLOCK) != 0) {
-		log_error("pipe: %s", strerror(errno));
-		return 1;
-	}
-	for (unsigned i = 0; i < c->total_processes; i++)
-		if (write(run->places[1], &octet, 1) != 1)
-			return 1;
-	return 0;
 }
 
 /*
@@ -8847,53 +8728,58 @@ static void run_set_clock(void)
 			 cert_date(now, shown / 86400), cert_date(taken, clock_sec / 86400));
 }
 
-/* What a run has done, an account a line. Returns the exit status. */
+/* How long an account has been, or was, at work. */
+static double board_seconds(const struct board *b)
+{
+	int64_t end_ms = b->ended_ms > 0 ? b->ended_ms : now_ms();
+
+	return b->began_ms > 0 ? (double)(end_ms - b->began_ms) / 1000 : 0;
+}
+
+/* Say what a backup, or a restore, has done for an account. */
+static void board_summary(const struct run *run, const struct board *b, const struct counts *c)
+{
+	unsigned long long others = log_to.level > LOG_INFO ? c->others : c->others_new; /* told once */
+	char failures[40] = "", octets[16];
+
+	log_octets(octets, c->octets);
+	log_context(b->account->email, "");
+	if (run->options->mode == RUN_RESTORE)
+		log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s", c->mailboxes, c->stored, octets,
+			 board_seconds(b), run->stopping || c->failures > 0 ? ", NOT ALL" : "");
+	if (run->options->mode != RUN_BACKUP)
+		return;
+	if (others > 0)
+		log_info("%llu duplicate%s left out", others, others > 1 ? "s" : "");
+	if (c->failures > 0)
+		snprintf(failures, sizeof failures, ", %llu FAILED", c->failures);
+	log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s%s",
+		 c->mailboxes, c->unchanged, c->stored, run->options->dry ? "would be fetched" : "new",
+		 c->gone, c->back, octets, board_seconds(b), failures,
+		 run->stopping && !b->over ? ", stopped: NOT WHOLE" : "");
+	log_detail("%llu connection%s, %llu waits for an answer, %llu octets in, %llu out", c->connections,
+		   c->connections == 1 ? "" : "s", c->waits, c->in, c->out);
+}
+
+/* Say what a run has done, an account a line. Returns the exit status. */
 static int run_summary(const struct run *run)
 {
+	const struct options *o = run->options;
 	bool failed = run->stopping, locked = false;
-	char line[PATH_MAX_OCTETS + 100];
+	char line[PATH_MAX_OCTETS + 200];
 
 	if (log_to.terminal && log_to.level >= LOG_INFO)
-		if (write(STDERR_FILENO, "\r\033[K", 4) < 0)
-			failed = true;
-	for (unsigned i = 0; i < run->n_boards; i++) {
-		const struct board *b = &run->boards[i];
-		const struct slot sum = board_sum(b);
-		const struct counts *c = &sum.counts;
-		uint64_t others;
-		int64_t ms = (b->ended_ms > 0 ? b->ended_ms : now_ms()) - b->began_ms;
-		char failures[40] = "", octets[16];
+		fputs("\r\033[K", stderr);
+	for (const struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
+		struct counts sum = board_sum(b);
 
-		failed = failed || c->failures > 0;
+		failed = failed || sum.failures > 0;
 		locked = locked || b->locked;
-		log_context(b->account->email, "");
-		if (run->options->mode == RUN_RESTORE && b->began_ms > 0)
-			log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s",
-				 (unsigned long long)c->mailboxes, (unsigned long long)c->stored,
-				 log_octets(octets, c->octets), (double)ms / 1000,
-				 failed ? ", NOT ALL" : "");
-		if (run->options->mode != RUN_BACKUP || b->began_ms == 0)
-			continue;
-		others = log_to.level > LOG_INFO ? c->others : c->others_new; /* told once */
-		if (others > 0)
-			log_info("%llu duplicate%s left out", (unsigned long long)others,
-				 others > 1 ? "s" : "");
-		if (c->failures > 0)
-			snprintf(failures, sizeof failures, ", %llu FAILED",
-				 (unsigned long long)c->failures);
-		log_info(
-			"%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s%s",
-			(unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-			(unsigned long long)c->stored, run->options->dry ? "would be fetched" : "new",
-			(unsigned long long)c->gone, (unsigned long long)c->back,
-			log_octets(octets, c->octets), (double)ms / 1000, failures,
-			run->stopping && b->again ? ", stopped: NOT WHOLE" : "");
-		log_detail("%u connection%s, %u waits for an answer, %llu octets in, %llu out",
-			   sum.connections, sum.connections == 1 ? "" : "s", sum.waits,
-			   (unsigned long long)sum.in, (unsigned long long)sum.out);
+		if (b->began_ms > 0)
+			board_summary(run, b, &sum);
 	}
 	log_context("", "");
-	if (run->options->dry && run->options->mode == RUN_BACKUP) {
+	if (o->dry && o->mode == RUN_BACKUP) {
 		destination_describe(run->config, line);
 		log_info("%s", line);
 	}
@@ -8906,22 +8792,16 @@ static int run_summary(const struct run *run)
  * Tell a URL that a whole run begins, or how it ended; of a part of one nothing is told. What comes of it
  * changes no exit status.
  */
-static void run_tell(const struct run *run, const char *url)
+static void run_tell(struct run *run, const char *url)
 {
-	const struct config *c = run->config;
 	const struct options *o = run->options;
-	struct trust own = { .path = "" };
 	static struct http h;
 	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
 	    run->stopping)
 		return;
-	h = (struct http){ .trust = run_trust(run, c->ca_file) };
-	if (h.trust == NULL) {
-		h.trust = &own;
-		trust_load(&own, c->ca_file);
-	}
+	h = (struct http){ .trust = run_trust(run, run->config->ca_file) };
 	if (http_run(&h, url) != 0)
 		log_warn("%s", h.err.text);
 	else
@@ -8935,9 +8815,8 @@ static int archive_count(void *context, struct archive *a)
 	char octets[16];
 
 	mbox_tally(a->m, &info);
-	log_octets(octets, (uint64_t)info.octets);
 	log_info("%lu mails, %lu of them gone, %s", (unsigned long)info.stored, (unsigned long)info.gone,
-		 octets);
+		 log_octets(octets, (uint64_t)info.octets));
 	sums[0]++;
 	sums[1] += info.stored;
 	return 0;
@@ -8949,36 +8828,36 @@ static bool restore_confirmed(const struct config *c, const struct options *o)
 	uint64_t sums[2] = { 0, 0 };
 	char answer[16] = "";
 	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
-	bool yes = false;
+	bool yes;
 
-	for (unsigned i = 0; fd >= 0 && i < c->n_accounts; i++)
+	if (fd < 0) {
+		log_error("a restore writes to the server: without a terminal to ask on it needs --yes");
+		return false;
+	}
+	for (unsigned i = 0; i < c->n_accounts; i++)
 		if (account_is_wanted(o, &c->accounts[i])) {
 			archives_walk(c, o, &c->accounts[i], archive_count, sums);
 			log_context("", "");
 			log_info("%s goes to %s at %s", c->accounts[i].email, c->accounts[i].username,
 				 c->accounts[i].host);
 		}
-	if (fd < 0) {
-		log_error("a restore writes to the server: without a terminal to ask on it needs --yes");
-		return false;
-	}
 	dprintf(fd, "Put what is missing of %llu mails in %llu mailboxes back on the server? [y/N] ",
 		(unsigned long long)sums[1], (unsigned long long)sums[0]);
-	if (read(fd, answer, sizeof answer - 1) > 0)
-		yes = strcasecmp(answer, "y\n") == 0 || strcasecmp(answer, "yes\n") == 0;
+	if (read(fd, answer, sizeof answer - 1) <= 0)
+		dprintf(fd, "\n");
 	close(fd);
+	yes = strcasecmp(answer, "y\n") == 0 || strcasecmp(answer, "yes\n") == 0;
 	if (!yes)
 		log_error("not confirmed: nothing was done");
 	return yes;
 }
 
 /* Sign in for an entry of "oauth2"; its provider is judged by the CAs of the account that it is for. */
-static int run_authorize(const struct run *run)
+static int run_authorize(struct run *run)
 {
 	const struct config *c = run->config;
 	const struct oauth *oauth = config_oauth(c, run->options->what);
 	const char *ca_file = c->ca_file;
-	static struct trust trust;
 	struct err e = { 0 };
 
 	if (oauth == NULL)
@@ -8987,62 +8866,95 @@ static int run_authorize(const struct run *run)
 	for (unsigned i = c->n_accounts; i-- > 0;)
 		if (c->accounts[i].oauth == oauth)
 			ca_file = c->accounts[i].ca_file;
-	trust_load(&trust, ca_file);
-	if (oauth_authorize(c, oauth, &trust, run->options->paste != 0, &e) == 0)
+	if (oauth_authorize(c, oauth, run_trust(run, ca_file), run->options->paste != 0, &e) == 0)
 		return 0;
 	log_error("%s", e.text);
 	return 1;
 }
 
+#define PILE(pile) (int)(pile).n, (pile).text != NULL ? (pile).text : ""
+
 /* Print what a run has done as one JSON object (README: JSON). */
-static void run_print_json(const struct run *run, const struct options *o, const struct pile *errors,
-			   int status, time_t began)
+static void run_print_json(const struct run *run, const struct pile *errors, int status, time_t began)
 {
-	static const char *const modes[] = { "backup",  "list",   "check",    "verify",
+	static const char *const modes[] = { "backup",	"list",	  "check",    "verify",
 					     "restore", "export", "authorize" };
-	int64_t now = now_ms();
-	char when[32] = "";
+	const struct options *o = run->options;
+	char when[32] = "", email[1300], counts[400];
 	struct tm tm;
 
 	if (gmtime_r(&began, &tm) != NULL)
 		strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &tm);
 	printf("{\"program\":\"imap_backup\",\"version\":\"" VERSION "\",\"mode\":\"%s\",\"dry_run\":%s,"
 	       "\"status\":%d,\"errors\":[%.*s],\"began\":\"%s\",\"seconds\":%.3f,\"accounts\":[",
-	       modes[o->mode], o->dry ? "true" : "false", status, (int)errors->n,
-	       errors->text != NULL ? errors->text : "", when, (double)(now - run->began_ms) / 1000);
-	for (unsigned i = 0; i < run->n_boards; i++) {
-		const struct board *b = &run->boards[i];
-		const struct slot sum = board_sum(b);
-		const struct counts *c = &sum.counts;
-		const struct report *report = &run->reports[i];
-		char email[1300];
+	       modes[o->mode], o->dry ? "true" : "false", status, PILE(*errors), when,
+	       (double)(now_ms() - run->began_ms) / 1000);
+	for (const struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
+		struct counts sum = board_sum(b);
 
+		if (o->mode == RUN_RESTORE) /* it is what goes out that counts */
+			sum.in = sum.out;
 		json_escape(email, sizeof email, b->account->email);
-		printf("%s{\"email\":%s,\"seconds\":%.3f,\"mailboxes\":%llu,\"unchanged\":%llu,\"new\":%llu,"
-		       "\"gone\":%llu,\"back\":%llu,\"duplicates\":%llu,\"octets\":%llu,\"failures\":%llu,"
-		       "\"errors\":[%.*s],\"boxes\":[%.*s]}",
-		       i > 0 ? "," : "", email,
-		       b->began_ms > 0
-			       ? (double)((b->ended_ms > 0 ? b->ended_ms : now) - b->began_ms) / 1000
-			       : 0.0,
-		       (unsigned long long)c->mailboxes, (unsigned long long)c->unchanged,
-		       (unsigned long long)c->stored, (unsigned long long)c->gone,
-		       (unsigned long long)c->back, (unsigned long long)c->others,
-		       (unsigned long long)(o->mode == RUN_RESTORE ? sum.out : sum.in),
-		       (unsigned long long)c->failures, (int)report->errors.n,
-		       report->errors.text != NULL ? report->errors.text : "", (int)report->boxes.n,
-		       report->boxes.text != NULL ? report->boxes.text : "");
+		printf("%s{\"email\":%s,\"seconds\":%.3f%s,\"errors\":[%.*s],\"boxes\":[%.*s]}",
+		       b > run->boards ? "," : "", email, board_seconds(b), counts_json(counts, &sum, OF_ACCOUNT),
+		       PILE(b->errors), PILE(b->boxes));
 	}
 	printf("]}\n");
 }
 
-static int run_main(struct run *run, struct options *options, int argc, char **argv)
+/* Have signals end the run cleanly; but nohup wants its signal ignored. */
+static void run_catch_signals(void)
+{
+	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
+	struct sigaction stop = { .sa_handler = on_stop_signal }, former;
+
+	sigemptyset(&stop.sa_mask);
+	for (int i = 0; i < 3; i++)
+		if (sigaction(signals[i], NULL, &former) == 0 && former.sa_handler != SIG_IGN)
+			sigaction(signals[i], &stop, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
+}
+
+/* Do what one of the modes that speak to servers does. Returns the exit status. */
+static int run_online(struct run *run, struct config *c)
+{
+	const struct options *o = run->options;
+	const char *wrong = destination_unmounted(c);
+	char line[PATH_MAX_OCTETS + 200];
+	bool well = true;
+	int status = 1;
+
+	run_prepare(run);
+	run_tell(run, c->start_url);
+	if (o->mode == RUN_CHECK) {
+		c->retries = 0;
+		well = destination_describe(c, line);
+		if (!well)
+			log_error("%s", line);
+		else if (log_to.errors == NULL)
+			printf("%s\n", line);
+	}
+	if (wrong != NULL && o->mode != RUN_CHECK) {
+		log_error("%s: %s", c->destination, wrong);
+	} else {
+		run_all(run);
+		status = run_summary(run);
+		if (!well)
+			status = 1;
+		if (c->quick && status == 0 && o->mode == RUN_BACKUP && !o->dry)
+			quick_hint(o);
+		if (fflush(stdout) != 0 && status == 0)
+			status = 1;
+	}
+	run_tell(run, status == 0 ? c->success_url : status == 1 ? c->failure_url : NULL);
+	return status;
+}
+
+static int run_main(struct run *run, struct options *o, int argc, char **argv)
 {
 	static struct config config;
-	struct sigaction stop = { .sa_handler = on_stop_signal }, former;
-	static const int signals[] = { SIGINT, SIGTERM, SIGHUP };
 	int status;
-	bool well = true;
 
 	/* Descriptors 0 to 2 must be taken, or a socket or an archive would become stderr. */
 	for (int fd = 0; fd <= 2; fd++)
@@ -9051,67 +8963,39 @@ static int run_main(struct run *run, struct options *options, int argc, char **a
 	umask(077);
 	log_to.terminal = isatty(STDERR_FILENO) != 0;
 	log_to.color = log_to.terminal && getenv("NO_COLOR") == NULL;
-	status = options_parse(options, argc, argv);
-	if (status >= 0)
+	if ((status = options_parse(o, argc, argv)) >= 0)
 		return status;
-	if (options->config_path != NULL ? config_load(&config, options->config_path) != 0
-					 : quick_load(&config, options) != 0)
+	if (o->config_path != NULL ? config_load(&config, o->config_path) != 0 : quick_load(&config, o) != 0)
 		return 2;
-	if ((status = accounts_check(&config, options)) != 0)
+	if ((status = accounts_check(&config, o)) != 0)
 		return status;
-	if (options->mode == RUN_EXPORT)
-		return archives_export(&config, options);
-	if (options->mode == RUN_RESTORE && !options->dry && !options->yes && !restore_confirmed(&config, options))
+	if (o->mode == RUN_EXPORT)
+		return archives_export(&config, o);
+	if (o->mode == RUN_RESTORE && !o->dry && !o->yes && !restore_confirmed(&config, o))
 		return 1;
-	if (options->mode == RUN_CHECK)
-		config.retries = 0;
 	run->config = &config;
-	run->options = options;
+	run->trusts = allocate((config.n_accounts + 1) * sizeof *run->trusts);
 	run_set_clock();
-	sigemptyset(&stop.sa_mask);
-	for (int i = 0; i < 3; i++) /* nohup wants its signal ignored */
-		if (sigaction(signals[i], NULL, &former) == 0 && former.sa_handler != SIG_IGN)
-			sigaction(signals[i], &stop, NULL);
-	signal(SIGPIPE, SIG_IGN);
-	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
+	run_catch_signals();
 	curl_global_init(CURL_GLOBAL_DEFAULT);
-	if (options->mode == RUN_AUTHORIZE)
-		return run_authorize(run);
-	if ((status = run_prepare(run)) != 0)
-		return status;
-	status = 1;
-	run_tell(run, config.start_url);
-	if (options->mode == RUN_CHECK ? (well = destination_check(&config), true)
-				       : !config.require_mount || destination_mounted(&config)) {
-		run_all(run);
-		status = run_summary(run);
-		if (!well)
-			status = 1;
-		if (config.quick && status == 0 && options->mode == RUN_BACKUP && !options->dry)
-			quick_hint(options);
-		if (fflush(stdout) != 0 && status == 0)
-			status = 1;
-	}
-	run_tell(run, status == 0 ? config.success_url : status == 1 ? config.failure_url : NULL);
-	return status;
+	return o->mode == RUN_AUTHORIZE ? run_authorize(run) : run_online(run, &config);
 }
 
 int main(int argc, char **argv)
 {
-	static struct run run;
 	static struct options options;
+	static struct run run = { .options = &options };
 	struct pile errors = { 0 };
 	time_t began = time(NULL);
 	int status;
 
 	run.began_ms = now_ms();
-	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0;
-	     i++) /* also what is wrong with the options */
-		if (strcmp(argv[i], "--json") == 0)
+	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++)
+		if (strcmp(argv[i], "--json") == 0) /* what is wrong with the options is told so, too */
 			log_to.errors = &errors;
 	status = run_main(&run, &options, argc, argv);
 	if (log_to.errors == NULL)
 		return status;
-	run_print_json(&run, &options, &errors, status, began);
+	run_print_json(&run, &errors, status, began);
 	return fflush(stdout) != 0 && status == 0 ? 1 : status;
 }

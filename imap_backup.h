@@ -30,6 +30,7 @@ enum err_code {
 	E_NONE = 0,
 	E_CONFIG,  /* the person must change something first; nothing was contacted */
 	E_FORMAT,  /* a file is not what it should be, or another program changed it */
+	E_STALE,   /* the index does not fit, and is not to be made anew now: see MBOX_LOOK */
 	E_SYSTEM,  /* the file system or the memory failed: read-only, EIO */
 	E_FULL,    /* the disk or the quota is full; err_errno() makes it of E_SYSTEM */
 	E_LOCKED,  /* another process holds it */
@@ -240,7 +241,7 @@ enum {                      /* how to open */
  *   path   of the mbox file; the index is path + ".index"
  *   name   the mailbox's name on the wire; an index of another name is E_FORMAT
  *
- * Also E_LOCKED, E_SYSTEM. With MBOX_LOOK an archive whose index does not fit is E_FORMAT.
+ * Also E_LOCKED, E_SYSTEM. With MBOX_LOOK an archive whose index does not fit is E_STALE.
  */
 int mbox_open(struct mbox **out, const char *path, const char *name, unsigned how, struct err *e);
 

@@ -1833,7 +1833,7 @@ static int put_in_order(struct mbox *m, struct err *e)
 	if (loaded > 0 && (loaded = from_at(m, m->now.octets, e)) < 0)
 		return -1;
 	if (look && (m->flushed > 0 || m->index >= 0))
-		return err_set(e, E_FORMAT,
+		return err_set(e, E_STALE,
 			       "%s: the index is missing or does not fit; the next backup "
 			       "makes it anew",
 			       m->path);

@@ -691,8 +691,10 @@ def test_a_password_is_asked_on_a_terminal(t):
     for answer in (b'\x03', signal.SIGTERM):
         status, shown, asked, after = at_a_terminal(t, answer)
         assert status == 1 and not asked and after and 'stopped by a signal' in shown, (status, shown, asked, after)
+        assert re.search(r'password of [^\r\n]*\r?\n.*stopped', shown, re.S), shown   # on a line of its own
     status, shown, asked, after = at_a_terminal(t, b'\x04')
     assert status == 1 and after and 'expected one of "password", "password_command"' in shown, shown
+    assert re.search(r'password of [^\r\n]*\r?\n.*error: ', shown, re.S), shown
     status, shown, asked, after = at_a_terminal(t, servers.PASSWORD.encode() + b'\n', *quick(t), config=False)
     assert status == 0 and not asked and servers.PASSWORD not in shown, (status, shown)
     # Without a terminal nobody is asked.

@@ -1,11 +1,14 @@
 """What a run says, and how its processes and commands end."""
 import fcntl
+import json
 import os
 import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
+import termios
 import time
 
 import archive
@@ -75,7 +78,7 @@ def test_a_dry_run_tells_octets_and_room(t):
     with open(t.mbox(), 'ab') as f:   # as a run that was killed leaves it
         f.write(b'From nobody Thu Jan  1 00:00:00 1970\nX-Half: ')
     before = os.stat(t.mbox()).st_size
-    got = t.backup('-n', status=1)   # what such an archive lacks it cannot tell
+    got = t.backup('-n')   # what such an archive lacks it cannot tell
     assert 'the next backup makes it anew' in got.err and 'trying again' not in got.err, got.err
     assert 'removed' not in got.err and 'cut off' not in got.err and 'unfinished' not in got.err, got.err
     assert os.stat(t.mbox()).st_size == before
@@ -138,17 +141,64 @@ def test_a_process_that_cannot_be_started(t):
     assert done.returncode == 1 and err.count('cannot start a process') == 2 and 'error: ' + t.email in err, err
 
 
+def at_a_terminal(t, columns=80):
+    """Run with a terminal as stderr. Returns what it shows, as it draws it."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 25, columns, 0, 0))
+    process = subprocess.Popen([*t.program, t.path], stderr=slave, stdin=subprocess.DEVNULL)
+    os.close(slave)
+    shown = b''
+    try:
+        while chunk := os.read(master, 10000):
+            shown += chunk
+    except OSError:   # EIO: nobody has it open any more
+        pass
+    os.close(master)
+    assert process.wait(timeout=60) == 0, shown
+    return shown.decode().split('\r\x1b[K')
+
+
+def test_the_progress_line_goes_on_after_a_reconnection(t):
+    """What was counted stays counted, and the rate is one of this line."""
+    class Cut(imapd.Session):
+        def setup(self):
+            if not hasattr(self.server, 'was_cut'):
+                self.server.was_cut = True
+                self.cut = (1500000, 'rst')
+
+        def cmd_UID_FETCH(self, tag, args):
+            time.sleep(.15)
+            return super().cmd_UID_FETCH(tag, args)
+    serve(t, {'INBOX': imapd.Mailbox(m + (b'x' * 70 + b'\r\n') * 2000 for m in mails(30))}, Cut, email_batch_size=1)
+    lines = at_a_terminal(t, columns=200)
+    again = next(i for i, line in enumerate(lines) if 'trying again' in line)
+    drawn = [(i, re.match(r'(?:(\d+)% )?(\d+) mails ([\d.]+ [kM]?B)(?: [\d.]+ [kM]?B/s)?(?: \d+:\d\d left)? ', line))
+             for i, line in enumerate(lines) if re.search(r'\d mails ', line)]
+    assert all(m for _, m in drawn), lines
+    assert sum(t.email + ' INBOX' in line for line in lines) > 5, lines
+    counts = [int(m.group(2)) for _, m in drawn]
+    assert counts == sorted(counts) and counts[-1] > 20, counts
+    assert all(int(m.group(1) or 0) <= 100 for _, m in drawn), lines
+    assert any(i < again and int(m.group(2)) > 0 for i, m in drawn) and any(i > again for i, _ in drawn), lines
+
+
 def test_list_fits_the_screen(t):
-    long = 'A name that is longer than its column'
+    """Also with names that are ignored; and columns are of characters, not of octets."""
+    long, ignored = 'A name that is longer than its column', 'x' * 75
     serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'Work/Invoices 2024': imapd.Mailbox(mails(1)),
-              long: imapd.Mailbox(mails(2)), sample.mutf7('Entwürfe'): imapd.Mailbox()})
+              long: imapd.Mailbox(mails(2)), sample.mutf7('Entwürfe \u4e2d'): imapd.Mailbox(),
+              ignored: imapd.Mailbox(), sample.mutf7('Ämter'): imapd.Mailbox()}, ignore_mailboxes=['x*', 'Ä*'])
     got = t.backup('--list')
     assert all(len(line) <= 80 for line in got.out.splitlines()), got.out
     assert re.search(r'INBOX +3 .* never +INBOX.mbox', got.out) and long in got.out, got.out
+    assert re.search(r'(?m)^  Ämter {18}\(ignored\)$', got.out) and ignored + '\n' in got.out, got.out
+    assert len({line.index('never') for line in got.out.splitlines() if 'never' in line}) == 1, got.out
 
 
 def test_list_works_offline(t):
-    server = serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'a/b': imapd.Mailbox(mails(2))})
+    """A name that was cut is in the index; -m narrows; with --json it is the same."""
+    long = 'Lists/' + 'x' * 150
+    server = serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'a/b': imapd.Mailbox(mails(2)), long: imapd.Mailbox(mails(1))})
     t.backup()
     server.stop()
     t.config(dict(t.account(server, 'plain'), password_command='exit 1'))
@@ -158,7 +208,13 @@ def test_list_works_offline(t):
         f.write(text)
     got = t.backup('--list', '-n')
     assert re.search(r'INBOX +- +- +3 +0  20\d\d-\d\d-\d\d INBOX.mbox', got.out), got
-    assert re.search(r'a\.b +- +- +2 +0 ', got.out), got
+    assert re.search(r'a/b +- +- +2 +0 ', got.out) and long + '\n' in got.out, got
+    with open(t.mbox(), 'r+') as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)   # a backup that goes on meanwhile is in nobody's way
+        said = json.loads(t.backup('--list', '-n', '--json').out)
+        assert {b['name']: b['archived'] for b in said['accounts'][0]['boxes']} == {'INBOX': 3, 'a/b': 2, long: 1}, said
+    got = t.backup('--list', '-n', '-m', 'a/*')
+    assert 'a/b' in got.out and 'INBOX' not in got.out, got
 
 
 def test_check_tries_once_and_the_destination_too(t):
@@ -220,6 +276,18 @@ def test_a_password_command_ends_with_the_run(t):
         assert not os.path.exists('/proc/%s' % f.read().strip())
 
 
+def test_what_a_password_command_leaves_behind_holds_nothing_up(t):
+    """Such as an agent that keeps the key."""
+    mark = os.path.join(t.folder, 'mark')
+    command(t, 'sleep 20 > /dev/null 2>&1 & echo $! > %s; echo WORD' % mark)
+    t.backup()
+    with open(mark) as f:
+        pid = int(f.read())
+    with open('/proc/%d/stat' % pid) as f:
+        assert f.read().split(')')[1].split()[0] != 'Z'   # it is still at it
+    os.kill(pid, signal.SIGKILL)
+
+
 def test_others_at_the_folder(t):
     serve(t, {'INBOX': imapd.Mailbox(mails(1))})
     t.backup()
@@ -228,6 +296,14 @@ def test_others_at_the_folder(t):
     if os.geteuid() == 0:
         os.chown(t.archive(), 12345, -1)
         assert 'belongs to another user (12345)' in t.backup(status=1).err
+
+
+def test_a_destination_is_made_with_its_parents(t):
+    t.dest = os.path.join(t.folder, 'a', 'b', 'c')
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    assert 'c: can be made' in t.backup('--check').out
+    t.backup()
+    assert os.path.exists(t.mbox()) and os.stat(os.path.join(t.folder, 'a')).st_mode & 0o777 == 0o700
 
 
 def test_too_many_long_names(t):
