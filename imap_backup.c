@@ -7610,7 +7610,8 @@ static void worker_over(void *context, struct sync *y)
 	} else if (y->err.code != E_NONE) {
 		worker_complain(w, &y->err);
 	} else if (w->session.compare) {
-		log_info("the server has %llu new mails, %llu have gone; %llu compared octet by octet, %llu damaged",
+		log_info("the server has %llu new mails, %llu have gone; "
+			 "%llu compared octet by octet, %llu damaged",
 			 c->stored, c->gone, c->compared, c->failures);
 	} else if (c->stored > 0 || c->gone > 0 || c->back > 0) {
 		log_info("%llu %s, %llu gone, %llu back, %s", c->stored,
@@ -8078,7 +8079,7 @@ static void worker_run(struct worker *w)
 	place_give(w->run, w->slot);
 }
 
-/* Make a folder if there is none, with its parents. Its entry is to outlast a power cut, as its files do. */
+/* Make a folder if there is none, with its parents, in a way that outlasts a power cut as its files do. */
 static int make_folder(const char *path)
 {
 	char copy[PATH_MAX_OCTETS];
@@ -8103,10 +8104,8 @@ static int account_lock(struct worker *w, struct err *e)
 	char path[PATH_MAX_OCTETS + 300];
 	struct stat st, other;
 
-	if (make_folder(w->run->config->destination) != 0 || make_folder(w->folder) != 0)
+	if (make_folder(w->folder) != 0 || stat(w->folder, &st) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", w->folder);
-	if (stat(w->folder, &st) != 0)
-		return err_errno(e, E_SYSTEM, "%s", w->folder);
 	if (st.st_uid != geteuid())
 		return err_set(e, E_SYSTEM, "%s: the folder belongs to another user (%lu)", w->folder,
 			       (unsigned long)st.st_uid);
@@ -8133,6 +8132,7 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 {
 	int64_t deadline = now_ms() + (int64_t)run->config->timeout_sec * 1000;
 	char text[2048];
+	bool ended = false;
 	int pair[2], status = -1;
 	size_t n = 0;
 	ssize_t got = 1;
@@ -8151,25 +8151,29 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 		_exit(127);
 	}
 	close(pair[1]);
-	while (got > 0 && !stop_due() && now_ms() < deadline) {
+	while (!ended && !stop_due() && now_ms() < deadline) {
 		struct pollfd fd = { .fd = pair[0], .events = POLLIN };
 
-		if (poll(&fd, 1, 500) <= 0)
-			continue;
-		got = read(pair[0], text + n, sizeof text - 1 - n);
-		n += got > 0 ? (size_t)got : 0;
-		n = n < sizeof text / 2 ? n : sizeof text / 2; /* what is more is overwritten */
+		if (got <= 0) {
+			ended = waitpid(pid, &status, WNOHANG) == pid;
+			poll(NULL, 0, ended ? 0 : 10);
+		} else if (poll(&fd, 1, 500) > 0) {
+			got = read(pair[0], text + n, sizeof text - 1 - n);
+			n += got > 0 ? (size_t)got : 0;
+			n = n < sizeof text / 2 ? n : sizeof text / 2; /* what is more is overwritten */
+		}
 	}
 	close(pair[0]);
-	if (got > 0)
+	if (!ended) {
 		kill(-pid, SIGKILL);
-	while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-		;
+		while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+			;
+	}
 	text[n] = '\0';
 	text[strcspn(text, "\r\n")] = '\0';
-	if (got > 0 && stop_due())
+	if (!ended && stop_due())
 		err_set(e, E_STOPPED, "stopped by a signal");
-	else if (got > 0)
+	else if (!ended)
 		err_set(e, E_ACCOUNT, "\"password_command\" did not end within %u seconds",
 			run->config->timeout_sec);
 	else if (status != 0 || text[0] == '\0')
@@ -8896,8 +8900,8 @@ static void run_print_json(const struct run *run, const struct pile *errors, int
 			sum.in = sum.out;
 		json_escape(email, sizeof email, b->account->email);
 		printf("%s{\"email\":%s,\"seconds\":%.3f%s,\"errors\":[%.*s],\"boxes\":[%.*s]}",
-		       b > run->boards ? "," : "", email, board_seconds(b), counts_json(counts, &sum, OF_ACCOUNT),
-		       PILE(b->errors), PILE(b->boxes));
+		       b > run->boards ? "," : "", email, board_seconds(b),
+		       counts_json(counts, &sum, OF_ACCOUNT), PILE(b->errors), PILE(b->boxes));
 	}
 	printf("]}\n");
 }

@@ -261,7 +261,8 @@ def test_password_commands(t):
         got = t.backup()
         assert '1 mailboxes' in got.err, (text, got.err)
     for text, words in (('exit 3', 'failed'), ('true', 'printed nothing'), ("printf '\\nWORD'", 'printed nothing'),
-                        ('echo WORD; kill -9 $$', 'failed'), ('echo WORD; sleep 60', 'within 1 second')):
+                        ('echo WORD; kill -9 $$', 'failed'), ('echo WORD; sleep 60', 'within 1 second'),
+                        ('echo WORD; exec >&-; sleep 60', 'within 1 second')):
         command(t, text, timeout=1)
         got = t.backup(status=1)
         assert '"password_command"' in got.err and words in got.err, (text, got.err)
