@@ -111,10 +111,10 @@ def slow_box(t, **config):
 
 def test_no_number_of_signals_loses_mails(t):
     """Also when the whole group gets them, over and over."""
-    server = slow_box(t)
     for group in False, True:
         for how in ([signal.SIGTERM] * 5, [signal.SIGINT] * 3, [signal.SIGHUP, signal.SIGTERM, signal.SIGINT] * 2):
             subprocess.run(['rm', '-rf', t.dest], check=True)
+            server = slow_box(t)   # a new one, whose sessions are all of this run
             server.slow = False
             err, status = stopped(t, lambda: server.slow, group, how)
             new = int(re.search(r'(\d+) new', summary(err)).group(1))
