@@ -7471,7 +7471,6 @@ static void counts_add(struct counts *to, const struct counts *from)
 }
 
 /* Of what --json tells counts. */
-enum { OF_ACCOUNT = 1, OF_MAILBOX = 2, OF_COMPARED = 4 /* a mailbox, with --verify --online */ };
 
 /* Write what --json tells of one of these. Returns out. */
 static char *counts_json(char out[400], const struct counts *c, unsigned of)
@@ -7684,8 +7683,7 @@ static void account_start_helpers(struct worker *w)
 	struct board *b = w->board;
 	uint32_t i = w->next;
 
-	if (!w->listed || b->over || stop_due() || w->run->shared->starving > 0 ||
-	    b->not_before_ms > now_ms())
+	if (b->over || stop_due() || w->run->shared->starving > 0 || b->not_before_ms > now_ms())
 		return;
 	for (unsigned k = 1; k < b->account->processes; k++, i++) { /* a mailbox for each of them */
 		struct slot *slot = &b->slots[k];
@@ -7733,7 +7731,7 @@ static struct sync *worker_begin(void *context, bool ahead)
 	for (y = w->session.first; y != NULL; y = y->next) {
 		if (++in_hand == SESSION_BOXES_MAX || board_deaths(b, y->box) > 0)
 			return NULL;
-		mails += y->m != NULL ? mbox_count(y->m) : 0;
+		mails += y->box->held;
 	}
 	for (uint32_t i = w->next; i < w->list.todo; i++) {
 		const struct mailbox *box = &w->list.boxes[i];
@@ -8783,9 +8781,14 @@ static int run_summary(const struct run *run)
 			board_summary(run, b, &sum);
 	}
 	log_context("", "");
-	if (o->dry && o->mode == RUN_BACKUP) {
-		destination_describe(run->config, line);
-		log_info("%s", line);
+	if (o->mode == RUN_CHECK || (o->mode == RUN_BACKUP && o->dry)) {
+		bool well = destination_describe(run->config, line);
+
+		failed = failed || !well;
+		if (well && o->mode == RUN_CHECK && log_to.errors == NULL)
+			printf("%s\n", line);
+		else
+			log_write(well ? LOG_INFO : LOG_ERROR, "%s", line);
 	}
 	if (run->stopping)
 		log_warn("stopped by a signal; what is done is kept, the rest is not done");
@@ -8925,27 +8928,17 @@ static int run_online(struct run *run, struct config *c)
 {
 	const struct options *o = run->options;
 	const char *wrong = destination_unmounted(c);
-	char line[PATH_MAX_OCTETS + 200];
-	bool well = true;
 	int status = 1;
 
 	run_prepare(run);
 	run_tell(run, c->start_url);
-	if (o->mode == RUN_CHECK) {
+	if (o->mode == RUN_CHECK)
 		c->retries = 0;
-		well = destination_describe(c, line);
-		if (!well)
-			log_error("%s", line);
-		else if (log_to.errors == NULL)
-			printf("%s\n", line);
-	}
 	if (wrong != NULL && o->mode != RUN_CHECK) {
 		log_error("%s: %s", c->destination, wrong);
 	} else {
 		run_all(run);
 		status = run_summary(run);
-		if (!well)
-			status = 1;
 		if (c->quick && status == 0 && o->mode == RUN_BACKUP && !o->dry)
 			quick_hint(o);
 		if (fflush(stdout) != 0 && status == 0)
