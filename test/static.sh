@@ -68,6 +68,7 @@ apt_update()
 	[ ! -e apt/sources.list ] || return 0
 	key=/usr/share/keyrings/debian-archive-keyring.gpg
 	[ -e $key ] || "$here/setup.sh" install debian-archive-keyring
+	echo "static.sh: fetching the list of Debian 12's sources" >&2
 	mkdir -p apt/lists/partial apt/archives/partial
 	for suffix in '' -security; do
 		echo "deb-src [signed-by=$key] $(mirror "$suffix") bookworm$suffix main"
@@ -81,6 +82,7 @@ source_of() # PACKAGE
 	[ ! -d "$src/$1" ] || exit 0
 	mkdir -p "$src"
 	cd "$src"
+	echo "static.sh: fetching the source of $1" >&2
 	rm -rf "$1"_* "$1.new"
 	if [ -d "${SOURCES:-}" ]; then
 		cp "$SOURCES/$1"_* .
@@ -195,7 +197,7 @@ build() # TARGET
 				source_of "$package"
 			done
 		) 9>"$cache/lock"
-		echo "static.sh: building the libraries for $name" >&2
+		echo "static.sh: building musl, BearSSL and libcurl for $name: this takes minutes" >&2
 		rm -rf "$prefix" "$top/build/$name"
 		mkdir -p "$prefix/work"
 		set +e   # and no "||": inside of one, -e is ignored
@@ -212,6 +214,7 @@ build() # TARGET
 		rm -r "$prefix/work"
 		printf '%s\n' "$recipe" >"$prefix/recipe"
 	fi
+	echo "static.sh: building imap_backup for $name" >&2
 	# In a folder of its own, where make does not find what was built for this machine.
 	mkdir -p "$top/build/$name"
 	ln -sf "$top/Makefile" "$top"/*.[ch] "$top/build/$name"
