@@ -29,7 +29,7 @@ $(OBJ): imap_backup.h Makefile | headers
 headers:
 	@command -v $(firstword $(CC)) >/dev/null || \
 		{ echo "missing: a C compiler ($(CC)); on Debian or Ubuntu: apt-get install gcc make" >&2; exit 1; }
-	@for need in bearssl.h:libbearssl-dev curl/curl.h:libcurl4-openssl-dev; do \
+	@for need in stdio.h:libc6-dev bearssl.h:libbearssl-dev curl/curl.h:libcurl4-openssl-dev; do \
 		echo "#include <$${need%:*}>" | $(CC) $(OURS) $(CPPFLAGS) -E -o /dev/null - 2>/dev/null || \
 		{ echo "missing: <$${need%:*}>; on Debian or Ubuntu: apt-get install $${need#*:}" >&2; \
 		exit 1; }; \
