@@ -4924,9 +4924,6 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 	size_t length = 0;
 
 	for (size_t i = 0; i < n && length + 5 <= size; i++) {
-		const char *digit = memchr(mutf7_digits, text[i], 64);
-		uint32_t code;
-
 		if (!shifted && text[i] != '&') {
 			out[length++] = text[i];
 		} else if (!shifted) {
@@ -4936,9 +4933,12 @@ static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 			if (text[i - 1] == '&')
 				out[length++] = '&';
 			shifted = false;
-		} else if (digit == NULL) {
-			return 0;
 		} else {
+			const char *digit = memchr(mutf7_digits, text[i], 64);
+			uint32_t code;
+
+			if (digit == NULL)
+				return 0;
 			bits = bits << 6 | (uint32_t)(digit - mutf7_digits);
 			pending += 6;
 			if (pending < 16)
