@@ -334,8 +334,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	if (size < 4)
 		return 0;
-	im.s = (struct stream){ .fd = -1, .account = &account, .timeout_sec = 1,
-				.raw = allocate(STREAM_RAW_OCTETS) };
+	im.s = (struct stream){ .fd = -1, .account = &account, .timeout_sec = 1 };
 	piece = data[1] == 0 ? SIZE_MAX : data[1];
 	im.capabilities = data[2] * 4u;
 	im.trace = data[0] & 128;
