@@ -7472,6 +7472,8 @@ static void counts_add(struct counts *to, const struct counts *from)
 
 /* Of what --json tells counts. */
 
+enum { OF_ACCOUNT = 1, OF_MAILBOX = 2, OF_COMPARED = 4 /* a mailbox, with --verify --online */ };
+
 /* Write what --json tells of one of these. Returns out. */
 static char *counts_json(char out[400], const struct counts *c, unsigned of)
 {
