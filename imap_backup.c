@@ -7470,8 +7470,6 @@ static void counts_add(struct counts *to, const struct counts *from)
 		to->all[i] += from->all[i];
 }
 
-/* Of what --json tells counts. */
-
 enum { OF_ACCOUNT = 1, OF_MAILBOX = 2, OF_COMPARED = 4 /* a mailbox, with --verify --online */ };
 
 /* Write what --json tells of one of these. Returns out. */
