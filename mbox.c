@@ -2143,6 +2143,8 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 
 int mbox_begin(struct mbox *m, struct err *e)
 {
+	char head[BODY_AT];
+
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
 	if (mark_writing(m, e) != 0)
@@ -2157,7 +2159,9 @@ int mbox_begin(struct mbox *m, struct err *e)
 	m->counted = NULL;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
-	if (put(m, (char[BODY_AT]){ 0 }, BODY_AT, e) != 0) { /* mbox_end() knows what stands there */
+	/* mbox_end() knows what stands there; but another program may copy the file before. */
+	head_text(head, 0, 0);
+	if (put(m, head, BODY_AT, e) != 0) {
 		mbox_abort(m);
 		return -1;
 	}
