@@ -444,7 +444,6 @@ struct mbox {
 	char name[MBOX_NAME_MAX + 1];
 	unsigned how;
 	int fd, index;      /* -1: not open */
-	bool index_new;     /* 'index' still is path + ".index.new" */
 	bool index_void;    /* it does not fit the mbox: to be removed */
 	bool index_rekeyed; /* every UID changed */
 	bool data_dirty, records_dirty;
@@ -718,33 +717,28 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	return INDEX_GOOD;
 }
 
-/* Open a new index file beside the old one; the first commit puts it in the old one's place. */
+/*
+ * Put a new index file in the place of the old one. Its state is no valid one until the first commit, so if
+ * the run dies before, the next makes it anew.
+ */
 static int index_create(struct mbox *m, struct err *e)
 {
 	char path[PATH_OCTETS + 16];
 	uint8_t head[RECORDS_AT] = { 0 };
 	size_t length = strlen(m->name);
-	int fd;
 
-	index_path(m->path, ".new", path);
+	if (m->index >= 0)
+		close(m->index);
+	index_path(m->path, "", path);
 	unlink(path);
-	if ((fd = open_file(path, O_RDWR | O_CREAT | O_EXCL, e)) < 0)
+	if ((m->index = open_file(path, O_RDWR | O_CREAT | O_EXCL, e)) < 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
 	memcpy(head, index_magic, 16);
 	put_number(head + 16, 4, length);
 	put_number(head + 20, 4, sum_of((const uint8_t *)m->name, length));
 	memcpy(head + NAME_AT, m->name, length);
-	if (write_all(m, fd, head, sizeof head, 0, e) != 0) {
-		close(fd);
-		unlink(path);
-		return -1;
-	}
-	if (m->index >= 0)
-		close(m->index);
-	m->index = fd;
-	m->index_new = true;
 	memset(m->disk, 0, sizeof m->disk);
-	return 0;
+	return write_all(m, m->index, head, sizeof head, 0, e);
 }
 
 void mbox_peek(const char *path, const char *name, struct mbox_info *info)
@@ -1033,25 +1027,28 @@ static void ring_prefer(struct mbox *m, uint32_t *place, uint32_t before)
 	}
 }
 
-/* Put each ring into the order of enum rank. */
+/* Put each ring into the order of enum rank, and of storing: so are mails told apart that nothing else does. */
 static void rings_sort(struct mbox *m)
 {
-	for (uint32_t *place = m->table; place < m->table + m->table_room; place++) {
-		uint32_t ranks[RANKS] = { 0 }, end = *place - 1, i;
+	for (uint32_t at = 0; at < m->table_room; at++) {
+		uint32_t end = m->table[at], i = end;
 
-		if (*place == 0 || m->entries[end].next == end)
-			continue;
-		for (uint32_t follows = m->entries[end].next; *place != 0;) {
+		while (m->table[at] != 0) { /* 'next' remembers the ring's place meanwhile */
+			uint32_t follows = m->entries[i - 1].next + 1;
+
+			m->entries[i - 1].next = at;
+			m->table[at] = follows == end ? 0 : m->table[at];
 			i = follows;
-			follows = m->entries[i].next;
-			m->entries[i].next = i;
-			ring_join(m, &ranks[rank_of(m, i)], i + 1);
-			*place = i == end ? 0 : *place;
 		}
-		for (int rank = 0; rank < RANKS; rank++)
-			if (ranks[rank] != 0)
-				ring_join(m, place, ranks[rank]);
 	}
+	for (enum rank rank = 0; rank < RANKS; rank++)
+		for (uint32_t i = 0; i < m->now.records; i++)
+			if (rank_of(m, i) == rank) {
+				uint32_t *place = m->table + m->entries[i].next;
+
+				m->entries[i].next = i;
+				ring_join(m, place, i + 1);
+			}
 }
 
 /* Make room for so many records, and then some; the table never is fuller than two thirds. */
@@ -1549,8 +1546,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	if (record_get(m, i, &r, e) != 0)
 		return -1;
 	if (r.digits > 0 && (m->how & MBOX_LOOK) == 0) {
-		/* A new index is not in place yet: without one, the digits are read anyway. */
-		if (!m->index_new && mark_writing(m, e) != 0)
+		if (mark_writing(m, e) != 0)
 			return -1;
 		if (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0)
 			return -1;
@@ -2159,8 +2155,7 @@ int mbox_begin(struct mbox *m, struct err *e)
 	m->counted = NULL;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
-	/* mbox_end() knows what stands there; but another program may copy the file before. */
-	head_text(head, 0, 0);
+	head_text(head, 0, 0); /* mbox_end() knows better; disown_part() looks for it */
 	if (put(m, head, BODY_AT, e) != 0) {
 		mbox_abort(m);
 		return -1;
@@ -2471,7 +2466,6 @@ void mbox_assume(struct mbox *m, const struct mbox_claim *claim)
 
 int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
-	char new[PATH_OCTETS + 16], path[PATH_OCTETS + 16];
 	bool data = m->data_dirty || m->buffered > 0, marking = m->now.writing && !m->marked, records;
 	uint8_t state[STATE_OCTETS];
 	struct stat st, named;
@@ -2492,7 +2486,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
 	/* The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these. */
-	if (m->index_rekeyed && !m->index_new) {
+	if (m->index_rekeyed) {
 		put_number(m->disk + UIDVALIDITY_AT, 4, 0);
 		put_number(m->disk + STATE_OCTETS - 8, 8, sum_of(m->disk, STATE_OCTETS - 8));
 		if (write_all(m, m->index, m->disk, sizeof m->disk, STATE_AT, e) != 0 ||
@@ -2500,7 +2494,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 			return -1;
 	}
 	m->index_rekeyed = false;
-	records = data || m->records_dirty || m->index_new || marking || m->now.writing != m->disk[0];
+	records = data || m->records_dirty || marking || m->now.writing != m->disk[0];
 	if (records_update(m, e) != 0)
 		return -1;
 	/* No record of a run that died before it wrote a mail may be taken for one of those that come now. */
@@ -2515,15 +2509,6 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	/* A mere claim may be lost with the power: the old one only asks again. */
 	if (records && sync_file(m, m->index, e) != 0)
 		return -1;
-	if (m->index_new) {
-		index_path(m->path, ".new", new);
-		index_path(m->path, "", path);
-		if (rename(new, path) != 0)
-			return err_errno(e, E_SYSTEM, "%s: cannot rename", new);
-		m->index_new = false;
-		marking = true;
-	}
-	/* With the mark also after no renaming: a run may have died between one and this sync. */
 	if (marking && sync_folder(m, e) != 0)
 		return -1;
 	m->marked = m->now.writing;
@@ -2551,10 +2536,6 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		index_path(m->path, "", path);
 		if (unlink(path) != 0 && errno != ENOENT)
 			r = err_errno(e, E_SYSTEM, "%s: cannot remove", path);
-	}
-	if (m->index_new) {
-		index_path(m->path, ".new", path);
-		unlink(path);
 	}
 	if (m->index >= 0)
 		close(m->index);

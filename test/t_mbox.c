@@ -1287,19 +1287,6 @@ static void test_files(void)
 			check(n == (what == 0 ? 0 : 8), "%s %d: the victim", places[i], what);
 			free(text);
 		}
-	/* What lies where the new index is made is replaced. */
-	for (int what = 0; what < 3; what++) {
-		struct stat st;
-
-		unlink(path);
-		unlink(index_file);
-		write_file("victim", "abc", 3);
-		check((what == 0 ? symlink("victim", "box.mbox.index.new") : what == 1 ?
-		       link("victim", "box.mbox.index.new") : mkfifo("box.mbox.index.new", 0600)) == 0, "new %d", what);
-		closed(opened(0));
-		check(stat("victim", &st) == 0 && st.st_size == 3 && lstat(index_file, &st) == 0 && S_ISREG(st.st_mode) &&
-		      access("box.mbox.index.new", F_OK) != 0, "new %d: the victim", what);
-	}
 	unlink("victim");
 }
 
