@@ -644,7 +644,7 @@ static int take(void *context, const void *octets, size_t n)
 static struct mbox_mail read_back(enum mbox_form form)
 {
 	struct err e = { 0 };
-	struct mbox_mail mail = { 0 };
+	struct mbox_mail mail = { .offset = 0 };
 	struct mbox *m;
 	off_t at = 0;
 
