@@ -305,7 +305,7 @@ class Episode:
         assert not wrong, 'seed %d, honest after %s:\n%s\n%s' % (self.seed, what, '\n'.join(wrong[:8]), err[-3000:])
 
     def complaints(self, path, name, box):
-        """Of what is no longer there, whatever was stored must be marked so."""
+        """Of what is no longer there, or was told of another mailbox, whatever was stored must be marked so."""
         now = [archive.Mail(m.uid, m.data, archive.state_of(m.flags), m.when,
                             imapd.header_fields(m.data, 'FROM TO CC DATE SUBJECT')) for m in box.mails]
         have = {archive.own_id(m.data) or m.data for m in now}
@@ -313,8 +313,8 @@ class Episode:
                   for s in archive.read(path)}
         gone = {archive.own_id(m.data) or m.data: archive.Mail(
             m.uid, m.data, stored[archive.quote(m.data)], m.when, imapd.header_fields(m.data, 'FROM TO CC DATE SUBJECT'))
-            for (where, _), m in self.known.items()
-            if where == name and (archive.own_id(m.data) or m.data) not in have and archive.quote(m.data) in stored}
+            for m in self.known.values()
+            if (archive.own_id(m.data) or m.data) not in have and archive.quote(m.data) in stored}
         return archive.compare(path, now, gone=list(gone.values()))
 
     def live(self):
