@@ -654,6 +654,7 @@ def at_a_terminal(t, answer, *options, config=True):
     def own():
         os.setsid()
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell's background job ignores it, and so would we
 
     def echo():
         return bool(termios.tcgetattr(slave)[3] & termios.ECHO)
