@@ -8102,7 +8102,8 @@ static int account_lock(struct worker *w, struct err *e)
 	char path[PATH_MAX_OCTETS + 300];
 	struct stat st, other;
 
-	if (make_folder(w->folder) != 0 || stat(w->folder, &st) != 0)
+	if (make_folder(w->run->config->destination) != 0 || make_folder(w->folder) != 0 ||
+	    stat(w->folder, &st) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", w->folder);
 	if (st.st_uid != geteuid())
 		return err_set(e, E_SYSTEM, "%s: the folder belongs to another user (%lu)", w->folder,
