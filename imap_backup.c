@@ -8922,6 +8922,7 @@ static void run_catch_signals(void)
 			sigaction(signals[i], &stop, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes: EFBIG tells of it */
+	signal(SIGCHLD, SIG_DFL); /* ignored, it would leave nobody to be waited for */
 }
 
 /* Do what one of the modes that speak to servers does. Returns the exit status. */

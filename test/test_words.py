@@ -277,6 +277,14 @@ def test_a_password_command_ends_with_the_run(t):
         assert not os.path.exists('/proc/%s' % f.read().strip())
 
 
+def test_children_are_waited_for_whatever_was_ignored(t):
+    """Some programs that start others leave SIGCHLD ignored; then nobody could be waited for."""
+    command(t, 'echo WORD', timeout=5)
+    done = subprocess.run([*t.program, t.path], stderr=subprocess.PIPE, timeout=60,
+                          preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_what_a_password_command_leaves_behind_holds_nothing_up(t):
     """Such as an agent that keeps the key."""
     mark = os.path.join(t.folder, 'mark')
