@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -233,6 +234,7 @@ def run_fuzz(path):
 
 
 def worker(tasks, results):
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # what a script starts with "&" ignores it
     for task in iter(tasks.get, None):
         results.put(run_one(task))
     for server in T.shared.values():
@@ -261,7 +263,7 @@ def main():
     tests = [t for t in tests if not options.pattern or any(p in t[1] for p in options.pattern)]
     if instrumented:   # units are sanitized always; the memory measured would be the sanitizer's
         tests = [t for t in tests if t[0] not in ('C', 'fuzz') and 'memory' not in t[1] and
-                 'million' not in t[1]]
+                 'million' not in t[1] and 'core_dump' not in t[1]]
     if not os.access(PROGRAM, os.X_OK):
         sys.exit('%s is missing: run make' % PROGRAM)
     tasks, results = multiprocessing.Queue(), multiprocessing.Queue()
