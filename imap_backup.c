@@ -4663,6 +4663,7 @@ static struct json *oauth_device(struct oauth_job *k)
 			 (limit_sec + 59) / 60);
 	while (answer == NULL && k->e->code == E_NONE) {
 		poll(NULL, 0, (int)sec * 1000);
+		*k->error = '\0'; /* it is over if we say so: there is no other way then */
 		if (stop_asked)
 			err_set(k->e, E_STOPPED, "stopped by a signal");
 		else if ((now_ms() - began) / 1000 >= limit_sec)
