@@ -445,7 +445,7 @@ struct mbox {
 	unsigned how;
 	int fd, index;      /* -1: not open */
 	bool index_void;    /* it does not fit the mbox: to be removed */
-	bool index_rekeyed; /* every UID changed */
+	bool index_rekeyed; /* every UID changed, and the index on disk has the old ones */
 	bool data_dirty, records_dirty;
 	bool marked;      /* we have brought "writing" to the disk; what was read may not be there */
 	bool stuck;       /* a write or sync failed: what is on disk is not known */
@@ -1955,7 +1955,7 @@ void mbox_forget_uids(struct mbox *m)
 			m->entries[i].bits &= ~(uint32_t)ENTRY_LEFT;
 			m->entries[i].bits |= ENTRY_DIRTY;
 		}
-	m->index_rekeyed = true;
+	m->index_rekeyed = m->now.records > 0;
 	m->now.claim = (struct mbox_claim){ .unseen = UINT32_MAX }; /* should a commit come meanwhile */
 }
 
@@ -2485,16 +2485,20 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	m->now.octets = m->flushed;
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
-	/* The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these. */
+	records = data || m->records_dirty || marking || m->now.writing != m->disk[0];
+	/*
+	 * The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these: the old one is off it
+	 * before the first record changes, and the new one comes when all have.
+	 */
 	if (m->index_rekeyed) {
 		put_number(m->disk + UIDVALIDITY_AT, 4, 0);
 		put_number(m->disk + STATE_OCTETS - 8, 8, sum_of(m->disk, STATE_OCTETS - 8));
 		if (write_all(m, m->index, m->disk, sizeof m->disk, STATE_AT, e) != 0 ||
+		    sync_file(m, m->index, e) != 0 || records_update(m, e) != 0 ||
 		    sync_file(m, m->index, e) != 0)
 			return -1;
 	}
 	m->index_rekeyed = false;
-	records = data || m->records_dirty || marking || m->now.writing != m->disk[0];
 	if (records_update(m, e) != 0)
 		return -1;
 	/* No record of a run that died before it wrote a mail may be taken for one of those that come now. */

@@ -474,6 +474,26 @@ def test_a_run_that_died_at_the_mark_and_then_a_power_cut(t):
             r.settle(box, 'died before operation %d' % n)
 
 
+def test_a_new_uidvalidity_and_a_power_cut(t):
+    """The index's state came to the disk, and its records did not: their UIDs are not of its UIDVALIDITY."""
+    r = rig(t)
+    was = mailbox('a', 'b', 'c')
+    held = backed_up(r, was)
+    box = imapd.Mailbox(uidvalidity=was.uidvalidity + 1)
+    for m in (imapd.Mail(0, sample.mail(random.Random(2), 'd').data, [], sample.T0, 0), *held.mails):
+        box.add(m.data, ' '.join(m.flags), m.when)   # each UID is another mail's now
+    step = torture.Step(r, 'renumbered', was, box)
+    operations = torture.undisturbed(r, step)[1]
+    disk, name = torture.Disk(r.disk, step.before), os.path.relpath(r.mbox(), r.disk) + '.index'
+    for n, operation in enumerate(operations):
+        disk.apply(*operation)
+        torture.begin(r, step)
+        files, (first, *_, last) = disk.cut('mbox', random.Random(1)), [*disk.now[name].versions] * 2
+        files[name] = first[:1536] + last[1536:2048] + first[2048:]
+        torture.plant(r.disk, files)
+        r.settle(box, 'cut behind operation %d' % n)
+
+
 # ---- a sample of the campaign ----
 
 def part(t, campaign, some):
