@@ -7025,6 +7025,23 @@ static bool restore_has(struct restore *r, const struct mbox_id *id)
 	return false;
 }
 
+/*
+ * Take the answer to a question for Message-IDs. If one of them is refused, *e tells it, and nothing may be
+ * sent: what the target has would be put there again.
+ */
+static int restore_listed(struct restore *r, struct err *e)
+{
+	const struct command *c = imap_answer(r->im);
+
+	if (c == NULL)
+		return -1;
+	if (c->result.below > 0)
+		err_set(e, E_REFUSED, "the server does not tell of all mails: %s", c->result.text);
+	if (strcmp(c->result.code, "EXPUNGEISSUED") != 0) /* the others were told (RFC 5530) */
+		imap_refused(e, &c->result, "listing the mails");
+	return 0;
+}
+
 /* Open the target's mailbox and list what it has. Returns 0, or -1 with *e: E_REFUSED, or r->err is filled, too. */
 static int restore_look(struct restore *r, struct err *e)
 {
@@ -7033,6 +7050,7 @@ static int restore_look(struct restore *r, struct err *e)
 	const struct imap_result *result;
 	struct range ranges[BATCH_RANGES];
 	struct set ask = { 0 };
+	struct err refused = { 0 };
 	char uids[SET_TEXT_OCTETS];
 	unsigned tag;
 
@@ -7067,17 +7085,24 @@ static int restore_look(struct restore *r, struct err *e)
 		r->asks_made = made > 0;
 		while (set_take(&ask, r->session->config->header_batch, ranges, uids) > 0) {
 			while (!imap_may_send(im))
-				if (imap_answer(im) == NULL)
+				if (restore_listed(r, &refused) != 0)
 					return -1;
 			if (imap_send(im, NULL, "%sFETCH %s (UID BODY.PEEK[HEADER.FIELDS (%s)])",
 				      made > 0 ? "UID " : "", uids, fields[made]) == 0)
 				return -1;
 		}
-		if (im->taken < im->tag && imap_wait(im, im->tag) == NULL)
-			return -1;
+		while (im->taken < im->tag)
+			if (restore_listed(r, &refused) != 0)
+				return -1;
 		set_free(&ask);
 		ask = r->nameless;
 		r->nameless = (struct set){ 0 };
+	}
+	if (refused.code == E_WAIT)
+		r->err = refused;
+	if (refused.code != E_NONE) {
+		*e = refused; /* whatever it tells of CREATE */
+		return -1;
 	}
 	if (r->n > 0)
 		qsort(r->ids, r->n, sizeof *r->ids, id_compare);
@@ -7251,7 +7276,8 @@ static void restore_name(struct restore *r)
 		if (into != NULL)
 			restore_add_name(r, into, '/');
 		restore_add_name(r, name, a->box.delimiter);
-		r->target[strlen(r->target) - 1] = '\0';
+		if (r->target[0] != '\0')
+			r->target[strlen(r->target) - 1] = '\0';
 	}
 	imap_quote(r->im, r->quoted, sizeof r->quoted, r->target);
 }

@@ -272,6 +272,30 @@ def test_restore_refusals(t):
     assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in held)
 
 
+def test_restore_where_the_listing_is_refused(t):
+    """What the target has is not known then: nothing is put there twice. One that asks to wait gets its time."""
+    mails = few(30) + [sample.Mail(b'Subject: none %d\r\n\r\nno ID\r\n' % i, '', sample.T0) for i in range(30)]
+    fill(t, {'INBOX': mails, 'Other': few(2, 'o')})
+    t.config()
+    t.backup()
+    boxes = {'INBOX': imapd.Mailbox(), 'Other': imapd.Mailbox()}
+    restore_to(t, boxes)
+    for command, answer in (('FETCH', 'NO no'), ('UID_FETCH', 'BAD no'), ('FETCH', 'NO Server Unavailable. 15'),
+                            ('FETCH', 'OK [MESSAGELIMIT 10 20] more')):
+        refused = []
+
+        def hook(session, tag, name, args):
+            if name != command or not session.box or len(session.box.mails) < 60 or refused:
+                return None
+            refused.append(args)
+            return session.line(tag + ' ' + answer) or True
+        waits = 'Unavailable' in answer
+        boxes['Other'].mails.clear()
+        got, _ = restore_to(t, boxes, status=0 if waits else 1, hook=hook)
+        assert refused and len(boxes['INBOX'].mails) == 60, (answer, len(boxes['INBOX'].mails), got.err)
+        assert len(boxes['Other'].mails) == 2 and answer.split()[-1] in got.err, (answer, got.err)
+
+
 def test_restore_below_a_prefix(t):
     """Another delimiter, a prefix, no LITERAL+: synchronising literals; a part that holds the delimiter."""
     held = fill(t, {'INBOX': few(2), 'A/B.c': few(3, 'x')})
