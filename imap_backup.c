@@ -7720,7 +7720,7 @@ static void account_start_helpers(struct worker *w)
 			i++;
 		if (i >= w->list.todo)
 			return;
-		if (slot->pid != 0)
+		if (slot->pid != 0 || slot->tries > w->run->config->retries) /* at work, or it has given up */
 			continue;
 		if (!place_take(w->run, slot))
 			return;
@@ -7736,7 +7736,8 @@ static void account_start_helpers(struct worker *w)
 		w->im = (struct imap){ .s.fd = -1 };
 		w->slot = slot;
 		w->session.first = NULL;
-		slot->tries = w->cuts = 0;
+		w->cuts = 0;
+		session_speak(&w->session, NULL);
 		worker_run(w);
 		_exit(0);
 	}

@@ -684,6 +684,27 @@ def test_one_connection_is_all_that_the_server_takes(t):
             assert not archive.compare(os.path.join(t.dest, 'a@x', name + '.mbox'), held(box))
 
 
+def test_a_connection_that_was_given_up_is_not_tried_again(t):
+    """Though there are mailboxes that nobody has taken; and it is said once, of no mailbox."""
+    class Shy(Session):
+        def enter(self, tag, user, password):
+            if self.number > 1:
+                return no('[LIMIT] Maximum number of connections exceeded')(self, tag)
+            Session.enter(self, tag, user, password)
+
+        def cmd_UID_FETCH(self, tag, args):
+            time.sleep(0.02)
+            Session.cmd_UID_FETCH(self, tag, args)
+    boxes = {name: Mailbox(letters(3, name)) for name in ['INBOX'] + ['B%d' % i for i in range(40)]}
+    server = Server(boxes, session=Shy)
+    t.cleanups.append(server.stop)
+    account = {'email': 'a@x', 'host': '127.0.0.1', 'port': server.port, 'password': 'secret'}
+    status, said, err = run(t, [account], retries=0, processes_per_account=2)
+    assert status == 0 and len(server.sessions) == 2, (len(server.sessions), err)
+    for name, box in boxes.items():
+        assert not archive.compare(os.path.join(t.dest, 'a@x', name + '.mbox'), held(box))
+
+
 # ---- lies ----
 
 def endless(what, when='greet'):
