@@ -8105,22 +8105,26 @@ static void worker_run(struct worker *w)
 	place_give(w->run, w->slot);
 }
 
-/* Make a folder if there is none, with its parents, in a way that outlasts a power cut as its files do. */
+/*
+ * Make a folder unless there is one, with its parents, in a way that outlasts a power cut as its files do; also
+ * where an earlier run made it, and died before that was sure.
+ */
 static int make_folder(const char *path)
 {
-	char copy[PATH_MAX_OCTETS];
-	int fd;
+	char *copy = copy_text(path), *parent = dirname(copy);
+	int fd = -1, result = 0;
 
-	snprintf(copy, sizeof copy, "%s", path);
-	if (mkdir(path, 0700) != 0 &&
-	    (errno != ENOENT || make_folder(dirname(copy)) != 0 || mkdir(path, 0700) != 0))
-		return errno == EEXIST ? 0 : -1;
-	snprintf(copy, sizeof copy, "%s", path);
-	if ((fd = open(dirname(copy), O_RDONLY | O_CLOEXEC)) >= 0) {
+	if (strcmp(parent, path) != 0) { /* neither "/" nor "." */
+		make_folder(parent);
+		result = mkdir(path, 0700) != 0 && errno != EEXIST ? -1 : 0;
+		fd = result == 0 ? open(parent, O_RDONLY | O_CLOEXEC) : -1;
+	}
+	if (fd >= 0) {
 		fsync(fd);
 		close(fd);
 	}
-	return 0;
+	free(copy);
+	return result;
 }
 
 /* Create the account's folder and hold its lock: one run at a time. */
@@ -8130,15 +8134,14 @@ static int account_lock(struct worker *w, struct err *e)
 	char path[PATH_MAX_OCTETS + 300];
 	struct stat st, other;
 
-	if (make_folder(w->run->config->destination) != 0 || make_folder(w->folder) != 0 ||
-	    stat(w->folder, &st) != 0)
+	mailbox_path(&w->list, ".lock", path);
+	if ((access(path, F_OK) != 0 && make_folder(w->folder) != 0) || stat(w->folder, &st) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create the folder", w->folder);
 	if (st.st_uid != geteuid())
 		return err_set(e, E_SYSTEM, "%s: the folder belongs to another user (%lu)", w->folder,
 			       (unsigned long)st.st_uid);
 	if (st.st_mode & (S_IWGRP | S_IWOTH))
 		log_warn("%s: others may write into this folder; try: chmod go-w", w->folder);
-	mailbox_path(&w->list, ".lock", path);
 	w->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
 	if (w->lock < 0 || fstat(w->lock, &st) != 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
