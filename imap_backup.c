@@ -1068,8 +1068,10 @@ static size_t line_read(int fd, char *text, size_t size)
 	size_t n = 0;
 
 	*text = '\0';
-	while (got != 0 && n < size - 1 && strchr(text, '\n') == NULL && !stop_asked) {
-		got = poll(&ready, 1, 1000) > 0 ? read(fd, text + n, size - 1 - n) : -1;
+	while (got > 0 && n < size - 1 && strchr(text, '\n') == NULL && !stop_asked) {
+		if (poll(&ready, 1, 1000) <= 0)
+			continue;
+		got = read(fd, text + n, size - 1 - n);
 		n += got > 0 ? (size_t)got : 0;
 		text[n] = '\0';
 	}
@@ -8180,6 +8182,7 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 		execl("/bin/sh", "sh", "-c", account->password_command, (char *)NULL);
 		_exit(127);
 	}
+	setpgid(pid, pid); /* whoever of the two is first */
 	close(pair[1]);
 	while (!ended && !stop_due() && now_ms() < deadline) {
 		struct pollfd fd = { .fd = pair[0], .events = POLLIN };
@@ -8838,7 +8841,7 @@ static void run_tell(struct run *run, const char *url)
 	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
-	    run->stopping)
+	    stop_asked)
 		return;
 	h = (struct http){ .trust = run_trust(run, run->config->ca_file) };
 	if (http_run(&h, url) != 0)

@@ -689,10 +689,13 @@ def test_a_password_is_asked_on_a_terminal(t):
     assert status == 0 and not asked and after and servers.PASSWORD not in shown, (status, shown, asked, after)
     t.same(held)
     # Ctrl-C, and a signal from elsewhere: the terminal is as it was.
+    t.config(account, start_url='http://127.0.0.1:1/', failure_url='http://127.0.0.1:1/')
     for answer in (b'\x03', signal.SIGTERM):
         status, shown, asked, after = at_a_terminal(t, answer)
+        assert '127.0.0.1' not in shown, shown
         assert status == 1 and not asked and after and 'stopped by a signal' in shown, (status, shown, asked, after)
         assert re.search(r'password of [^\r\n]*\r?\n.*stopped', shown, re.S), shown   # on a line of its own
+    t.config(account)
     status, shown, asked, after = at_a_terminal(t, b'\x04')
     assert status == 1 and after and 'expected one of "password", "password_command"' in shown, shown
     assert re.search(r'password of [^\r\n]*\r?\n.*error: ', shown, re.S), shown

@@ -225,6 +225,16 @@ def test_paste(t):
     assert tokens(t) == kept, 'a sign-in that failed cost the token'
 
 
+def test_a_sign_in_with_nobody_to_read_from(t):
+    p = started(t)
+    with_dovecot(t, p)
+    folder = os.open(t.folder, os.O_RDONLY)   # ready to be read, and cannot be
+    done = subprocess.run([*t.program, '--authorize', 'work', '--paste', t.path], stdin=folder, timeout=20,
+                          stderr=subprocess.PIPE)
+    os.close(folder)
+    assert done.returncode == 1 and b'no code in what was pasted' in done.stderr, done.stderr
+
+
 def test_a_signal_ends_a_sign_in(t):
     """Also where nothing else is to be said; only the lock is left."""
     p = started(t)
