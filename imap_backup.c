@@ -6554,8 +6554,8 @@ static int sync_flagged(struct sync *y, const struct imap_result *result)
 {
 	if (result->condition == IMAP_OK) /* RFC 9738: go on below */
 		return result->below > 0 ? sync_add(y, &y->todo[KIND_FLAGS], 1, result->below - 1) : 0;
-	if (y->session->im->exists == 0)
-		return 0; /* some take no UIDs of an empty mailbox */
+	if (y->session->im->exists == 0 || mbox_last_uid(y->m) == 0)
+		return 0; /* some take no UIDs of an empty mailbox; where UIDVALIDITY is new, none is known */
 	if (y->since == 0 || imap_wait_asked(result) > 0)
 		return imap_refused(&y->err, result, "asking for flags");
 	y->since = 0; /* what it offers, it does not have */

@@ -1023,3 +1023,21 @@ def test_flags_refused_are_asked_for_again(t):
             t.backup()
             complaints = archive.compare(t.mbox(), held(box))
             assert not complaints, complaints
+
+
+def test_changed_flags_refused_where_uidvalidity_is_new(t):
+    """They are of no use there, for no UID is bound: nothing else is asked for in their place."""
+    box = Mailbox(letters())
+    with Server({'INBOX': box}) as server:
+        t.config(t.account(server, mode='plain', ssl=False))
+        t.backup()
+        server.hook = lambda session, tag, name, args: (
+            'CHANGEDSINCE' in args and (session.line(tag + ' BAD iPhone?') or True))
+        for number in range(2):
+            box.renumber(box.uidvalidity + 1)
+            box.flag(box.mails[number].uid, '\\Flagged')
+            t.backup()
+            complaints = archive.compare(t.mbox(), held(box))
+            assert not complaints, complaints
+        asked = [c.text for c in server.commands if '(FLAGS)' in c.text]
+        assert len(asked) == 2 and all('CHANGEDSINCE' in a for a in asked), asked
