@@ -52,7 +52,7 @@ enum {
 	HEADER_OCTETS = 48 << 10, /* of a header are held there; quoted, they are up to 56 << 10 */
 	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
 	COMMIT_SEC = 20,          /* ... or for so long */
-	PATH_OCTETS = 4096,       /* of a path, with ".index.new" */
+	PATH_OCTETS = 4096,       /* of a path, with ".index.damaged" */
 	NAME_AT = 24,             /* places in the index: */
 	STATE_AT = 1536,
 	STATE_OCTETS = 80,
@@ -67,7 +67,7 @@ enum {
 	DIGITS_MAX = 255,                        /* digits further from the From line are not looked for */
 	COUNTS = 1 << 12,                        /* places for counts of mails that have one made ID */
 	COMPARED_MAX = 64,                       /* stored copies with which a mail is compared */
-	NOTED_MAX = 256                          /* damaged mails that are healed at once */
+	NOTED_MAX = 256                          /* damaged mails that are looked for at once */
 };
 
 static const char index_magic[] = "imap_backup idx3";
@@ -1877,7 +1877,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	m->fd = m->index = -1;
 	m->start = -1;
 	m->how = how & MBOX_READ ? how | MBOX_LOOK : how;
-	if (strlen(path) + sizeof ".index.new" > sizeof m->path || strlen(name) > MBOX_NAME_MAX) {
+	if (strlen(path) + sizeof ".index.damaged" > sizeof m->path || strlen(name) > MBOX_NAME_MAX) {
 		err_set(e, E_FORMAT, "%s: the path or the mailbox's name is too long", path);
 		goto fail;
 	}
@@ -2591,31 +2591,23 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	return tear(m, i, e);
 }
 
-int mbox_heal(struct mbox *m, struct err *e)
+/* Heal the mails that are noted: offsets and lengths. Returns how many they are, or -1. */
+static int heal_noted(struct mbox *m, long long (*noted)[2], unsigned n, struct err *e)
 {
-	long long noted[NOTED_MAX][2]; /* offsets and lengths */
-	char path[PATH_OCTETS + 16];
-	unsigned n = 0, k;
-	int fd, healed = 0;
 	struct record r;
-	FILE *f;
+	int healed = 0;
 
-	index_path(m->path, ".damaged", path);
-	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0 || (f = fdopen(fd, "r")) == NULL)
-		return 0;
-	while (n < NOTED_MAX && fscanf(f, "%lld %lld", &noted[n][0], &noted[n][1]) == 2)
-		n++;
-	fclose(f);
-	/* The digits in the mbox are ahead of the index, as it says then; and all is asked for once more. */
-	m->now.claim.uidnext = 0;
+	/* The digits in the mbox are ahead of the index, as it says then. */
 	if (n > 0 && mark_writing(m, e) != 0)
 		return -1;
 	for (uint32_t i = 0; n > 0 && i < m->now.records; i++) {
+		unsigned k = 0;
+
 		if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
 			continue;
 		if (record_get(m, i, &r, e) != 0)
 			return -1;
-		for (k = 0; k < n && (noted[k][0] != r.offset || noted[k][1] != r.octets);)
+		while (k < n && (noted[k][0] != r.offset || noted[k][1] != r.octets))
 			k++;
 		if (k == n)
 			continue;
@@ -2623,6 +2615,30 @@ int mbox_heal(struct mbox *m, struct err *e)
 			return -1;
 		healed++;
 	}
+	return healed;
+}
+
+int mbox_heal(struct mbox *m, struct err *e)
+{
+	long long noted[NOTED_MAX][2];
+	char path[PATH_OCTETS + 16];
+	int fd, healed = 0, some;
+	unsigned n;
+	FILE *f;
+
+	index_path(m->path, ".damaged", path);
+	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0 || (f = fdopen(fd, "r")) == NULL)
+		return 0;
+	m->now.claim.uidnext = 0; /* all is asked for once more */
+	do {
+		for (n = 0; n < NOTED_MAX && fscanf(f, "%lld %lld", &noted[n][0], &noted[n][1]) == 2;)
+			n++;
+		some = heal_noted(m, noted, n, e);
+		healed += some;
+	} while (some >= 0 && n == NOTED_MAX);
+	fclose(f);
+	if (some < 0)
+		return -1;
 	order_make(m);
 	rings_sort(m);
 	if (mbox_commit(m, NULL, e) != 0)

@@ -434,6 +434,24 @@ def test_damage_heals(t):
             assert [m.state for m in now] == [m.state for m in archive.read(path)], where
 
 
+def test_much_damage_heals(t):
+    """However many mails are noted, and however often, none is left out."""
+    fill(t, {'INBOX': few(270)})
+    t.config()
+    t.backup()
+    with open(t.mbox(), 'r+b') as f:
+        octets = bytearray(f.read())
+        f.seek(0)
+        for m in re.finditer(rb'(?m)^Subject: ', octets):
+            octets[m.end()] ^= 1
+        f.write(octets)
+    for _ in range(2):
+        assert ', 270 damaged' in t.backup('--verify', status=1).out
+    got = t.backup()
+    assert '270 damaged mails are marked as gone' in got.err and 'INBOX: 270 new, 0 gone' in got.err, got.err
+    t.backup('--verify')
+
+
 def test_restore_cut_anywhere(t):
     """The line breaks before or after each command; or the target refuses, limits, wants to be told to create."""
     mails = few(8) + [sample.Mail(b'Subject: none\r\n\r\nno ID' + b'x\r\n' * i, '', sample.T0) for i in (1, 2)]
