@@ -2062,14 +2062,26 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 			       .state = different ? MBOX_FLAGGED : 0, /* as ENTRY_DIFFERENT */
 			       .kind = ENTRY_OTHER | (last->kind & RECORD_SCANNED),
 			       .id = last->id,
-			       .wire = last->wire };
+			       .wire = last->wire },
+		      found;
 	uint32_t i = first_of(m, place);
 
 	m->different += different;
-	if (rank_of(m, i) != RANK_NAME)
-		return m->how & MBOX_LOOK ? 0 : record_append(m, &name, e);
-	m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
-	return give_uid(m, place, uid, e);
+	if (rank_of(m, i) == RANK_NAME) {
+		m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
+		return give_uid(m, place, uid, e);
+	}
+	if ((m->how & MBOX_LOOK) == 0)
+		return record_append(m, &name, e);
+	/* It stands in memory only: it must not be the ring's last, which is read. */
+	if (records_room(m, m->now.records + 1, e) != 0 || ring_find(m, &name.id, &place, &found, e) != 0)
+		return -1;
+	i = *place;
+	if (record_add(m, &name, e) < 0)
+		return -1;
+	*place = i;
+	order_insert(m, m->now.records - 1, uid);
+	return 0;
 }
 
 /* Return true if each mail with this identity that the server lists is stored. */

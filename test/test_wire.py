@@ -1041,3 +1041,23 @@ def test_changed_flags_refused_where_uidvalidity_is_new(t):
             assert not complaints, complaints
         asked = [c.text for c in server.commands if '(FLAGS)' in c.text]
         assert len(asked) == 2 and all('CHANGEDSINCE' in a for a in asked), asked
+
+
+def test_a_dry_run_knows_a_duplicate(t):
+    """One that is new will be left out, however many there are: it counts as none of the mails to be fetched."""
+    box = few(3)
+    with Server({'INBOX': box}) as server:
+        t.config(t.account(server, mode='plain', ssl=False))
+        t.backup()
+        for k in 0, 1, 1, 2, 0:
+            box.add(box.mails[k].data)
+        box.expunge(3)
+        box.add(next(sample.many(1, 5)).data)
+        before = archive.digests(t.dest)
+        got = t.backup('-n')
+        assert '1 would be fetched, 0 gone' in got.err and '4 duplicates left out' in got.err, got.err
+        got = t.backup('--verify', '--online')
+        assert 'the server has 1 new mails, 0 have gone; 3 compared' in got.err, got.err
+        assert archive.digests(t.dest) == before
+        got = t.backup()
+        assert '1 new, 0 gone' in got.err and '4 duplicates left out' in got.err, got.err
