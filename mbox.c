@@ -1051,12 +1051,14 @@ static void rings_sort(struct mbox *m)
 			}
 }
 
-/* Make room for so many records, and then some; the table never is fuller than two thirds. */
+/*
+ * Make room for so many records, and then some; the table never is fuller than two thirds. It grows in its
+ * place, for two tables at once would be the most memory that an archive ever takes.
+ */
 static int records_room(struct mbox *m, uint32_t n, struct err *e)
 {
-	const uint32_t room = n + n / 16 + 256, old_room = m->table_room;
-	uint32_t *old = m->table, *table;
-	void *entries, *order;
+	const uint32_t room = n + n / 16 + 256, table_room = room + room / 2;
+	void *entries, *order, *table;
 
 	if (n > MBOX_MAILS_MAX)
 		return err_set(e, E_FORMAT, "%s: more than %d mails, the most that one archive takes",
@@ -1067,24 +1069,26 @@ static int records_room(struct mbox *m, uint32_t n, struct err *e)
 		m->entries = entries;
 	if ((order = realloc(m->order, room * sizeof *m->order)) != NULL)
 		m->order = order;
-	table = calloc(room + room / 2, sizeof *table);
-	if (entries == NULL || order == NULL || table == NULL) {
-		free(table);
+	if ((table = realloc(m->table, table_room * sizeof *m->table)) != NULL)
+		m->table = table;
+	if (entries == NULL || order == NULL || table == NULL)
 		return err_set(e, E_SYSTEM, "%s: out of memory for %lu mails", m->path,
 			       (unsigned long)room);
-	}
+	for (uint32_t at = 0; at < m->table_room; at++)
+		if (m->table[at] != 0) /* 'next' remembers meanwhile that this is the last of its ring */
+			m->entries[m->table[at] - 1].next ^= UINT32_MAX;
 	m->room = room;
-	m->table = table;
-	m->table_room = room + room / 2;
-	for (uint32_t i = 0; i < old_room; i++)
-		if (old[i] != 0) { /* rings whose hashes are alike take the next places */
-			uint32_t at = table_home(m, m->entries[old[i] - 1].bits >> ENTRY_HASH_SHIFT);
+	m->table_room = table_room;
+	memset(m->table, 0, table_room * sizeof *m->table);
+	for (uint32_t i = 0; i < m->now.records; i++)
+		if (m->entries[i].next > MBOX_MAILS_MAX) {
+			uint32_t at = table_home(m, m->entries[i].bits >> ENTRY_HASH_SHIFT);
 
-			while (table[at] != 0)
+			while (m->table[at] != 0) /* rings whose hashes are alike take the next places */
 				at = at + 1 < m->table_room ? at + 1 : 0;
-			table[at] = old[i];
+			m->table[at] = i + 1;
+			m->entries[i].next ^= UINT32_MAX;
 		}
-	free(old);
 	return 0;
 }
 
