@@ -413,6 +413,44 @@ static void string_free(struct string *t)
 	free(t->at);
 }
 
+/* Hide a secret, or show it again. It remains a string: its octets go round from 1 to 255. */
+static void secret_turn(char *text, bool hide)
+{
+	static uint8_t pad[64];
+	static bool known;
+
+	if (!known)
+		random_octets(pad, sizeof pad);
+	known = true;
+	for (size_t i = 0; text[i] != '\0'; i++) {
+		unsigned by = pad[i % sizeof pad] % 255u;
+
+		text[i] = (char)(1 + ((uint8_t)text[i] - 1 + (hide ? by : 255 - by)) % 255);
+	}
+}
+
+/*
+ * Take a secret away from where it stands. What is kept of it, until it is wanted, is hidden, as a core dump
+ * may go to people who are not to have it. Returns what is kept; the caller may free it.
+ */
+static char *secret_take(const char *text)
+{
+	char *hidden = copy_text(text);
+
+	secret_turn(hidden, true);
+	wipe((void *)(uintptr_t)text, strlen(text));
+	return hidden;
+}
+
+/* Return a secret in clear, for the moment in which it is sent; string_free() ends that. */
+static struct string secret_show(const char *hidden)
+{
+	struct string clear = { .at = copy_text(hidden), .size = strlen(hidden) + 1 };
+
+	secret_turn(clear.at, false);
+	return clear;
+}
+
 static void string_octet(struct string *t, char octet, bool plain)
 {
 	if (t->size - t->n < 4)
@@ -473,7 +511,8 @@ static bool stop_due(void)
 
 /*
  * Turns JSON into struct config, with every default and every complaint; it contacts nobody and
- * writes nothing. Strings are borrowed from the JSON tree, which lives as long as the config.
+ * writes nothing. Strings are borrowed from the JSON tree, which lives as long as the config. Secrets are
+ * hidden there: secret_show().
  */
 enum ssl_mode { SSL_UNSET, SSL_OFF, SSL_ON };
 enum compress_mode { COMPRESS_IF_SLOW, COMPRESS_OFF, COMPRESS_ON };
@@ -731,6 +770,8 @@ static void config_store(struct config *c, const struct json *object, const stru
 	switch (key->kind) {
 	case KEY_TEXT:
 		*(const char **)to = text;
+		if (key->flags & KEY_SECRET)
+			secret_turn((char *)(uintptr_t)text, true);
 		bad = words != NULL &&
 		      (strncasecmp(text, words, strlen(words)) != 0 || strstr(text, "://") == NULL);
 		break;
@@ -1027,7 +1068,7 @@ static struct string quick_text(const struct options *o, const char *to, const c
  */
 static int quick_load(struct config *c, const struct options *o)
 {
-	char *password = getenv("IMAP_BACKUP_PASSWORD");
+	const char *password = getenv("IMAP_BACKUP_PASSWORD");
 	const bool given = password != NULL && *password != '\0';
 	struct string t = quick_text(o, o->to, given ? NULL : o->password_command);
 	int result;
@@ -1037,10 +1078,8 @@ static int quick_load(struct config *c, const struct options *o)
 	string_free(&t);
 	if (result == 0) {
 		c->accounts[0].never_clear = true;
-		c->accounts[0].password = given ? copy_text(password) : NULL;
+		c->accounts[0].password = given ? secret_take(password) : NULL;
 	}
-	if (given)
-		wipe(password, strlen(password));
 	return result;
 }
 
@@ -1080,8 +1119,8 @@ static size_t line_read(int fd, char *text, size_t size)
 }
 
 /*
- * Ask for an account's password on the terminal, without echo. Returns the password (the caller wipes and
- * frees it), or NULL if there is no terminal or no answer.
+ * Ask for an account's password on the terminal, without echo. Returns the password, hidden,
+ * or NULL if there is no terminal or no answer.
  */
 static char *password_prompt(const char *email)
 {
@@ -1096,7 +1135,7 @@ static char *password_prompt(const char *email)
 		tcsetattr(fd, TCSAFLUSH, &hidden);
 		dprintf(fd, "password of %s: ", email);
 		if (line_read(fd, text, sizeof text) > 0)
-			password = copy_text(text);
+			password = secret_take(text);
 		else
 			dprintf(fd, "\n"); /* what is said next is to begin a line */
 		tcsetattr(fd, TCSAFLUSH, &shown);
@@ -4087,11 +4126,13 @@ static void imap_await_greeting(struct imap *im)
 				 im->s.account->host, im->s.account->port);
 }
 
-/* Connect, greet, log in, and say who we are (NetEase wants that before EXAMINE). */
+/* Connect, greet, log in with a password or token that is hidden, and say who we are (NetEase wants that before EXAMINE). */
 static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time,
 		     const char *password, const struct trust *trust, unsigned timeout_sec)
 {
+	struct string secret;
 	unsigned tag;
+	int result;
 
 	memset(im, 0, sizeof *im);
 	im->trace = log_to.level >= LOG_TRACE;
@@ -4103,8 +4144,13 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 	imap_await_greeting(im);
 	if (imap_greet(im, trust) != 0)
 		return -1;
-	if (!im->preauth && imap_login(im, account->username, password, account->oauth != NULL) != 0)
-		return -1;
+	if (!im->preauth) {
+		secret = secret_show(password);
+		result = imap_login(im, account->username, secret.at, account->oauth != NULL);
+		string_free(&secret);
+		if (result != 0)
+			return -1;
+	}
 	if (im->capabilities & CAP_ID) {
 		tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");
 		/* Its answer comes with that of the next command, unless there is to be only one at a time. */
@@ -4350,7 +4396,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 {
 	const struct oauth *o = k->oauth;
 	const bool device = url == o->device_url;
-	struct string form = string_new(FORM_MAX);
+	struct string form = string_new(FORM_MAX), secret;
 	struct json *answer = NULL;
 	const struct json *codes;
 	struct err no_json = { 0 };
@@ -4361,8 +4407,11 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	string_list(&form, format, values);
 	va_end(values);
 	string_add(&form, "&client_id=%f", o->client_id);
-	if (!device && o->client_secret != NULL)
-		string_add(&form, "&client_secret=%f", o->client_secret);
+	if (!device && o->client_secret != NULL) {
+		secret = secret_show(o->client_secret);
+		string_add(&form, "&client_secret=%f", secret.at);
+		string_free(&secret);
+	}
 	*k->error = '\0';
 	h = http_post(url, form.at, k->trust);
 	if (h->err.code != E_NONE) {
@@ -4597,7 +4646,7 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
  * Get an access token that is good for 5 minutes at least, from the file or from the provider.
  *
  *   refused   the server did not take the token that this process was given last
- *   token     receives the token; whoever calls wipes and frees it
+ *   token     receives the token, hidden; the caller frees it
  *
  * However many processes want one, one of them asks the provider; the others wait for its lock and find
  * the new token in the file. E_NET: it may do better later. Where a person must sign in, the
@@ -4632,7 +4681,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 	}
 	if (found != NULL) {
 		sha256(oauth_given, found, strlen(found));
-		*token = copy_text(found);
+		*token = secret_take(found);
 	}
 	json_free(answer);
 	oauth_close(&k);
@@ -7899,8 +7948,6 @@ static int worker_connect(struct worker *w, struct err *e)
 		w->slot->counts.connections++;
 		result = imap_open(&w->im, account, w->board->one_at_a_time,
 				   token != NULL ? token : account->password, trust, config->timeout_sec);
-		if (token != NULL)
-			wipe(token, strlen(token));
 		free(token);
 		*e = w->im.s.err;
 		if (result == 0 || !w->im.refused || w->token_refused)
@@ -8213,7 +8260,7 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 		err_set(e, E_ACCOUNT, "\"password_command\" %s",
 			status != 0 ? "failed" : "printed nothing");
 	else
-		account->password = copy_text(text);
+		account->password = secret_take(text);
 	wipe(text, sizeof text);
 	return e->code == E_NONE ? 0 : -1;
 }

@@ -47,6 +47,18 @@ def children(pid):
     return out
 
 
+def memory(pid):
+    """All that a process has written to in its memory."""
+    out = b''
+    with open('/proc/%d/maps' % pid) as maps, open('/proc/%d/mem' % pid, 'rb', 0) as mem:
+        for line in maps:
+            begin, end = (int(x, 16) for x in line.split()[0].split('-'))
+            if ' rw' in line and '[v' not in line:
+                mem.seek(begin)
+                out += mem.read(end - begin)
+    return out
+
+
 class Result:
     def __init__(self, status, out, err):
         self.status, self.out, self.err = status, out, err

@@ -408,6 +408,7 @@ static void test_quick(void)
 	};
 	struct options o;
 	struct config c;
+	struct string shown;
 	char words[400], cwd[300], expected[600];
 	const char *said_of_it, *left;
 
@@ -428,8 +429,11 @@ static void test_quick(void)
 	config_free(&c);
 	setenv("IMAP_BACKUP_PASSWORD", "hidden", 1);
 	left = getenv("IMAP_BACKUP_PASSWORD");
-	check(quick_load(&c, &o) == 0 && strcmp(c.accounts[0].password, "hidden") == 0 &&
+	check(quick_load(&c, &o) == 0 && strcmp(c.accounts[0].password, "hidden") != 0 &&
 	      c.accounts[0].password_command == NULL, "quick form with a password in the environment");
+	shown = secret_show(c.accounts[0].password);
+	check(strcmp(shown.at, "hidden") == 0, "a secret is shown again");
+	string_free(&shown);
 	check(memcmp(left, "\0\0\0\0\0\0", 6) == 0, "the environment is wiped");
 	free((void *)(uintptr_t)c.accounts[0].password);
 	config_free(&c);
