@@ -115,6 +115,7 @@ enum {
 	SESSION_BOXES_MAX = 24,                /* mailboxes on the wire at a time */
 	AHEAD_MAILS = 20000,                   /* of archives that are opened while another is open ... */
 	AHEAD_MAIL_OCTETS = 1000,    /* ... guessed by this size of a mail where there is no index */
+	SHARE_MAILS = 100,           /* new ones: fewer are not worth a round trip to be shared by workers */
 	MAILBOXES_MAX = 20000,       /* of one account */
 	MAILBOX_NAMES_MAX = 3 << 20, /* octets of their names */
 	BLAME_MAX = 64,              /* mailboxes that a process died with */
@@ -7794,13 +7795,30 @@ static void account_start_helpers(struct worker *w)
 	}
 }
 
+/*
+ * Return true if what nobody has should be left to the account's other workers, which may have just been started:
+ * this one has as many new mails in hand as there are left for each of them, or more.
+ */
+static bool worker_has_its_share(const struct worker *w, uint64_t in_hand)
+{
+	uint64_t others = 0, left = 0;
+
+	for (unsigned k = 0; k < w->board->account->processes; k++)
+		others += w->board->slots[k].pid != 0 && &w->board->slots[k] != w->slot;
+	if (in_hand < SHARE_MAILS || others == 0)
+		return false;
+	for (uint32_t i = w->next; i < w->list.todo && left <= in_hand * others; i++)
+		left += w->states[i] == BOX_FREE ? w->list.boxes[i].weight : 0;
+	return left <= in_hand * others;
+}
+
 /* Take a mailbox that nobody has. 'ahead': only one that does not keep those in hand waiting. */
 static struct sync *worker_begin(void *context, bool ahead)
 {
 	struct worker *w = context;
 	struct board *b = w->board;
 	const unsigned mine = BOX_TAKEN + (unsigned)(w->slot - b->slots);
-	uint64_t mails = 0;
+	uint64_t mails = 0, weight = 0;
 	unsigned in_hand = 0;
 	struct sync *y;
 
@@ -7811,7 +7829,10 @@ static struct sync *worker_begin(void *context, bool ahead)
 		if (++in_hand == SESSION_BOXES_MAX || board_deaths(b, y->box) > 0)
 			return NULL;
 		mails += y->box->held;
+		weight += y->box->weight;
 	}
+	if (ahead && worker_has_its_share(w, weight))
+		return NULL;
 	for (uint32_t i = w->next; i < w->list.todo; i++) {
 		const struct mailbox *box = &w->list.boxes[i];
 		unsigned expected = BOX_FREE, deaths;

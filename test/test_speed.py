@@ -2,6 +2,7 @@
 import os
 import signal
 import subprocess
+import time
 
 import archive
 import imapd
@@ -82,6 +83,22 @@ def test_what_was_not_foreseen_is_fetched_after_the_next_mailbox(t):
         said = running.communicate(timeout=60)[1]
         assert running.returncode == 0 and b'a worker died' in said, said
         all_held(t, boxes)
+
+
+def test_the_second_connection_gets_its_share(t):
+    """Of an account with few mailboxes, too: the first does not take all of them ahead."""
+    boxes = {name: imapd.Mailbox(sample.many(150, i)) for i, name in enumerate(('INBOX', 'A'))}
+    fetched = set()
+
+    def hook(session, tag, name, args):
+        if name == 'UID_FETCH' and 'BODY.PEEK[]' in args:
+            fetched.add((session.number, session.name))
+            time.sleep(.1)   # as long as a login takes
+    with imapd.Server(boxes, hook=hook) as server:
+        t.config(t.account(server, mode='plain', ssl=False), timeout=20, retries=0)
+        t.backup()
+        all_held(t, boxes)
+        assert {number for number, _ in fetched} == {1, 2}, fetched
 
 
 def test_mostly_gaps_are_not_asked_for(t):
