@@ -6164,7 +6164,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	known = mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
-	y->session->bound += known > 0;
+	y->session->bound += known > 0 && !y->session->dry; /* else nothing of it lasts */
 	if (known > 0 && fetch.has_flags)
 		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
 	return known < 0 ? -1 : 0;

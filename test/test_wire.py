@@ -1061,3 +1061,19 @@ def test_a_dry_run_knows_a_duplicate(t):
         assert archive.digests(t.dest) == before
         got = t.backup()
         assert '1 new, 0 gone' in got.err and '4 duplicates left out' in got.err, got.err
+
+
+def test_a_comparison_gives_up(t):
+    """Nothing of it lasts from one connection to the next: mails that were told again are no progress."""
+    box = few(40)
+    with Server({'INBOX': box}) as server:
+        t.config(t.account(server, mode='plain', ssl=False), retries=2, header_batch_size=5)
+        t.backup()
+        met, begun = [], len(server.sessions)
+
+        def hook(session, tag, name, args):
+            met.append(session.number)
+            return name == 'UID_FETCH' and met.count(session.number) > 8 and (session.drop('rst') or True)
+        server.hook = hook
+        got = t.backup('--verify', '--online', status=1)
+        assert len(server.sessions) - begun <= 6, (len(server.sessions) - begun, got.err)
