@@ -5418,20 +5418,24 @@ static void mailbox_adopt_original(const struct mailboxes *l, const struct mailb
 		log_error("%s: cannot rename it to %s: %s", from, own, strerror(errno));
 }
 
+/* Return true if a folder's entry is an archive. */
+static int is_archive(const struct dirent *entry)
+{
+	size_t n = strlen(entry->d_name);
+
+	return n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0;
+}
+
 /* Name the archives whose mailbox the server no longer lists; their mails keep their marks. */
 static void mailboxes_name_orphans(const struct mailboxes *l)
 {
 	DIR *folder = opendir(l->folder);
 	const struct dirent *entry;
 
-	while (folder != NULL && (entry = readdir(folder)) != NULL) {
-		size_t n = strlen(entry->d_name);
-
-		if (n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0 &&
-		    *mailboxes_find(l, BY_FILE, entry->d_name) == 0)
+	while (folder != NULL && (entry = readdir(folder)) != NULL)
+		if (is_archive(entry) && *mailboxes_find(l, BY_FILE, entry->d_name) == 0)
 			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
 				 entry->d_name);
-	}
 	if (folder != NULL)
 		closedir(folder);
 }
@@ -5572,14 +5576,6 @@ static void archive_name(struct archive *a, const char *file)
 	if (traits != 0)
 		snprintf(a->name, sizeof a->name, "%s", mbox_name(a->m));
 	name_text(a->text, a->name, a->box.delimiter);
-}
-
-/* Return true if a folder's entry is an archive. */
-static int is_archive(const struct dirent *entry)
-{
-	size_t n = strlen(entry->d_name);
-
-	return n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0;
 }
 
 /* Return true if -a names the account, or nothing is named. */
@@ -6239,7 +6235,6 @@ static int sync_send_examine(struct sync *y)
 	struct imap *im = y->session->im;
 	const char *condstore = im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? " (CONDSTORE)" : "";
 	char quoted[2 * MBOX_NAME_MAX + 20];
-
 	unsigned tag;
 
 	if (!y->attempt.literal)
