@@ -5885,6 +5885,7 @@ struct sync {
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
 	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
 	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
+	uint32_t below[2];            /* MESSAGELIMIT: what is still to be listed, and its flags; or 0 */
 	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
 	struct set listing, todo[KINDS]; /* UIDs: which there are, and of which each kind is to be asked */
 	struct incoming in;
@@ -6388,7 +6389,7 @@ static int sync_mark(struct sync *y)
 			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
 				 (unsigned long)live);
 		if (moved[1] != 0) {
-			y->since = 0;
+			y->since = y->below[1] = 0;
 			y->stage = SYNC_MOVED;
 			return sync_add(y, &y->todo[KIND_FLAGS], moved[0], moved[1]);
 		}
@@ -6567,6 +6568,18 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	return 0;
 }
 
+/* Not all was looked at (MESSAGELIMIT, RFC 9738): ask for the rest, unless it was asked for just now. */
+static int sync_go_below(struct sync *y, enum sync_kind kind, uint32_t below)
+{
+	uint32_t *before = &y->below[kind == KIND_FLAGS];
+
+	if (*before != 0 && below >= *before)
+		return err_set(&y->err, E_REFUSED, "the server tells nothing of UIDs below %lu",
+			       (unsigned long)below);
+	*before = below;
+	return sync_add(y, &y->todo[kind], 1, below - 1);
+}
+
 /* The listing has come. It is asked for again, more simply, where it cannot be right. */
 static int sync_listed(struct sync *y, const struct imap_result *result)
 {
@@ -6576,13 +6589,14 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
 		return imap_refused(&y->err, result, "listing the mails");
 	if (!refused && result->below > 0) /* go on below them, keeping what we have */
-		return sync_add(y, &y->todo[KIND_LISTING], 1, result->below - 1);
+		return sync_go_below(y, KIND_LISTING, result->below);
 	if (set_count(&y->listing) > MBOX_MAILS_MAX)
 		return sync_out_of_room(y);
 	y->complete = !refused && set_count(&y->listing) == im->exists;
 	/* Mail came or went meanwhile, or what is offered does not work (iCloud). */
 	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way == LISTING_ESEARCH)) {
 		y->attempt.way++;
+		y->below[0] = 0;
 		set_clear(&y->listing);
 		return sync_add(y, &y->todo[KIND_LISTING], 1, UINT32_MAX);
 	}
@@ -6597,13 +6611,13 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 /* Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. */
 static int sync_flagged(struct sync *y, const struct imap_result *result)
 {
-	if (result->condition == IMAP_OK) /* RFC 9738: go on below */
-		return result->below > 0 ? sync_add(y, &y->todo[KIND_FLAGS], 1, result->below - 1) : 0;
+	if (result->condition == IMAP_OK)
+		return result->below > 0 ? sync_go_below(y, KIND_FLAGS, result->below) : 0;
 	if (y->session->im->exists == 0 || mbox_last_uid(y->m) == 0)
 		return 0; /* some take no UIDs of an empty mailbox; where UIDVALIDITY is new, none is known */
 	if (y->since == 0 || imap_wait_asked(result) > 0)
 		return imap_refused(&y->err, result, "asking for flags");
-	y->since = 0; /* what it offers, it does not have */
+	y->since = y->below[1] = 0; /* what it offers, it does not have */
 	return sync_add(y, &y->todo[KIND_FLAGS], 1, mbox_last_uid(y->m));
 }
 
@@ -6769,6 +6783,7 @@ static int sync_open(struct sync *y)
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
 	y->rekeyed = y->complete = false;
+	y->below[0] = y->below[1] = 0;
 	y->claim.when_sec = 0;
 	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
 		return -1;
@@ -7083,7 +7098,9 @@ static int restore_listed(struct restore *r, struct err *e)
 	if (c == NULL)
 		return -1;
 	if (c->result.below > 0)
-		err_set(e, E_REFUSED, "the server does not tell of all mails: %s", c->result.text);
+		err_set(e, E_REFUSED,
+			"the server does not tell of all mails; a smaller \"header_batch_size\" may help: %s",
+			c->result.text);
 	if (strcmp(c->result.code, "EXPUNGEISSUED") != 0) /* the others were told (RFC 5530) */
 		imap_refused(e, &c->result, "listing the mails");
 	return 0;

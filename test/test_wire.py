@@ -1077,3 +1077,20 @@ def test_a_comparison_gives_up(t):
         server.hook = hook
         got = t.backup('--verify', '--online', status=1)
         assert len(server.sessions) - begun <= 6, (len(server.sessions) - begun, got.err)
+
+
+def test_a_limit_that_never_ends(t):
+    """The same MESSAGELIMIT again and again: it is no use to ask on, for UIDs or for flags."""
+    box = few(30)
+    for command in 'UID_SEARCH', 'UID_FETCH':
+        def hook(session, tag, name, args):
+            if name == command and (name == 'UID_SEARCH' or '(FLAGS)' in args):
+                return session.line(tag + ' OK [MESSAGELIMIT 10 5] more') or True
+        with Server({'INBOX': box}, hook=hook if command == 'UID_SEARCH' else None) as server:
+            t.config(t.account(server, mode='plain', ssl=False))
+            t.backup(status=1 if server.hook else 0)
+            server.hook = hook
+            box.flag(box.mails[-1].uid, '\\Flagged')
+            got = t.backup(status=1)
+            assert 'tells nothing of UIDs below 5' in got.err, got.err
+            assert sum('5 (FLAGS)' in c.text or 'SEARCH' in c.text for c in server.commands) < 12
