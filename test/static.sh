@@ -17,6 +17,7 @@ cache=$top/.cache
 src=$cache/src
 targets=$here/targets.txt
 jobs=$(nproc)
+small='-Os -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables'
 
 # Upstream's tarballs must be these. Debian's patches may be newer, for security, than those that were
 # known here: apt has checked the archive's signature then.
@@ -134,11 +135,10 @@ soft_float()
 # musl, BearSSL and libcurl into $prefix, with $prefix/cc to use them.
 libraries()
 {
-	sections='-ffunction-sections -fdata-sections'
 	mkdir musl curl
 	cd musl
 	"$src/musl/configure" --prefix="$prefix" --target="$musl" --disable-shared --enable-wrapper=gcc \
-		CC="$tools-gcc $flags" CROSS_COMPILE="$tools-" CFLAGS="-Os $sections"
+		CC="$tools-gcc $flags" CROSS_COMPILE="$tools-" CFLAGS="$small"
 	make -j "$jobs" install
 	cd ..
 	# For MIPS gcc 14 wants its own cc1, by which -EB is known, kept in what musl writes over it.
@@ -153,9 +153,14 @@ libraries()
 	mips*) soft_float ;;
 	esac
 
-	# Without RDRAND, which on some CPUs gives the same number for ever.
+	# Without RDRAND, which on some CPUs gives the same number for ever; and without what nobody asks
+	# for, but br_ssl_client_init_full() would link: TLS 1.0 and 1.1, 3DES, CCM, MD5, and the X.509
+	# engine, for imap_backup.c sets its own also where libcurl uses BearSSL.
 	cp -r "$src/bearssl" .
-	make -C bearssl -j "$jobs" lib CC="$prefix/cc" AR="$tools-ar" CFLAGS="-Os $sections -DBR_RDRAND=0"
+	sed -i -E '/BR_TLS_\w*(_3DES_|_CCM)/d; /_(des_cbc|aes_ccm|prf10)\(/d; s/&br_md5_vtable/NULL/
+		s/BR_TLS10, /BR_TLS12, /; /br_x509_minimal_(init|set_ecdsa)\(/,/;/d; /br_x509_minimal_set_/d
+		/br_ssl_engine_set_x509/d' bearssl/src/ssl/ssl_client_full.c
+	make -C bearssl -j "$jobs" lib CC="$prefix/cc" AR="$tools-ar" CFLAGS="$small -DBR_RDRAND=0"
 	cp bearssl/build/libbearssl.a "$prefix/lib"
 	cp bearssl/inc/*.h "$prefix/include"
 
@@ -165,13 +170,13 @@ libraries()
 	for word in ares ftp file ldap ldaps rtsp dict telnet tftp pop3 imap smb smtp gopher mqtt manual \
 		libcurl-option ntlm ntlm-wb crypto-auth tls-srp unix-sockets cookies doh mime dateparse netrc \
 		dnsshuffle get-easy-options alt-svc hsts websockets headers-api threaded-resolver \
-		progress-meter proxy verbose dependency-tracking shared; do
+		progress-meter proxy verbose socketpair dependency-tracking shared; do
 		set -- "$@" "--disable-$word"
 	done
 	cd curl
 	# PKG_CONFIG: libraries of the machine that builds are none of ours.
 	"$src/curl/configure" "$@" --host="$musl" --prefix="$prefix" --with-bearssl="$prefix" CC="$prefix/cc" \
-		AR="$tools-ar" RANLIB="$tools-ranlib" PKG_CONFIG=false CFLAGS="-Os $sections"
+		AR="$tools-ar" RANLIB="$tools-ranlib" PKG_CONFIG=false CFLAGS="$small"
 	make -C lib -j "$jobs" install
 	make -C include install
 }
@@ -189,7 +194,7 @@ build() # TARGET
 	flock 9
 	have dpkg-dev dpkg-source
 	have "gcc-$(echo "$tools" | tr _ -)" "$tools-gcc"
-	recipe="$prefix $tools $musl $flags $(sed -n '/^soft_float/,/^build/p' "$0")"
+	recipe="$prefix $tools $musl $flags $small $(sed -n '/^soft_float/,/^build/p' "$0")"
 	if [ "$(cat "$prefix/recipe" 2>/dev/null)" != "$recipe" ]; then
 		(
 			flock 9   # targets may be built side by side, the sources are for all
@@ -218,7 +223,7 @@ build() # TARGET
 	# In a folder of its own, where make does not find what was built for this machine.
 	mkdir -p "$top/build/$name"
 	ln -sf "$top/Makefile" "$top"/*.[ch] "$top/build/$name"
-	make -s -C "$top/build/$name" CC="$prefix/cc" CFLAGS=-Os \
+	make -s -C "$top/build/$name" CC="$prefix/cc" CFLAGS="$small" LDFLAGS=-Wl,-z,norelro,-z,noseparate-code \
 		CURL_CFLAGS=-DCURL_STATICLIB BEARSSL_LIBS='-lcurl -lbearssl' CURL_LIBS= imap_backup
 	case $name in
 	mips*) # ld would tell, but of libgcc's routines for integers too: $f0 to $f31 belong to the FPU
