@@ -4912,6 +4912,7 @@ struct mailbox {
 	unsigned special; /* bits of special_uses */
 	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
+	bool noted; /* damage in its archive is */
 	bool alike; /* another one spells the same name differently: see name_file() */
 	struct imap_status status;
 	uint32_t weight; /* mails that are probably new */
@@ -5426,16 +5427,29 @@ static int is_archive(const struct dirent *entry)
 	return n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0;
 }
 
-/* Name the archives whose mailbox the server no longer lists; their mails keep their marks. */
-static void mailboxes_name_orphans(const struct mailboxes *l)
+/* Look through the folder: for notes of damage, and, to tell of them, for archives that no mailbox has. */
+static void mailboxes_walk(const struct mailboxes *l, bool tell)
 {
+	static const char note[] = ".index.damaged";
 	DIR *folder = opendir(l->folder);
-	const struct dirent *entry;
+	struct dirent *entry;
 
-	while (folder != NULL && (entry = readdir(folder)) != NULL)
-		if (is_archive(entry) && *mailboxes_find(l, BY_FILE, entry->d_name) == 0)
+	while (folder != NULL && (entry = readdir(folder)) != NULL) {
+		char *file = entry->d_name, *end = file + strlen(file) - (sizeof note - 1);
+		bool noted = end > file && strcmp(end, note) == 0;
+		uint32_t i;
+
+		if (noted)
+			*end = '\0';
+		if (!is_archive(entry))
+			continue;
+		i = *mailboxes_find(l, BY_FILE, file);
+		if (noted && i > 0)
+			l->boxes[i - 1].noted = true;
+		else if (i == 0 && !noted && tell)
 			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
-				 entry->d_name);
+				 file);
+	}
 	if (folder != NULL)
 		closedir(folder);
 }
@@ -5503,6 +5517,11 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		counts->mailboxes++;
 		l->boxes[i].wanted = false;
 	}
+	for (uint32_t i = 0; i < l->n && !dry; i++)
+		if (l->boxes[i].wanted)
+			mailbox_adopt_original(l, &l->boxes[i]);
+	if (l->n > 0)
+		mailboxes_walk(l, !dry && l->only == NULL);
 	for (uint32_t i = 0; i < l->n; i++) {
 		struct mailbox *box = &l->boxes[i];
 		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
@@ -5512,12 +5531,10 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		if (!box->wanted)
 			continue;
 		counts->mailboxes++;
-		if (!dry)
-			mailbox_adopt_original(l, box);
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
-		if (!l->all && !mailbox_has_news(box, &info, l->config->keep_duplicates)) {
+		if (!l->all && !box->noted && !mailbox_has_news(box, &info, l->config->keep_duplicates)) {
 			counts->unchanged++;
 			counts->others += info.others;
 			continue;
@@ -5528,8 +5545,6 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		box->has_news = true;
 		l->todo++;
 	}
-	if (!dry && l->only == NULL)
-		mailboxes_name_orphans(l);
 	if (l->n > 0)
 		qsort(l->boxes, l->n, sizeof *l->boxes, mailbox_compare);
 }

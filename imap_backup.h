@@ -401,7 +401,7 @@ struct mbox_verified {
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum,
 		struct err *e);
 
-/* Note, in a file beside the index, that the mail of so many octets that stands at 'at' is damaged. */
+/* Note, in path + ".index.damaged", that the mail of so many octets that stands at 'at' is damaged. */
 int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e);
 
 /*

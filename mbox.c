@@ -756,14 +756,13 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 	index_path(path, "", index);
 	if ((fd = open_file(index, O_RDONLY, &ignored)) < 0)
 		return;
-	index_path(path, ".damaged", index);
 	if (index_header(fd, name, &state, other) == INDEX_GOOD) {
 		info->claim = state.claim;
 		info->stored = state.stored;
 		info->gone = state.gone;
 		info->others = state.others;
 		info->fits = info->exists && !state.writing && info->octets == state.octets &&
-			     access(index, F_OK) != 0 && fstat(fd, &st) == 0 &&
+			     fstat(fd, &st) == 0 &&
 			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS;
 	}
 	close(fd);
