@@ -122,7 +122,7 @@ CASES = (
     ('such mails, two keys in turn', 10000, mailbox('two'), Plain, {}, [], [FIRST, LOST, NEW]),
     ('IDs that meet in a table', 10000, mailbox('meeting'), Plain, {}, [], [FIRST, LOST, NEW]),
     MANY, EMPTY, EACH,
-    ('names of 900 octets', 5000, mailboxes('%06d' + 'x' * 894), Plain, {}, ['-n'], [('dry run', nothing)]),
+    ('names of 900 octets', 800, mailboxes('%06d' + 'x' * 894), Plain, {}, ['-n'], [('dry run', nothing)]),
 )
 
 
