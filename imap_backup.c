@@ -5435,12 +5435,12 @@ static void mailboxes_walk(const struct mailboxes *l, bool tell)
 	struct dirent *entry;
 
 	while (folder != NULL && (entry = readdir(folder)) != NULL) {
-		char *file = entry->d_name, *end = file + strlen(file) - (sizeof note - 1);
-		bool noted = end > file && strcmp(end, note) == 0;
+		char *file = entry->d_name;
+		size_t n = strlen(file), suffix = sizeof note - 1;
+		bool noted = n > suffix && strcmp(file + n - suffix, note) == 0;
 		uint32_t i;
 
-		if (noted)
-			*end = '\0';
+		file[n - (noted ? suffix : 0)] = '\0';
 		if (!is_archive(entry))
 			continue;
 		i = *mailboxes_find(l, BY_FILE, file);
