@@ -491,6 +491,16 @@ static void string_add(struct string *t, const char *format, ...)
 	va_end(values);
 }
 
+/* Return an exit status, or that of a failure, which is told, if not all that was printed could be written. */
+static int output_end(int status)
+{
+	errno = EIO; /* unless it says what */
+	if (fflush(stdout) == 0 && !ferror(stdout))
+		return status;
+	log_error("standard output: %s", strerror(errno));
+	return status == 2 ? status : 1;
+}
+
 /* A signal asks to end the run. The first asks, the second takes. */
 static volatile sig_atomic_t stop_asked;
 
@@ -5802,11 +5812,7 @@ static int archives_export(const struct config *c, const struct options *o)
 			return 1;
 		x.write = true;
 	}
-	if (fflush(stdout) != 0 || ferror(stdout)) {
-		log_error("standard output: %s", strerror(errno));
-		status = 1;
-	}
-	return status;
+	return output_end(status);
 }
 
 /* ======== sync: makes archives match their mailboxes ======== */
@@ -8760,7 +8766,7 @@ static int options_parse(struct options *o, int argc, char **argv)
 			else
 				printf("imap_backup %s (BearSSL, %s)\n", VERSION, curl_version());
 			log_to.errors = NULL;
-			return fflush(stdout) != 0;
+			return output_end(0);
 		}
 	}
 	o->all = o->mode == RUN_EXPORT && o->what == NULL;
@@ -9072,8 +9078,7 @@ static int run_online(struct run *run, struct config *c)
 		status = run_summary(run);
 		if (c->quick && status == 0 && o->mode == RUN_BACKUP && !o->dry)
 			quick_hint(o);
-		if (fflush(stdout) != 0 && status == 0)
-			status = 1;
+		status = output_end(status);
 	}
 	run_tell(run, status == 0 ? c->success_url : status == 1 ? c->failure_url : NULL);
 	return status;
@@ -9125,5 +9130,5 @@ int main(int argc, char **argv)
 	if (log_to.errors == NULL)
 		return status;
 	run_print_json(&run, &errors, status, began);
-	return fflush(stdout) != 0 && status == 0 ? 1 : status;
+	return output_end(status);
 }

@@ -375,6 +375,15 @@ def test_a_core_dump_holds_no_password(t):
                     assert form.encode() not in memo, (session, source, i, form)
 
 
+def test_an_output_that_is_full_is_told(t):
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    t.backup()
+    for options in ['--list'], ['--list', '-n'], ['--verify'], ['--check'], ['--json'], ['--export-all'], ['--help'], ['-V']:
+        with open('/dev/full', 'wb') as full:
+            got = subprocess.run([PROGRAM, *options, t.path], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert got.returncode == 1 and got.stderr.count('error: standard output: No space left') == 1, (options, got)
+
+
 def test_what_is_no_file_is_told(t):
     serve(t, {'INBOX': imapd.Mailbox(mails(1))})
     os.makedirs(t.archive())
