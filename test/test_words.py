@@ -378,7 +378,8 @@ def test_a_core_dump_holds_no_password(t):
 def test_an_output_that_is_full_is_told(t):
     serve(t, {'INBOX': imapd.Mailbox(mails(1))})
     t.backup()
-    for options in ['--list'], ['--list', '-n'], ['--verify'], ['--check'], ['--json'], ['--export-all'], ['--help'], ['-V']:
+    for words in '--list', '--list -n', '--verify', '--check', '--json', '--export-all', '--help', '-V':
+        options = words.split()
         with open('/dev/full', 'wb') as full:
             got = subprocess.run([PROGRAM, *options, t.path], stdout=full, stderr=subprocess.PIPE, text=True)
         assert got.returncode == 1 and got.stderr.count('error: standard output: No space left') == 1, (options, got)
