@@ -3694,7 +3694,7 @@ static int imap_response(struct imap *im)
 	char word[IMAP_ATOM_MAX];
 	bool asks = false;
 
-	im->line_octets = im->depth = 0;
+	im->depth = im->line_octets = 0;
 	im->over = false;
 	imap_turn(im);
 	while (imap_is(im, '\n')) /* an empty line */
