@@ -15,7 +15,8 @@
  *     oauth         signs in once, and keeps a fresh access token from then on
  *     mailboxes     names, files, and which mailboxes have news
  *     archives      verifies and exports what is on disk, without a server
- *     sync          makes archives match their mailboxes, or compares them
+ *     sync          makes one archive match its mailbox, or compares it
+ *     session       brings mailbox after mailbox over one connection
  *     restore       puts archived mail back on a server
  *     workers       one process for each connection; the parent hands out mailboxes
  *     command line  options, exit status
@@ -5815,13 +5816,12 @@ static int archives_export(const struct config *c, const struct options *o)
 	return output_end(status);
 }
 
-/* ======== sync: makes archives match their mailboxes ======== */
+/* ======== sync: makes one archive match its mailbox ======== */
 
 /*
  * As many mailboxes as the wire takes are in hand at a time. Each is a struct sync, with an archive, sets
- * of UIDs and a stage; it only ever sends, and looks at the answers to its own commands. The engine,
- * session_run(), asks the mailboxes in turn what they have to send (sync_due), has the server's answers
- * handed to their owners (sync_answered), and closes those that are over.
+ * of UIDs and a stage; it only ever says what it has to send (sync_due), sends it, and looks at the answers
+ * to its own commands (sync_answered). When, the next chapter decides.
  *
  * A server answers a connection's commands one mailbox after the other. When a mailbox has something to
  * ask after the next one was opened, its EXAMINE goes in front once more.
@@ -6742,7 +6742,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 	}
 }
 
-/* -- the engine -- */
+/* -- opening and closing -- */
 
 /* Return true if the server lists the mailbox, but has never let us open it. */
 static bool sync_is_barred(const struct sync *y)
@@ -6833,6 +6833,14 @@ static int sync_open(struct sync *y)
 		return -1;
 	return sync_add(y, &y->todo[KIND_LISTING], 1, UINT32_MAX);
 }
+
+/* ======== session: brings mailbox after mailbox over one connection ======== */
+
+/*
+ * The engine: it asks the mailboxes in hand in turn what they have to send, has the server's answers handed
+ * to their owners, begins others while the wire has room, and closes those that are over. It alone decides
+ * what a broken line means.
+ */
 
 /* What is said from here on is of this mailbox, or, with NULL, of none. */
 static void session_speak(const struct session *s, const struct sync *y)
