@@ -8226,8 +8226,8 @@ static int make_folder(const char *path)
 	int fd = -1, result = 0;
 
 	if (strcmp(parent, path) != 0) { /* neither "/" nor "." */
-		make_folder(parent);
-		result = mkdir(path, 0700) != 0 && errno != EEXIST ? -1 : 0;
+		if (make_folder(parent) != 0 || (mkdir(path, 0700) != 0 && errno != EEXIST))
+			result = -1;
 		fd = result == 0 ? open(parent, O_RDONLY | O_CLOEXEC) : -1;
 	}
 	if (fd >= 0) {
