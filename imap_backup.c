@@ -422,7 +422,7 @@ static void secret_turn(char *text, bool hide)
 	static bool known;
 
 	if (!known)
-		random_octets(pad, sizeof pad);
+		random_octets(pad, sizeof pad); /* without them nothing is hidden, and TLS will tell why */
 	known = true;
 	for (size_t i = 0; text[i] != '\0'; i++) {
 		unsigned by = pad[i % sizeof pad] % 255u;
@@ -1014,6 +1014,7 @@ static char *file_text(int fd, size_t size, size_t *n)
 		*n += (size_t)got;
 	if (got == 0)
 		return text;
+	wipe(text, *n);
 	free(text);
 	return NULL;
 }
@@ -5655,21 +5656,24 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 	return status;
 }
 
-/* Hand the parent, for --json, a record of a mailbox: its name, its archive's file, and what the format says. */
+/*
+ * Hand the parent, for --json, a record of a mailbox: its name, its archive's file, and what the format says.
+ * One that is too long for a record, as a name of a thousand quotes makes it, is left out.
+ */
 PRINTF(3, 4) static void report_box(const char *name, const char *file, const char *format, ...)
 {
-	char json[RECORD_MAX - 8] = "{\"name\":";
-	size_t n = strlen(json);
+	struct string t = string_new(RECORD_MAX - 8);
+	char more[RECORD_MAX];
 	va_list arguments;
+	int n;
 
-	n += json_escape(json + n, 2800, name);
-	n += (size_t)sprintf(json + n, ",\"file\":");
-	n += json_escape(json + n, 700, file);
 	va_start(arguments, format);
-	n += (size_t)vsnprintf(json + n, sizeof json - n - 2, format, arguments);
+	n = vsnprintf(more, sizeof more, format, arguments);
 	va_end(arguments);
-	strcpy(json + n, "}");
-	report_record('B', json);
+	string_add(&t, "{\"name\":%j,\"file\":%j%s}", name, file, more);
+	if (!t.full && n < (int)sizeof more)
+		report_record('B', t.at);
+	string_free(&t);
 }
 
 /* -- verify -- */
@@ -5707,8 +5711,7 @@ static int archive_verify(void *context, struct archive *a)
 
 /* -- export -- */
 
-struct export
-{
+struct export {
 	const struct options *o;
 	struct mbox_id id; /* of the one mail */
 	char name[129];    /* its Message-ID, which tells those without one of their own apart */
@@ -6063,6 +6066,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 	struct incoming *in = &y->in;
 	uint8_t theirs[br_sha256_SIZE], ours[br_sha256_SIZE];
 	off_t at = mbox_place(y->m, uid);
+	struct err unnoted = { 0 };
 	br_sha256_context hash;
 	struct mbox_mail mail;
 
@@ -6085,7 +6089,8 @@ static int sample_end(struct sync *y, uint32_t uid)
 		y->counts.failures++;
 		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu",
 			  (long long)mail.offset, mail.name, (unsigned long)uid);
-		mbox_note(y->m, mail.offset, mail.octets, &y->err);
+		if (mbox_note(y->m, mail.offset, mail.octets, &unnoted) != 0)
+			log_warn("%s: the next backup will not heal it", unnoted.text);
 	}
 	if (stop_due())
 		err_set(&y->err, E_STOPPED, "stopped by a signal");
@@ -7391,7 +7396,7 @@ static int restore_archive(struct restore *r, struct err *e)
 	uint64_t missing = 0, present = 0, left_out = 0;
 	bool dry = r->session->dry, listed;
 	struct mbox_mail mail;
-	char text[NAME_OCTETS], name[2800];
+	char text[NAME_OCTETS], name[RECORD_MAX];
 	off_t at = 0;
 	int more;
 
@@ -9028,7 +9033,7 @@ static int run_authorize(struct run *run)
 /* Print what a run has done as one JSON object (README: JSON). */
 static void run_print_json(const struct run *run, const struct pile *errors, int status, time_t began)
 {
-	static const char *const modes[] = { "backup",	"list",	  "check",    "verify",
+	static const char *const modes[] = { "backup",  "list",   "check",    "verify",
 					     "restore", "export", "authorize" };
 	const struct options *o = run->options;
 	char when[32] = "", email[1300], counts[400];

@@ -485,7 +485,7 @@ size_t json_escape(char *out, size_t size, const char *text)
 	size_t n = 1, octets;
 
 	out[0] = '"';
-	for (; text<end; text += octets> 0 ? octets : 1) {
+	for (; text < end; text += (octets > 0 ? octets : 1)) {
 		char escaped[8];
 		size_t length;
 

@@ -2823,7 +2823,7 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 	*sum = (struct mbox_verified){ .octets = m->flushed };
 	for (uint32_t i = 0; i < m->now.records && unfit == NULL; i++) {
 		struct mbox_mail mail;
-		struct err ignored = { 0 };
+		struct err ignored = { 0 }, unnoted = { 0 };
 		struct record r;
 		unsigned state;
 		const char *wrong;
@@ -2849,8 +2849,8 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 			return -1;
 		if (wrong != NULL && (r.kind & ENTRY_TORN) == 0) { /* of which it is known */
 			verify_tell(&v, true, at, mail.name, wrong);
-			if (mbox_note(m, at, r.octets, e) != 0)
-				return -1;
+			if (mbox_note(m, at, r.octets, &unnoted) != 0) /* a disk that is read-only, say */
+				verify_tell(&v, false, at, "", unnoted.text);
 		} else if (wrong == NULL && state != r.state && !m->now.writing) {
 			verify_tell(&v, false, at, mail.name, "its state differs from the index");
 		}

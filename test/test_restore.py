@@ -390,6 +390,25 @@ def test_verify_online(t):
         assert not server.faults, server.faults
 
 
+def test_damage_is_told_where_nothing_can_be_noted(t):
+    """As on a disk that is mounted read-only: all of it, and that the next backup will not heal it."""
+    fill(t, {'INBOX': few(3)})
+    t.config()
+    t.backup()
+    path = t.mbox('INBOX')
+    data = bytearray(open(path, 'rb').read())
+    for start in [m.start() for m in re.finditer(rb'(?m)^From MAILER', data)]:
+        data[start - 4] ^= 1   # the last mail's, and those of the first two
+    with open(path, 'wb') as f:
+        f.write(data)
+    os.mkdir(path + '.index.damaged')
+    got = t.backup('--verify', status=1)
+    assert got.err.count('damaged: at ') == 3 and got.err.count('cannot create: Is a directory') == 3, got.err
+    assert ', 3 damaged' in got.out, got.out
+    got = t.backup('--verify', '--online', status=1)
+    assert 'cannot create: Is a directory: the next backup will not heal it' in got.err, got.err
+
+
 def test_damage_heals(t):
     """What --verify finds damaged is fetched anew by the next backup, and told once; nothing else changes."""
     mails = few(12) + few(3) + [sample.Mail(b'Subject: none\r\n\r\nno ID' + b'x\r\n' * i, '', sample.T0) for i in (1, 2)]
@@ -516,6 +535,20 @@ def test_restore_cut_anywhere(t):
     boxes = {'INBOX': imapd.Mailbox()}
     got, lines = restore_to(t, boxes, base=Existing)
     same(boxes, lines)
+
+
+def test_restore_names_too_long_for_a_record(t):
+    """Escaped, a name can be longer than what a process may report at once: --json does without it."""
+    name = '"' * 1000
+    boxes = {'INBOX': imapd.Mailbox(list(few(2))), name: imapd.Mailbox(list(few(3, 'long')))}
+    with imapd.Server(boxes, session=Target) as server:
+        t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1',
+                  'port': server.port, 'ssl': False})
+        t.backup()
+    there = {'INBOX': imapd.Mailbox(), name: imapd.Mailbox()}
+    got, lines = restore_to(t, there, options=('--json', '-n'))
+    told = json.loads(got.out)['accounts'][0]
+    assert [box['name'] for box in told['boxes']] == ['INBOX'] and told['failures'] == 0, got.out
 
 
 def test_restore_asks(t):
