@@ -130,7 +130,6 @@ enum {
 	SILENT_SEC = 10,             /* without a greeting in the clear, a hint is given */
 	BACKOFF_SEC = 60,            /* the longest pause of our own making */
 	WAIT_SEC = 900,              /* the longest that a server can ask for */
-	FAT_WARN_MB = 3500,          /* an archive of this size on FAT is nearly too large for it */
 	PLACE_SEC = 10               /* a worker that must wait longer gives its place back */
 };
 
@@ -5923,7 +5922,7 @@ struct session {
 	bool dry;           /* say what would be done */
 	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
 	uint64_t mails, octets; /* that came, to guess the size of a batch */
-	uint64_t bound;         /* mails that were told by their Message-IDs */
+	uint64_t steps;         /* mails told by their Message-IDs, or found to break the line: progress */
 	struct sync *first;     /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
 	struct sync *(*begin)(void *context, bool ahead);
@@ -6187,7 +6186,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	known = mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
-	y->session->bound += known > 0 && !y->session->dry; /* else nothing of it lasts */
+	y->session->steps += known > 0 && !y->session->dry; /* else nothing of it lasts */
 	if (known > 0 && fetch.has_flags)
 		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
 	return known < 0 ? -1 : 0;
@@ -6738,7 +6737,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 			"the mail with UID %lu breaks the connection again and again: left out in this run",
 			(unsigned long)low);
 		a->poison[a->poisons++] = low;
-		a->row++;
+		y->session->steps += ++a->row <= POISON_ROW;
 		a->careful_uid = 0;
 	} else {
 		a->careful_uid = high;
@@ -6974,7 +6973,7 @@ static int session_run(struct session *s, struct err *e)
 {
 	struct imap *im = s->im;
 
-	s->mails = s->octets = s->bound = 0;
+	s->mails = s->octets = s->steps = 0;
 	im->on_uids = on_uids;
 	im->on_literal = on_literal;
 	im->on_octets = on_octets;
@@ -8211,7 +8210,7 @@ static void worker_run(struct worker *w)
 
 		if (connected && session_run(&w->session, &e) == 0)
 			break;
-		if (w->slot->counts.mails > before || w->session.bound > 0)
+		if (w->slot->counts.mails > before || w->session.steps > 0)
 			w->slot->tries = w->expiries = 0;
 		if (!worker_recovers(w, connected, &e))
 			break;

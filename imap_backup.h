@@ -28,7 +28,6 @@
 /* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
 enum err_code {
 	E_NONE = 0,
-	E_CONFIG,  /* the person must change something first; nothing was contacted */
 	E_FORMAT,  /* a file is not what it should be, or another program changed it */
 	E_STALE,   /* the index does not fit, and is not to be made anew now: see MBOX_LOOK */
 	E_SYSTEM,  /* the file system or the memory failed: read-only, EIO */
@@ -110,7 +109,7 @@ struct json {
  *
  * Strict: one value, nothing behind it but white space; no comments, no trailing commas; strings
  * are valid UTF-8 without control characters, \u0000 and lone surrogates; a name stands once in an
- * object. One allocation, in proportion to 'length'.
+ * object, which has JSON_MEMBERS_MAX at most. One allocation, in proportion to 'length'.
  *
  * Returns the root (caller frees with json_free()), or NULL with E_FORMAT and a text that begins
  * with "LINE:COLUMN: " and says what was found and what was expected, or E_SYSTEM out of memory.
@@ -169,7 +168,8 @@ struct mbox_id {
 
 /*
  * Reads a mail's header as it flies by and tells its identity: the first Message-ID field,
- * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none. Memory is fixed whatever the header's size. The fields are private to mbox.c.
+ * unfolded, runs of white space as one space, trimmed; absent, empty and "<>" count as none. Memory is fixed
+ * whatever the header's size. The fields are private to mbox.c.
  */
 struct mbox_header {
 	br_sha1_context trimmed; /* of the key, up to the last octet that is no white space; ... */
@@ -395,8 +395,8 @@ struct mbox_verified {
 };
 
 /*
- * Compare all mails with the index; of those that are damaged a note is left. Returns 0, whatever is found, or -1 if it
- * cannot be read, or the note not be written.
+ * Compare all mails with the index; of those that are damaged a note is left, or it is told that there is none.
+ * Returns 0, whatever is found, or -1 if the archive cannot be read.
  */
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum,
 		struct err *e);

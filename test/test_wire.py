@@ -772,6 +772,21 @@ def test_a_line_that_breaks_at_every_mail(t):
         t.backup()
 
 
+def test_mails_in_a_row_that_break_the_line(t):
+    """Each is left out, although the retries would not do for all of them; what is behind them is stored."""
+    boxes = {'INBOX': Mailbox(list(sample.many(15)))}   # each with a Message-ID: they are asked for in order
+    with Server(boxes) as server:
+        def hook(session, tag, name, args):
+            if 'BODY.PEEK[]' in args and any(imapd.in_set(args.split()[0], uid, 15) for uid in (3, 4, 5, 6)):
+                session.drop('rst')
+        server.hook = hook
+        t.config(t.account(server, mode='plain', ssl=False), retries=2)
+        said = t.backup(status=1).err
+        assert said.count('left out in this run') == 4 and 'INBOX: 11 new' in said, said
+        server.hook = None
+        assert 'INBOX: 4 new' in t.backup().err
+
+
 def test_lies(t):
     """What no server may say. Memory stays small, nothing is marked gone, the message says what it was."""
     def lie(says, runs=(1,), skips=('INBOX',), **more):
