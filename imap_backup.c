@@ -7873,7 +7873,7 @@ static struct sync *worker_begin(void *context, bool ahead)
 	for (y = w->session.first; y != NULL; y = y->next) {
 		if (++in_hand == SESSION_BOXES_MAX || board_deaths(b, y->box) > 0)
 			return NULL;
-		mails += y->box->held;
+		mails += y->m != NULL ? mbox_count(y->m) : y->box->held; /* what it has, or a guess */
 		weight += y->box->weight;
 	}
 	if (ahead && worker_has_its_share(w, weight))
