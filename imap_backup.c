@@ -2975,15 +2975,18 @@ static void imap_called(struct imap *im, int result)
 		stream_fail(&im->s, E_NET, "the connection was given up within an answer");
 }
 
-/* Return the next octet without consuming it; -1 if there is none any more. */
-static int imap_peek(struct imap *im)
+/* Wait for octets. Returns the first, as imap_peek() does. */
+static int imap_fill(struct imap *im)
 {
-	if (im->s.err.code != E_NONE)
-		return -1;
-	if (im->s.at == im->s.end &&
-	    (stream_fill(&im->s) != 0 || imap_noise(im, (uint64_t)(im->s.end - im->s.at)) != 0))
+	if (stream_fill(&im->s) != 0 || imap_noise(im, (uint64_t)(im->s.end - im->s.at)) != 0)
 		return -1;
 	return *im->s.at;
+}
+
+/* Return the next octet without consuming it; -1 if there is none any more. */
+static inline __attribute__((always_inline)) int imap_peek(struct imap *im)
+{
+	return im->s.at < im->s.end ? *im->s.at : imap_fill(im);
 }
 
 /* Consume the octet that imap_peek() has shown. */
@@ -3040,10 +3043,11 @@ static size_t imap_word(struct imap *im, unsigned ends, char *out, size_t size)
 	bool upper = (ends & (ENDS_ATOM | ENDS_KEYWORD)) != 0;
 	size_t n = 0;
 
-	for (int c = imap_blanks(im); c >= 0 && !(octet_class[c] & ends); c = imap_peek(im), n++) {
+	for (int c = imap_blanks(im); c >= 0 && !(octet_class[c] & ends); n++) {
 		imap_next(im);
 		if (n < size - 1)
 			out[n] = (char)(upper && c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+		c = imap_peek(im);
 	}
 	out[n < size - 1 ? n : size - 1] = '\0';
 	return n;
@@ -3320,43 +3324,56 @@ static unsigned imap_wait_asked(const struct imap_result *result)
 	return 0;
 }
 
+/* Pass over octets of 'skip' and read a number of so many digits at most. Returns -1 if there is none. */
+static int date_number(const char **p, const char *skip, int digits)
+{
+	int n = -1;
+
+	for (*p += strspn(*p, skip); digits > 0 && isdigit((unsigned char)**p); digits--, ++*p)
+		n = (n < 0 ? 0 : n * 10) + **p - '0';
+	return n;
+}
+
 /*
  * Read a date: "17-Jul-1996 02:44:25 -0700" (INTERNALDATE, RFC 3501 9) or "Wed, 17 Jul 96 02:44 PDT"
  * (RFC 5322 3.3 and 4.3, without comments in it). False if there is no such time.
  */
 static bool parse_date(const char *text, int64_t *sec)
 {
-	int day, year, hour, minute, second = 0, zone = 0, sign = 1, n = 0, place;
-	char date[64], name[16], *p = date;
+	static const char between[] = " ,-\t\r\n"; /* which of these does not matter */
+	const char *p = text + strspn(text, between), *name;
+	int day, year, hour, minute = -1, second = 0, zone = 0, sign = 1, place;
 	unsigned month;
+	char word[4];
 
-	snprintf(date, sizeof date, "%s", text);
-	for (; *p != '\0' && *p != ':'; p++) /* what stands between the parts does not matter */
-		if (strchr(",-\t\r\n", *p) != NULL)
-			*p = ' ';
-	p = date + strspn(date, " ");
 	if (isalpha((unsigned char)*p)) /* the day of the week */
-		p += strcspn(p, " ");
-	if (sscanf(p, "%2d %15[A-Za-z] %4d %2d:%2d%n", &day, name, &year, &hour, &minute, &n) < 5)
-		return false;
-	p += n;
-	if (*p == ':' && sscanf(p, ":%2d%n", &second, &n) < 1)
-		return false;
-	p += *p == ':' ? n : 0;
+		p += strcspn(p, between);
+	day = date_number(&p, between, 2);
+	name = p += strspn(p, between);
+	while (isalpha((unsigned char)*p))
+		p++;
+	month = month_of(name);
+	year = date_number(&p, between, 4);
+	hour = date_number(&p, between, 2);
+	if (*p == ':' && p++)
+		minute = date_number(&p, " ", 2);
+	if (*p == ':' && p++)
+		second = date_number(&p, " ", 2);
 	p += strspn(p, " \t\r\n");
 	if (*p == '-' || *p == '+') {
-		sign = *p == '-' ? -1 : 1;
-		if (sscanf(p + 1, "%4d", &zone) < 1)
-			return false;
-	} else if (sscanf(p, "%3[A-Za-z]", date) == 1 &&
-		   (place = word_place("EDT EST CDT CST MDT MST PDT PST", date)) >= 0) {
+		sign = *p++ == '-' ? -1 : 1;
+		zone = date_number(&p, " ", 4);
+	} else {
+		snprintf(word, sizeof word, "%s", p);
+		place = word_place("EDT EST CDT CST MDT MST PDT PST", word);
 		sign = -1; /* other names tell nothing, and count as UTC */
-		zone = 100 * (4 + (place + 1) / 2);
+		zone = place >= 0 ? 100 * (4 + (place + 1) / 2) : 0;
 	}
-	month = month_of(name);
+	if ((day | year | hour | minute | second | zone) < 0) /* one is missing */
+		return false;
 	year += year >= 1000 ? 0 : year < 50 ? 2000 : 1900;
-	if (month == 0 || day < 1 || year < 1900 || hour < 0 || hour > 23 || minute < 0 || minute > 59 ||
-	    second < 0 || second > 60 || zone < 0 || zone > 1400 || zone % 100 > 59 ||
+	if (month == 0 || day < 1 || year < 1900 || hour > 23 || minute > 59 || second > 60 || zone > 1400 ||
+	    zone % 100 > 59 ||
 	    days_of(year, month, (unsigned)day) >= days_of(year + (month == 12), month % 12 + 1, 1))
 		return false;
 	*sec = days_of(year, month, (unsigned)day) * 86400 + hour * 3600 + minute * 60 + second -

@@ -174,6 +174,8 @@ struct mbox_id {
 struct mbox_header {
 	br_sha1_context trimmed; /* of the key, up to the last octet that is no white space; ... */
 	br_sha1_context ahead;   /* ... and with what is behind it, should more follow */
+	uint8_t made[512];       /* what belongs to the key, and is not hashed yet */
+	size_t made_octets;
 	br_sha256_context hash;  /* of the field in hand ... */
 	char text[128];          /* ... as far as it is not in here */
 	size_t text_octets, id_octets;

@@ -71,7 +71,8 @@ enum {
 };
 
 static const char index_magic[] = "imap_backup idx3";
-static const char status_field[] = "X-Mozilla-Status: ";
+static const char own_lines[] = "From MAILER-DAEMON Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0000\n";
+static const char *const status_field = own_lines + FROM_OCTETS;
 static const char made_domain[] = "@imap_backup.py.local>";
 
 /* ======== octets ======== */
@@ -98,11 +99,11 @@ static inline __attribute__((always_inline)) uint64_t get_word(const uint8_t *p)
 	       (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
 }
 
-/* The last n hex digits of a number, with zeroes in front; no NUL. */
-static void put_digits(char *p, unsigned n, unsigned number)
+/* The last n digits of a number to this base, with zeroes in front; no NUL. */
+static void put_digits(char *p, unsigned n, unsigned base, unsigned number)
 {
-	for (; n-- > 0; number /= 16)
-		p[n] = "0123456789abcdef"[number % 16];
+	for (; n-- > 0; number /= base)
+		p[n] = "0123456789abcdef"[number % base];
 }
 
 static bool is_space(uint8_t c)
@@ -193,7 +194,7 @@ static size_t made_text(char out[MBOX_MADE_MAX], const uint8_t key[20], unsigned
 
 	out[n++] = '<';
 	for (int i = 0; i < 20; i++, n += 2)
-		put_digits(out + n, 2, key[i]);
+		put_digits(out + n, 2, 16, key[i]);
 	if (k > 1)
 		n += (size_t)snprintf(out + n, 12, ".%u", k);
 	memcpy(out + n, made_domain, sizeof made_domain);
@@ -228,10 +229,9 @@ void mbox_header_init(struct mbox_header *h)
 	h->trimmed = h->ahead;
 }
 
-/* Take octets of a field that makes the key: white space counts once something follows it. */
-static void header_made_octets(struct mbox_header *h, const void *octets, size_t n)
+/* Hash octets of the fields that make the key: white space counts once something follows it. */
+static void header_made_hash(struct mbox_header *h, const uint8_t *p, size_t n)
 {
-	const uint8_t *p = octets;
 	size_t last = n;
 
 	while (last > 0 && is_space(p[last - 1]))
@@ -243,13 +243,29 @@ static void header_made_octets(struct mbox_header *h, const void *octets, size_t
 	br_sha1_update(&h->ahead, p + last, n - last);
 }
 
+/* Take such octets; as most mails have a Message-ID, they are hashed only when they must be. */
+static void header_made_octets(struct mbox_header *h, const void *octets, size_t n)
+{
+	if (n > sizeof h->made - h->made_octets) {
+		header_made_hash(h, h->made, h->made_octets);
+		h->made_octets = 0;
+	}
+	if (n > sizeof h->made) {
+		header_made_hash(h, octets, n);
+	} else {
+		memcpy(h->made + h->made_octets, octets, n);
+		h->made_octets += n;
+	}
+}
+
 /* The identity and the made ID, the k-th, of a mail with this header, should it have no other. Returns its length. */
-static size_t header_made(const struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX],
-			  unsigned k)
+static size_t header_made(struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX], unsigned k)
 {
 	uint8_t key[br_sha1_SIZE];
 	size_t n;
 
+	header_made_hash(h, h->made, h->made_octets);
+	h->made_octets = 0;
 	br_sha1_out(&h->trimmed, key);
 	n = made_text(text, key, k);
 	made_id(id, text);
@@ -1261,22 +1277,26 @@ static int64_t from_time(const uint8_t *p, size_t n)
 static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 {
 	time_t t = (time_t)when_sec;
-	char date[32];
 	struct tm tm;
 
 	if (when_sec < INT64_C(-30610224000) || when_sec > INT64_C(253402300799) || t != when_sec)
 		t = 0; /* not in the years 1000 to 9999 */
 	gmtime_r(&t, &tm);
-	memcpy(out, "From MAILER-DAEMON ", 19);
-	memcpy(out + 19, asctime_r(&tm, date), 25);
-	memcpy(out + FROM_OCTETS, status_field, STATUS_OCTETS);
-	put_digits(out + DIGITS_AT, 4, state);
-	out[BODY_AT - 1] = '\n';
+	memcpy(out, own_lines, BODY_AT);
+	memcpy(out + 19, "SunMonTueWedThuFriSat" + 3 * tm.tm_wday, 3); /* asctime_r() takes long */
+	memcpy(out + 23, "JanFebMarAprMayJunJulAugSepOctNovDec" + 3 * tm.tm_mon, 3);
+	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
+	out[27] = tm.tm_mday < 10 ? ' ' : out[27];
+	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
+	put_digits(out + 33, 2, 10, (unsigned)tm.tm_min);
+	put_digits(out + 36, 2, 10, (unsigned)tm.tm_sec);
+	put_digits(out + 39, 4, 10, (unsigned)tm.tm_year + 1900);
+	put_digits(out + DIGITS_AT, 4, 16, state);
 }
 
 /*
  * Read the mail that begins at 'at', whatever stands there, up to the next From line or 'end'. Fills in *r but
- * for the UID, and *mail; its kind tells whether it may be torn should it be the last. Returns 1 if another
+ * for the UID, and *mail (NULL: not wanted); its kind tells whether it may be torn should it be the last. Returns 1 if another
  * mail follows, else 0, or -1.
  */
 static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, struct mbox_mail *mail,
@@ -1290,10 +1310,10 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 	struct reader reader;
 	unsigned line = 0;
 	uint64_t wire = 0;
+	int64_t when_sec = INT64_MIN;
 	int got;
 
 	*r = (struct record){ .offset = at };
-	*mail = (struct mbox_mail){ .offset = at, .when_sec = INT64_MIN };
 	mbox_header_init(&h);
 	h.quoted = true;
 	for (reader_init(&reader, m, at, end); (got = reader_next(&reader, e)) > 0;) {
@@ -1306,7 +1326,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 			break;
 		if (r->octets == 0) {
 			nobody = reader_at(&reader, "From nobody ");
-			mail->when_sec = from_time(p, n);
+			when_sec = mail != NULL ? from_time(p, n) : 0;
 		}
 		r->octets += (off_t)n;
 		if (line == 2 && r->digits == 0 && n == STATUS_OCTETS + 5 && status_of(p) >= 0 &&
@@ -1339,13 +1359,17 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 	/* The original gave a made ID to mails whose own it overlooked. */
 	if (mbox_header_end(&h, &r->id) && nobody && id_is_made(&h.id[0]) && h.has_id[1])
 		r->id = h.id[1];
+	if (mail == NULL)
+		return got;
 	header_made(&h, &made, text, 1);
-	mail->octets = r->octets;
-	mail->head = r->head;
-	mail->digits = r->digits;
-	mail->state = r->state;
-	mail->id = r->id;
-	mail->made = memcmp(&made, &h.id[0], sizeof made) == 0;
+	*mail = (struct mbox_mail){ .offset = at,
+				    .octets = r->octets,
+				    .head = r->head,
+				    .digits = r->digits,
+				    .state = r->state,
+				    .when_sec = when_sec,
+				    .id = r->id,
+				    .made = memcmp(&made, &h.id[0], sizeof made) == 0 };
 	memcpy(mail->date, h.date, sizeof mail->date);
 	if (h.id_octets <= sizeof h.text) /* of the last Message-ID field */
 		memcpy(mail->name, h.text, h.text_octets);
@@ -1366,11 +1390,10 @@ static int from_at(struct mbox *m, off_t at, struct err *e)
 /* Append records for the messages between 'from' and 'end'; the first octets there are "From ". */
 static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 {
-	struct mbox_mail mail;
 	struct record r;
 
 	for (int more = 1; more > 0; from += r.octets) {
-		if ((more = mail_read(m, from, end, &r, &mail, e)) < 0)
+		if ((more = mail_read(m, from, end, &r, NULL, e)) < 0)
 			return -1;
 		if (more > 0)
 			r.kind &= ~(unsigned)ENTRY_SUSPECT;
@@ -1437,14 +1460,13 @@ static int reread_state(struct mbox *m, struct record *r, struct err *e)
  */
 static void disown_part(struct mbox *m)
 {
-	static const char from[] = "From MAILER-DAEMON ";
 	off_t part = m->flushed - m->whole;
 	size_t n = part < BODY_AT ? (size_t)part : BODY_AT, got;
 	char text[BODY_AT + 80];
 	struct err ignored = { 0 };
 
 	if (read_all(m, m->fd, text, n, m->whole, &got, &ignored) != 0 || got < n ||
-	    memcmp(text, from, n < sizeof from ? n : sizeof from - 1) != 0)
+	    memcmp(text, own_lines, n < 19 ? n : 19) != 0)
 		return; /* it is not there any more */
 	n = DIGITS_AT + (size_t)snprintf(text + DIGITS_AT, sizeof text - DIGITS_AT,
 					 "%04x\nMessage-ID: <part.%lld%s\n", MBOX_GONE, (long long)m->whole,
@@ -1563,7 +1585,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 				       m->path, (long long)r.offset);
 		}
 		if ((r.state & ours) != state) {
-			put_digits(digits, 4, (r.state & ~ours) | state);
+			put_digits(digits, 4, 16, (r.state & ~ours) | state);
 			if (write_all(m, m->fd, digits, 4, r.offset + r.digits, e) != 0)
 				return -1;
 			m->data_dirty = true;
@@ -2154,8 +2176,6 @@ int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32
 
 int mbox_begin(struct mbox *m, struct err *e)
 {
-	char head[BODY_AT];
-
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
 	if (mark_writing(m, e) != 0)
@@ -2170,8 +2190,7 @@ int mbox_begin(struct mbox *m, struct err *e)
 	m->counted = NULL;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
-	head_text(head, 0, 0); /* mbox_end() knows better; disown_part() looks for it */
-	if (put(m, head, BODY_AT, e) != 0) {
+	if (put(m, own_lines, BODY_AT, e) != 0) { /* mbox_end() knows better; disown_part() looks for them */
 		mbox_abort(m);
 		return -1;
 	}
@@ -2737,7 +2756,7 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 		open = !lf;
 		empty = reader.line_start && n == 1 && lf;
 		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5) {
-			put_digits((char *)m->buffer + (reader.at - 5), 4,
+			put_digits((char *)m->buffer + (reader.at - 5), 4, 16,
 				   mail->state & ~(unsigned)MBOX_GONE);
 			m->read_octets = 0; /* the buffer is not what the file has any more */
 		}
