@@ -1045,21 +1045,25 @@ static void ring_prefer(struct mbox *m, uint32_t *place, uint32_t before)
 /* Put each ring into the order of enum rank, and of storing: so are mails told apart that nothing else does. */
 static void rings_sort(struct mbox *m)
 {
+	bool any = false;
+
 	for (uint32_t at = 0; at < m->table_room; at++) {
-		uint32_t end = m->table[at], i = end;
+		uint32_t end = m->table[at], i = end, follows;
 
-		while (m->table[at] != 0) { /* 'next' remembers the ring's place meanwhile */
-			uint32_t follows = m->entries[i - 1].next + 1;
-
-			m->entries[i - 1].next = at;
-			m->table[at] = follows == end ? 0 : m->table[at];
+		if (end == 0 || m->entries[end - 1].next == end - 1)
+			continue;
+		any = true;
+		m->table[at] = 0;
+		do { /* 'next' remembers the ring's place meanwhile */
+			follows = m->entries[i - 1].next + 1;
+			m->entries[i - 1].next = at ^ UINT32_MAX;
 			i = follows;
-		}
+		} while (i != end);
 	}
-	for (enum rank rank = 0; rank < RANKS; rank++)
+	for (enum rank rank = 0; any && rank < RANKS; rank++)
 		for (uint32_t i = 0; i < m->now.records; i++)
-			if (rank_of(m, i) == rank) {
-				uint32_t *place = m->table + m->entries[i].next;
+			if (m->entries[i].next > MBOX_MAILS_MAX && rank_of(m, i) == rank) {
+				uint32_t *place = m->table + (m->entries[i].next ^ UINT32_MAX);
 
 				m->entries[i].next = i;
 				ring_join(m, place, i + 1);
@@ -1959,7 +1963,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .exists = true,
 				    .fits = true,
 				    .unbound = m->now.stored - m->now.gone - (m->known - m->now.others) };
-	for (uint32_t i = 0; i < m->now.records; i++)
+	for (uint32_t i = 0; m->now.others > 0 && i < m->now.records; i++)
 		info->all_different += rank_of(m, i) == RANK_NAME_BOUND &&
 				       m->entries[i].bits & ENTRY_DIFFERENT;
 }
