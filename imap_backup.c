@@ -7275,7 +7275,6 @@ static int take_stream(void *context, const void *octets, size_t n)
 /* Send one mail. */
 static int restore_append(struct restore *r, const struct mbox_mail *mail)
 {
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	struct imap *im = r->im;
 	uint64_t limit = im->capabilities & CAP_LITERAL_PLUS ? APPEND_AHEAD_MAX : 0;
 	int64_t when_sec = mail->when_sec;
@@ -7303,7 +7302,7 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 	sec = (time_t)when_sec;
 	if (when_sec != INT64_MIN && sec == when_sec && gmtime_r(&sec, &tm) != NULL && tm.tm_year <= 8099)
 		snprintf(date, sizeof date, " \"%02d-%.3s-%04d %02d:%02d:%02d +0000\"", tm.tm_mday,
-			 months + 3 * tm.tm_mon, tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
+			 month_names + 3 * tm.tm_mon, tm.tm_year + 1900, tm.tm_hour, tm.tm_min, tm.tm_sec);
 	while (im->taken < im->tag && (!imap_may_send(im) || r->careful > 0))
 		if (restore_answered(r) != 0)
 			return -1;

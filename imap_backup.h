@@ -73,6 +73,8 @@ size_t utf8_put(char *out, uint32_t code);
 /* The days since 1 January 1970, in the civil calendar. Months from 1. */
 int64_t days_of(int64_t year, unsigned month, unsigned day);
 
+extern const char month_names[]; /* "JanFeb...": three letters each */
+
 /* The number of a month by its first three letters, in any case; 0: it is none. */
 unsigned month_of(const char *text);
 

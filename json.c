@@ -109,12 +109,12 @@ int64_t days_of(int64_t year, unsigned month, unsigned day)
 	       (153 * ((month + 9) % 12) + 2) / 5 + day - 1 - 719468;
 }
 
+const char month_names[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+
 unsigned month_of(const char *text)
 {
-	static const char months[] = "janfebmaraprmayjunjulaugsepoctnovdec";
-
 	for (unsigned m = 0; m < 12; m++)
-		if (strncasecmp(months + 3 * m, text, 3) == 0)
+		if (strncasecmp(month_names + 3 * m, text, 3) == 0)
 			return m + 1;
 	return 0;
 }

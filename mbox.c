@@ -1280,6 +1280,7 @@ static int64_t from_time(const uint8_t *p, size_t n)
 /* Our two lines in front of a mail; BODY_AT octets whatever the time (RFC 4155). */
 static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 {
+	static const char days[] = "SunMonTueWedThuFriSat";
 	time_t t = (time_t)when_sec;
 	struct tm tm;
 
@@ -1287,8 +1288,8 @@ static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 		t = 0; /* not in the years 1000 to 9999 */
 	gmtime_r(&t, &tm);
 	memcpy(out, own_lines, BODY_AT);
-	memcpy(out + 19, "SunMonTueWedThuFriSat" + 3 * tm.tm_wday, 3); /* asctime_r() takes long */
-	memcpy(out + 23, "JanFebMarAprMayJunJulAugSepOctNovDec" + 3 * tm.tm_mon, 3);
+	memcpy(out + 19, days + 3 * tm.tm_wday, 3); /* asctime_r() takes long */
+	memcpy(out + 23, month_names + 3 * tm.tm_mon, 3);
 	put_digits(out + 27, 2, 10, (unsigned)tm.tm_mday);
 	out[27] = tm.tm_mday < 10 ? ' ' : out[27];
 	put_digits(out + 30, 2, 10, (unsigned)tm.tm_hour);
