@@ -67,9 +67,9 @@ def fetch(imap, wire):
 def fetch_all(imap):
     """{name on the wire: [Mail]} of all mailboxes that can be opened."""
     out = {}
-    for line in imap.list()[1]:
+    for line in filter(None, imap.list()[1]):   # b'' follows a literal
         if isinstance(line, tuple):
-            line = line[0] + b'"' + line[1] + b'"'
+            line = re.sub(rb'\{\d+\}$', b'', line[0]) + b'"' + re.sub(rb'(["\\])', rb'\\\1', line[1]) + b'"'
         m = re.match(r'\((.*?)\) (?:"(?:\\.|[^"])*"|NIL) (.*)', line.decode())
         name = m.group(2)
         if name.startswith('"'):
