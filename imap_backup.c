@@ -2838,9 +2838,10 @@ enum { CAP_LIST_STATUS = 1 << 4, CAP_ESEARCH = 1 << 5, CAP_CONDSTORE = 1 << 6, C
 enum { CAP_ID = 1 << 8, CAP_STATUS_SIZE = 1 << 9, CAP_COMPRESS = 1 << 10, CAP_LITERAL_MINUS = 1 << 11 };
 enum { CAP_SPECIAL_USE = 1 << 12, CAP_NAMESPACE = 1 << 13, CAP_UIDPLUS = 1 << 14, CAP_XOAUTH2 = 1 << 15 };
 enum { CAP_OAUTHBEARER = 1 << 16, CAP_QRESYNC = 1 << 17, CAP_REV1 = 1 << 18, CAP_REV2 = 1 << 19 };
+enum { CAP_UNSELECT = 1 << 20 };
 enum { /* RFC 9051 appendix E */
        CAP_IN_REV2 = CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH | CAP_LITERAL_MINUS | CAP_SPECIAL_USE |
-		     CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE
+		     CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE | CAP_UNSELECT
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -3220,7 +3221,7 @@ static void imap_capabilities(struct imap *im)
 	static const char words
 		[] = "STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID "
 		     "STATUS=SIZE COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 "
-		     "AUTH=OAUTHBEARER QRESYNC IMAP4REV1 IMAP4REV2";
+		     "AUTH=OAUTHBEARER QRESYNC IMAP4REV1 IMAP4REV2 UNSELECT";
 	char word[IMAP_ATOM_MAX];
 
 	im->capabilities = 0;
@@ -7159,7 +7160,7 @@ static int restore_listed(struct restore *r, struct err *e)
 /* Open the target's mailbox and list what it has. Returns 0, or -1 with *e: E_REFUSED, or r->err is filled, too. */
 static int restore_look(struct restore *r, struct err *e)
 {
-	static const char *const fields[] = { "MESSAGE-ID", "FROM TO CC DATE SUBJECT" };
+	static const char *const fields[] = { "Message-ID", "From To Cc Date Subject" }; /* as in a backup */
 	struct imap *im = r->im;
 	const struct imap_result *result;
 	struct range ranges[BATCH_RANGES];
@@ -7220,7 +7221,9 @@ static int restore_look(struct restore *r, struct err *e)
 	}
 	if (r->n > 0)
 		qsort(r->ids, r->n, sizeof *r->ids, id_compare);
-	return 0;
+	/* GNU's imap4d says OK to what is appended to the mailbox that is selected, and drops it in the end. */
+	return r->session->dry || !(im->capabilities & CAP_UNSELECT) ||
+	       imap_wait(im, imap_send(im, NULL, "UNSELECT")) != NULL ? 0 : -1;
 }
 
 /* -- what is sent -- */

@@ -14,6 +14,7 @@ import imapd
 import sample
 import servers
 from test_backup import delete, few, fill
+from test_odd import fields_as_asked
 
 
 def raw(t, *args):
@@ -214,6 +215,10 @@ class Target(imapd.Session):
     def cmd_SELECT(self, tag, args):
         self.cmd_EXAMINE(tag, args)
 
+    def cmd_UNSELECT(self, tag, args):
+        self.box = None
+        self.ok(tag)
+
     def cmd_FETCH(self, tag, args):
         self.cmd_UID_FETCH(tag, args)   # nothing is expunged here: UIDs are numbers
 
@@ -294,6 +299,34 @@ def test_restore_where_the_listing_is_refused(t):
         got, _ = restore_to(t, boxes, status=0 if waits else 1, hook=hook)
         assert refused and len(boxes['INBOX'].mails) == 60, (answer, len(boxes['INBOX'].mails), got.err)
         assert len(boxes['Other'].mails) == 2 and answer.split()[-1] in got.err, (answer, got.err)
+
+
+def test_restore_to_a_mailbox_that_is_selected(t):
+    """GNU's imap4d says OK to what is appended to the mailbox that is open, and drops it; and it names header fields
+    as they were asked for. All comes there, and once. Where UNSELECT is refused or not offered, that costs nothing."""
+    def append(self, tag, args):
+        name = self.find(imapd.tokens(args)[0])
+        self.ok(tag) if self.box is self.boxes[name] else Target.cmd_APPEND(self, tag, args)
+
+    def fetch_body(self, m, item):
+        fields = re.match(r'BODY\.PEEK\[HEADER\.FIELDS \((.*)\)\]$', item).group(1)
+        return self.body(b'BODY[HEADER.FIELDS (%s)]' % fields.encode(), fields_as_asked(m.data, fields))
+
+    def refused(self, tag, args):
+        self.line(tag + ' BAD no')
+    mails = few(20) + [sample.mail(random.Random(i), 'none %d' % i, message_id=False) for i in range(5)]
+    held = fill(t, {'INBOX': mails, 'New': few(3, 'n')})
+    t.config()
+    t.backup()
+    bare = Target.capabilities.replace('UNSELECT', '')
+    for odd in (dict(cmd_APPEND=append, fetch_body=fetch_body), dict(cmd_UNSELECT=refused),
+                dict(cmd_UNSELECT=refused, capabilities=bare)):
+        boxes = {'INBOX': imapd.Mailbox()}
+        for once in range(2):
+            got, lines = restore_to(t, boxes, **odd)
+            assert {n: sorted(m.data for m in b.mails) for n, b in boxes.items()} == \
+                {n: sorted(m.data for m in mails) for n, mails in held.items()}, (odd, once, got.err)
+            assert ('UNSELECT' in lines) == ('capabilities' not in odd), lines
 
 
 def test_restore_below_a_prefix(t):
