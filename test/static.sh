@@ -223,7 +223,9 @@ build() # TARGET
 	# In a folder of its own, where make does not find what was built for this machine.
 	mkdir -p "$top/build/$name"
 	ln -sf "$top/Makefile" "$top"/*.[ch] "$top/build/$name"
-	make -s -C "$top/build/$name" CC="$prefix/cc" CFLAGS="$small" LDFLAGS=-Wl,-z,norelro,-z,noseparate-code \
+	# common-page-size: else ld fills up a page in the file behind the code, if that spares one in memory.
+	make -s -C "$top/build/$name" CC="$prefix/cc" CFLAGS="$small" \
+		LDFLAGS=-Wl,-z,norelro,-z,noseparate-code,-z,common-page-size=64 \
 		CURL_CFLAGS=-DCURL_STATICLIB BEARSSL_LIBS='-lcurl -lbearssl' CURL_LIBS= imap_backup
 	case $name in
 	mips*) # ld would tell, but of libgcc's routines for integers too: $f0 to $f31 belong to the FPU
