@@ -1119,7 +1119,7 @@ static size_t line_read(int fd, char *text, size_t size)
 	size_t n = 0;
 
 	*text = '\0';
-	while (got > 0 && n < size - 1 && strchr(text, '\n') == NULL && !stop_asked) {
+	while (got > 0 && n < size - 1 && memchr(text, '\n', n) == NULL && !stop_asked) {
 		if (poll(&ready, 1, 1000) <= 0)
 			continue;
 		got = read(fd, text + n, size - 1 - n);
@@ -8366,8 +8366,10 @@ static int account_prepare(struct worker *w, struct err *e)
 		return 0;
 	if (account->password_command != NULL)
 		return account_ask_command(w->run, account, e);
-	return err_set(e, E_ACCOUNT,
-		       "no password: expected one of \"password\", \"password_command\" and \"oauth2\"");
+	return err_set(e, E_ACCOUNT, "no password: expected %s",
+		       w->run->config->quick
+			       ? "it in IMAP_BACKUP_PASSWORD, or --password-command"
+			       : "one of \"password\", \"password_command\" and \"oauth2\"");
 }
 
 /* An account's process, from its lock to its last helper. */
@@ -8875,7 +8877,7 @@ static void run_prepare(struct run *run)
 		if (run_is_offline(o))
 			continue;
 		account_trust(run, a);
-		if (a->password == NULL && a->password_command == NULL && a->oauth == NULL)
+		if (a->password == NULL && a->password_command == NULL && a->oauth == NULL && !stop_asked)
 			a->password = password_prompt(a->email);
 	}
 }

@@ -688,11 +688,14 @@ def test_a_password_is_asked_on_a_terminal(t):
     status, shown, asked, after = at_a_terminal(t, servers.PASSWORD.encode() + b'\n')
     assert status == 0 and not asked and after and servers.PASSWORD not in shown, (status, shown, asked, after)
     t.same(held)
-    # Ctrl-C, and a signal from elsewhere: the terminal is as it was.
-    t.config(account, start_url='http://127.0.0.1:1/', failure_url='http://127.0.0.1:1/')
+    status, shown, asked, after = at_a_terminal(t, b'\0' + servers.PASSWORD.encode() + b'\n')   # Ctrl-@ ends no line
+    assert status == 1 and 'no password' in shown and servers.PASSWORD not in shown, (status, shown)
+    # Ctrl-C, and a signal from elsewhere: the terminal is as it was, and nothing more is asked.
+    t.config(account, dict(account, email='b@example.org'), start_url='http://127.0.0.1:1/',
+             failure_url='http://127.0.0.1:1/')
     for answer in (b'\x03', signal.SIGTERM):
         status, shown, asked, after = at_a_terminal(t, answer)
-        assert '127.0.0.1' not in shown, shown
+        assert '127.0.0.1' not in shown and 'b@example' not in shown, shown
         assert status == 1 and not asked and after and 'stopped by a signal' in shown, (status, shown, asked, after)
         assert re.search(r'password of [^\r\n]*\r?\n.*stopped', shown, re.S), shown   # on a line of its own
     t.config(account)
@@ -704,6 +707,8 @@ def test_a_password_is_asked_on_a_terminal(t):
     # Without a terminal nobody is asked.
     got = subprocess.run([PROGRAM, t.path], stderr=subprocess.PIPE, start_new_session=True)
     assert got.returncode == 1 and b'expected one of "password", "password_command" and "oauth2"' in got.stderr, got
+    got = subprocess.run([PROGRAM, *quick(t)], stderr=subprocess.PIPE, start_new_session=True, cwd=t.folder)
+    assert got.returncode == 1 and b'IMAP_BACKUP_PASSWORD, or --password-command' in got.stderr, got
 
 
 def test_nothing_goes_in_the_clear_with_a_fingerprint(t):
