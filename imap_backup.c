@@ -452,6 +452,20 @@ static struct string secret_show(const char *hidden)
 	return clear;
 }
 
+/* Overwrite a secret, unless it is NULL, in a text, in any case of letters, also where the text cuts it. */
+static void text_scrub(char *text, const char *secret)
+{
+	for (; secret != NULL && *secret != '\0' && *text != '\0'; text++) {
+		size_t n = 0;
+
+		while (secret[n] != '\0' &&
+		       tolower((unsigned char)text[n]) == tolower((unsigned char)secret[n]))
+			n++;
+		if (secret[n] == '\0' || (text[n] == '\0' && n >= 4))
+			memset(text, '*', n);
+	}
+}
+
 static void string_octet(struct string *t, char octet, bool plain)
 {
 	if (t->size - t->n < 4)
@@ -3179,20 +3193,11 @@ static bool imap_item(struct imap *im, char word[IMAP_ATOM_MAX])
 	return false;
 }
 
-/* Overwrite what a server echoes of the login, in any case of letters, also where the text cuts it. */
+/* Overwrite what a server echoes of the login. */
 static void imap_scrub(const struct imap *im, char *text)
 {
 	for (int i = 0; i < 3; i++)
-		for (char *p = text; im->secret[i] != NULL && *im->secret[i] != '\0' && *p != '\0'; p++) {
-			const char *secret = im->secret[i];
-			size_t n = 0;
-
-			while (secret[n] != '\0' &&
-			       tolower((unsigned char)p[n]) == tolower((unsigned char)secret[n]))
-				n++;
-			if (secret[n] == '\0' || (p[n] == '\0' && n >= 4))
-				memset(p, '*', n);
-		}
+		text_scrub(text, im->secret[i]);
 }
 
 /* Pass over what is left of a response. */
@@ -4342,6 +4347,8 @@ struct oauth_job { /* what all functions here work on */
 	const struct oauth *oauth;
 	const struct trust *trust;
 	struct err *e;
+	const char *secrets
+		[2];    /* in the form at hand, or NULL; if the provider repeats them they are not told */
 	char error[40]; /* the provider's word for what was wrong with the last request, or "" */
 	char path[PATH_MAX_OCTETS], aside[PATH_MAX_OCTETS + 8]; /* of the token file */
 	int lock, fd;                        /* -1: not locked; what is written aside is not open */
@@ -4349,8 +4356,6 @@ struct oauth_job { /* what all functions here work on */
 	size_t octets;                       /* of the file */
 	struct json *root;                   /* owned; of the file, or an empty object */
 	const struct json *refresh, *access; /* its newest tokens of our client, or NULL */
-	struct json own[20];                 /* what oauth_merge() puts into the tree */
-	unsigned n_own;
 };
 
 /* SHA-256 of the access token that this process was given last. */
@@ -4407,26 +4412,30 @@ static int oauth_refused(struct oauth_job *k, const char *number, const char *wo
 			hint = hints[i][1];
 	snprintf(own, sizeof own, "%.*s", trace != NULL ? (int)(trace - words) : 999, words);
 	own[strcspn(own, "\r\n")] = '\0';
+	text_scrub(own, k->secrets[0]);
+	text_scrub(own, k->secrets[1]);
 	if (status >= 500 || status == 429 || status == 408 ||
 	    word_place("temporarily_unavailable server_error slow_down authorization_pending", k->error) >=
 		    0)
 		code = E_NET;
 	if (*k->error == '\0')
-		snprintf(k->error, sizeof k->error, "HTTP status %ld", status);
+		snprintf(k->error, sizeof k->error, "HTTP status %ld%s", status,
+			 status == 200 ? ", but gives nothing" : "");
 	return err_set(k->e, code, "the provider says %s%s%s%s%s", k->error, *own != '\0' ? ": " : "", own,
 		       *hint != '\0' ? "; " : "", hint);
 }
 
 /*
- * POST a form: what the format says, and what every form has. Returns the answer (caller frees), or NULL
- * with E_ACCOUNT; with E_NET if it may do better later. Where the provider itself refused,
- * k->error says how.
+ * POST a form: what the format says (one of its values is this secret, if it is not NULL), and what every
+ * form has. Returns the answer (caller frees), or NULL with E_ACCOUNT; with E_NET if it may do better later.
+ * Where the provider itself refused, k->error says how.
  */
-static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *format, ...)
+static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *secret, const char *format,
+			      ...)
 {
 	const struct oauth *o = k->oauth;
 	const bool device = url == o->device_url;
-	struct string form = string_new(FORM_MAX), secret;
+	struct string form = string_new(FORM_MAX), own = { 0 };
 	struct json *answer = NULL;
 	const struct json *codes;
 	struct err no_json = { 0 };
@@ -4438,10 +4447,11 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	va_end(values);
 	string_add(&form, "&client_id=%f", o->client_id);
 	if (!device && o->client_secret != NULL) {
-		secret = secret_show(o->client_secret);
-		string_add(&form, "&client_secret=%f", secret.at);
-		string_free(&secret);
+		own = secret_show(o->client_secret);
+		string_add(&form, "&client_secret=%f", own.at);
 	}
+	k->secrets[0] = secret;
+	k->secrets[1] = own.at;
 	*k->error = '\0';
 	h = http_post(url, form.at, k->trust);
 	if (h->err.code != E_NONE) {
@@ -4462,17 +4472,20 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	wipe(h, sizeof *h);
 	munmap(h, sizeof *h);
 	string_free(&form);
+	string_free(&own);
 	return answer;
 }
 
 /* Ask for an access token by what there is: the client's own secret, or the refresh token. */
 static struct json *oauth_refresh(struct oauth_job *k)
 {
+	const char *refresh = oauth_text(k->refresh, "secret");
+
 	if (k->oauth->client_credentials)
-		return oauth_ask(k, k->oauth->token_url, "grant_type=client_credentials&scope=%f",
+		return oauth_ask(k, k->oauth->token_url, NULL, "grant_type=client_credentials&scope=%f",
 				 k->oauth->scope);
-	return oauth_ask(k, k->oauth->token_url, "grant_type=refresh_token&refresh_token=%f",
-			 oauth_text(k->refresh, "secret"));
+	return oauth_ask(k, k->oauth->token_url, refresh, "grant_type=refresh_token&refresh_token=%f",
+			 refresh);
 }
 
 /* -- the token file -- */
@@ -4516,7 +4529,7 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	int fd;
 
 	*k = (struct oauth_job){ .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1 };
-	snprintf(k->path, sizeof k->path, "%.3800s/oauth2_%s_%.70s.json", c->oauth2_cache, types[o->type],
+	snprintf(k->path, sizeof k->path, "%.3600s/oauth2_%s_%.200s.json", c->oauth2_cache, types[o->type],
 		 o->name);
 	snprintf(k->aside, sizeof k->aside, "%s.lock", k->path);
 	mkdir(c->oauth2_cache, 0700);
@@ -4563,89 +4576,81 @@ static int oauth_write(struct oauth_job *k, const struct string *t)
 		k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
 	}
 	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
-	if (k->fd < 0 || lseek(k->fd, 0, SEEK_SET) != 0 ||
-	    write(k->fd, room.at, room.n) != (ssize_t)room.n || ftruncate(k->fd, (off_t)room.n) != 0)
+	if (k->fd < 0 || pwrite(k->fd, room.at, room.n, 0) != (ssize_t)room.n ||
+	    ftruncate(k->fd, (off_t)room.n) != 0)
 		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
 	if (t == NULL)
 		string_free(&room);
 	return k->e->code == E_NONE ? 0 : -1;
 }
 
-/* Return the member of an object, which is put in, or emptied, unless it has this type. */
-static struct json *oauth_member(struct oauth_job *k, struct json *object, const char *key,
-				 enum json_type type)
-{
-	struct json *v = (struct json *)(uintptr_t)json_get(object, key);
-
-	if (v == NULL) {
-		v = &k->own[k->n_own++];
-		*v = (struct json){ .key = key, .next = object->child };
-		object->child = v;
-	}
-	if (v->type != type)
-		*v = (struct json){ .type = type, .key = v->key, .next = v->next };
-	return v;
-}
-
-/* Write a value, and what follows it in its array or object. */
+/* Write a value. */
 static void oauth_print(struct string *t, const struct json *v)
 {
-	for (; v != NULL; v = v->next) {
-		if (v->key != NULL)
-			string_add(t, "%j:", v->key);
-		if (v->type == JSON_ARRAY || v->type == JSON_OBJECT) {
-			string_add(t, v->type == JSON_ARRAY ? "[" : "{");
-			oauth_print(t, v->child);
-			string_add(t, v->type == JSON_ARRAY ? "]" : "}");
-		} else {
-			string_add(t, v->type == JSON_STRING ? "%j" : "%s",
-				   v->text != NULL        ? v->text
-				   : v->type == JSON_NULL ? "null"
-				   : v->number != 0       ? "true"
-							  : "false");
-		}
-		string_add(t, v->next != NULL ? "," : "");
+	const char *comma = "";
+
+	if (v->type != JSON_ARRAY && v->type != JSON_OBJECT) {
+		string_add(t, v->type == JSON_STRING ? "%j" : "%s",
+			   v->text != NULL        ? v->text
+			   : v->type == JSON_NULL ? "null"
+			   : v->number != 0       ? "true"
+						  : "false");
+		return;
 	}
+	string_add(t, v->type == JSON_ARRAY ? "[" : "{");
+	for (const struct json *in = v->child; in != NULL; in = in->next, comma = ",") {
+		string_add(t, in->key != NULL ? "%s%j:" : "%s", comma, in->key);
+		oauth_print(t, in);
+	}
+	string_add(t, v->type == JSON_ARRAY ? "]" : "}");
+}
+
+/* Write the members of an object, behind others, but these two. */
+static void oauth_others(struct string *t, const struct json *object, const char *but, const char *nor)
+{
+	for (const struct json *v = object->child; v != NULL; v = v->next)
+		if (v->key != NULL && strcmp(v->key, but) != 0 && strcmp(v->key, nor) != 0) {
+			string_add(t, ",%j:", v->key);
+			oauth_print(t, v);
+		}
 }
 
 /*
- * Put the tokens of an answer into the tree of the file. What we know nothing of stays as it is, except other
- * access tokens: they are only kept to save a question.
+ * Write the file anew with the tokens of an answer. All else stays as it is, but for other access tokens, which
+ * are only kept to save a question. MSAL reads the fields of the entries, not the names of these.
  */
-static void oauth_merge(struct oauth_job *k, const struct json *answer, struct string *t)
+static void oauth_merge(const struct oauth_job *k, const struct json *answer, struct string *t)
 {
+	static const char entry[] = "%j:{\"credential_type\":%j,\"secret\":%j,%j:%j,\"home_account_id\":%j,"
+				    "\"environment\":%j,\"client_id\":%j,\"target\":%j}";
 	const char *refresh = oauth_text(answer, "refresh_token"), *client = k->oauth->client_id;
 	const char *home = oauth_text(k->refresh, "home_account_id");
 	const char *where = oauth_text(k->refresh, "environment"), *scope = oauth_text(answer, "scope");
+	const char *key = k->refresh != NULL ? k->refresh->key : client;
+	const struct json *list = json_get(k->root, "RefreshToken");
 	long long now = (long long)time(NULL), life = strtoll(oauth_text(answer, "expires_in"), NULL, 10);
-	struct json *list = oauth_member(k, k->root, "AccessToken", JSON_OBJECT), *entry;
 	char begin[24], end[24], site[300];
 
 	snprintf(begin, sizeof begin, "%lld", now);
 	snprintf(end, sizeof end, "%lld", now + (life > 0 && life < INT32_MAX ? life : 600)); /* as MSAL */
 	if (*where == '\0')
 		where = http_site(site, k->oauth->token_url) + strlen("https://");
-	list->child = NULL;
-	for (int r = 0; r < (*refresh != '\0' ? 2 : 1); r++) {
-		const char *const fields[][2] = {
-			{ "credential_type", r ? "RefreshToken" : "AccessToken" },
-			{ "secret", r ? refresh : oauth_text(answer, "access_token") },
-			{ r ? "last_modification_time" : "cached_at", begin },
-			{ "home_account_id", home },
-			{ "environment", where },
-			{ "client_id", client },
-			{ "target", *scope != '\0' ? scope : k->oauth->scope },
-			{ "expires_on", end },
-		};
-
-		/* MSAL reads the fields, not the names of the entries. */
-		list = oauth_member(k, k->root, fields[0][1], JSON_OBJECT);
-		entry = oauth_member(k, list, r && k->refresh != NULL ? k->refresh->key : client,
-				     JSON_OBJECT);
-		for (int i = 0; i < 8 - r; i++)
-			oauth_member(k, entry, fields[i][0], JSON_STRING)->text = fields[i][1];
+	if (*scope == '\0')
+		scope = k->oauth->scope;
+	string_add(t, "{\"AccessToken\":{");
+	string_add(t, entry, client, "AccessToken", oauth_text(answer, "access_token"), "expires_on", end,
+		   home, where, client, scope);
+	string_add(t, "}");
+	if (*refresh != '\0') {
+		string_add(t, ",\"RefreshToken\":{");
+		string_add(t, entry, key, "RefreshToken", refresh, "last_modification_time", begin, home,
+			   where, client, scope);
+		if (list != NULL)
+			oauth_others(t, list, key, "");
+		string_add(t, "}");
 	}
-	oauth_print(t, k->root);
+	oauth_others(t, k->root, "AccessToken", *refresh != '\0' ? "RefreshToken" : "");
+	string_add(t, "}");
 }
 
 /* Put the tokens of an answer on disk; only then the access token may be used. It must be locked. */
@@ -4731,17 +4736,19 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 static struct json *oauth_device(struct oauth_job *k)
 {
 	struct json *answer = NULL,
-		    *codes = oauth_ask(k, k->oauth->device_url, "scope=%f", k->oauth->scope);
+		    *codes = oauth_ask(k, k->oauth->device_url, NULL, "scope=%f", k->oauth->scope);
 	long sec = strtol(oauth_text(codes, "interval"), NULL, 10);
 	long limit_sec = strtol(oauth_text(codes, "expires_in"), NULL, 10);
+	const char *code = oauth_text(codes, "device_code"), *where = oauth_text(codes, "verification_uri");
 	int64_t began = now_ms();
 
-	sec = sec > 0 && sec < 300 ? sec : 5; /* the standard of RFC 8628 */
+	where = *where != '\0' ? where
+			       : oauth_text(codes, "verification_url"); /* as in drafts of RFC 8628 */
+	sec = sec > 0 && sec < 300 ? sec : 5;                           /* as it says itself */
 	limit_sec = limit_sec > 0 && limit_sec < 86400 ? limit_sec : 900;
 	if (codes != NULL)
-		log_info("open %s on any device and enter the code %s there, within %ld minutes",
-			 oauth_text(codes, "verification_uri"), oauth_text(codes, "user_code"),
-			 (limit_sec + 59) / 60);
+		log_info("open %s on any device and enter the code %s there, within %ld minutes", where,
+			 oauth_text(codes, "user_code"), (limit_sec + 59) / 60);
 	while (answer == NULL && k->e->code == E_NONE) {
 		poll(NULL, 0, (int)sec * 1000);
 		*k->error = '\0'; /* it is over if we say so: there is no other way then */
@@ -4751,9 +4758,9 @@ static struct json *oauth_device(struct oauth_job *k)
 			err_set(k->e, E_ACCOUNT, "the code was not entered in time");
 		else
 			answer = oauth_ask(
-				k, k->oauth->token_url,
+				k, k->oauth->token_url, code,
 				"grant_type=urn:ietf:params:oauth:grant-type:device_code&device_code=%f",
-				oauth_text(codes, "device_code"));
+				code);
 		if (strcmp(k->error, "slow_down") == 0)
 			sec += 5;
 		if (k->e->code == E_NET) {
@@ -4861,7 +4868,7 @@ static struct json *oauth_paste(struct oauth_job *k)
 	if (stop_asked)
 		err_set(k->e, E_STOPPED, "stopped by a signal");
 	if (k->e->code == E_NONE && oauth_code(k, t.at, state, code, sizeof code) == 0)
-		answer = oauth_ask(k, o->token_url,
+		answer = oauth_ask(k, o->token_url, code,
 				   "grant_type=authorization_code&code=%f&redirect_uri=%f&code_verifier=%f",
 				   code, o->redirect, verifier);
 	string_free(&t);

@@ -352,7 +352,7 @@ def test_the_originals_token_file(t):
         old, new = before['RefreshToken'][k], after['RefreshToken'][k]
         if k == key:
             assert new['secret'] in p.refresh and int(new['last_modification_time']) > time.time() - 99
-            old, new = ({x: y for x, y in entry.items() if x not in ('secret', 'last_modification_time')}
+            old, new = ({x: y for x, y in entry.items() if x not in ('secret', 'last_modification_time', 'family_id')}
                         for entry in (old, new))
         assert old == new, (old, new)
     mine = list(after['AccessToken'].values())
@@ -405,6 +405,57 @@ def test_what_a_provider_refuses(t):
     p.stop()
     got = t.backup(status=1)
     assert 'localhost' in got.err and '--authorize' not in got.err and open(cache(t)).read() == kept, got.err
+
+
+def test_secrets_that_a_provider_repeats(t):
+    """They are not shown, in no case of letters, and also where the text ends in the middle of one."""
+    p = started(t, secret='Secret-Of-The-App')
+    with_dovecot(t, p, retries=0)
+    sign_in(t, p)
+    age(t)
+    refresh = tokens(t)[0]['secret']
+    for text in (refresh, 'is %s wrong?' % refresh, 'x' * 130 + refresh, refresh.upper(), 'not secret-of-the-app'):
+        p.fail('refresh_token', microsoft('invalid_grant', 70000, text))
+        got = t.backup('-vv', status=1)
+        assert 'invalid_grant: AADSTS70000' in got.err and '***' in got.err, got.err
+        for form in (refresh, refresh.upper(), 'secret-of-the-app'):
+            assert form[:8] not in got.err, got.err
+    said = SignIn(t, '--paste')
+    address = p.browser(said.address(), t.user)
+    code = re.search('code=([^&]*)', address).group(1)
+    p.fail('authorization_code', error('invalid_grant', urllib.parse.unquote(code)))
+    assert 'invalid_grant: ***' in said.ends(1, paste=address + '\n'), said.err
+
+
+def test_odd_answers_that_will_do(t):
+    """Numbers that are texts or none; no scope, no type; the address's name in the drafts of RFC 8628."""
+    p = started(t)
+    with_dovecot(t, p, retries=0)
+    p.fail('devicecode', (200, {'device_code': 'x', 'user_code': 'ABCD', 'verification_url': p.url + '/device',
+                                'interval': '1', 'expires_in': '600'}))
+    p.fail('device_code', (200, p.tokens(t.user)))
+    said = SignIn(t).ends()
+    assert 'open %s/device on any device and enter the code ABCD there, within 10 minutes' % p.url in said, said
+    for life, left in (('3600', 3600), (3599.5, 3599), ('x', 600), (10 ** 30, 600), (-5, 600), (None, 600)):
+        age(t)
+        answer = p.tokens(t.user)
+        p.fail('refresh_token', (200, {'access_token': answer['access_token'], 'expires_in': life}))
+        t.backup('--check')
+        assert left - 9 < int(tokens(t)[1]['expires_on']) - time.time() <= left, (life, tokens(t))
+
+
+def test_long_names_have_files_of_their_own(t):
+    p = started(t)
+    with_dovecot(t, p)
+    config = json.load(open(t.path))
+    config['oauth2'] = {'x' * 199 + i: p.entry() for i in '12'}
+    config['accounts'][0]['oauth2'] = 'x' * 199 + '1'
+    json.dump(config, open(t.path, 'w'))
+    for name in config['oauth2']:
+        said = SignIn(t, name=name)
+        p.approve(said.code(), t.user)
+        said.ends()
+        assert os.path.exists(cache(t, 'oauth2_custom_%s.json' % name)), os.listdir(t.folder)
 
 
 def test_what_passes_is_tried_again(t):
