@@ -4543,7 +4543,7 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 			return err_errno(e, E_ACCOUNT, "%s: cannot lock", k->aside);
 		k->waited = true;
 	}
-	fd = open(k->path, O_RDONLY | O_CLOEXEC);
+	fd = open(k->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	text = fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &k->octets) : errno == ENOENT ? allocate(1) : NULL;
 	if (text == NULL)
 		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);

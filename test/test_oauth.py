@@ -488,6 +488,9 @@ def test_a_token_file_that_cannot_be_written(t):
         got = t.backup(status=1)
         assert cache(t) in got.err or 'nobody has signed in' in got.err, got.err
         assert open(cache(t)).read() == text
+    os.unlink(cache(t))
+    os.mkfifo(cache(t))   # nobody ever writes to it
+    assert 'nobody has signed in' in t.backup(status=1, timeout=20).err
 
 
 def test_the_tokens_of_an_app(t):
