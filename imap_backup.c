@@ -3213,6 +3213,8 @@ static void imap_line_end(struct imap *im)
 	if (im->trace && im->line_octets > 0) {
 		im->line[im->line_octets] = '\0';
 		imap_scrub(im, im->line);
+		if (im->secret[0] != NULL && im->line[0] == '+') /* base64 of an echo would be no match */
+			im->line_octets = 1;
 		log_visible(visible, sizeof visible, im->line, im->line_octets);
 		log_write(LOG_TRACE, "S: %s", visible);
 	}
@@ -4035,6 +4037,7 @@ static void imap_login_refused(struct imap *im, const struct imap_result *result
 	im->refused = token && e->code == E_ACCOUNT;
 	used = strlen(e->text);
 	base64_decode(im->challenge);
+	imap_scrub(im, im->challenge);
 	if (token && (status = strstr(im->challenge, "\"status\"")) != NULL) {
 		status += 8 + strspn(status + 8, ": \"");
 		snprintf(e->text + used, sizeof e->text - used, " (status %.*s)",

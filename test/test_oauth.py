@@ -661,6 +661,30 @@ def test_sasl_in_steps(t):
             assert not server.faults, server.faults
 
 
+def test_a_challenge_that_echoes_the_token(t):
+    p = started(t)
+
+    def echo(self, tag, args):
+        said = base64.b64decode(args.split()[-1]).decode()
+        token = re.search('Bearer (.*)\1\1', said).group(1)
+        text = {'status': {'token': token, 'login': args.split()[-1]}[self.server.what]}
+        self.line('+ ' + base64.b64encode(json.dumps(text).encode()).decode())
+        self.flush()
+        self.take_line()
+        self.no(tag, 'no ' + said.replace('\1', ' '))
+    with Server({}, session=type('Odd', (Taking,), {'login': 'AUTH=XOAUTH2', 'cmd_AUTHENTICATE': echo}),
+                certificate=t.certs.good, tls=True) as server:
+        server.provider = p
+        account = t.account(server, oauth2='work')
+        del account['password']
+        t.config(account, oauth2={'work': p.entry()}, ca_file=t.certs.ca)
+        sign_in(t, p)
+        for server.what in ('token', 'login'):
+            got = t.backup('-vv', status=1)
+            assert '(status ***' in got.err, got.err
+            clean(t, got.err)
+
+
 def test_a_session_whose_token_ends(t):
     """Exchange ends it in the middle, by BYE or in an answer; with a fresh token it goes on, and no retry counts."""
     p = started(t)
