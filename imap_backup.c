@@ -368,6 +368,17 @@ static bool random_octets(void *out, size_t n)
 	return done;
 }
 
+/* Have what a folder lists outlast a power cut, where it can be had. */
+static void folder_sync(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd >= 0) {
+		fsync(fd);
+		close(fd);
+	}
+}
+
 static char *copy_text(const char *text)
 {
 	char *copy = allocate(strlen(text) + 1);
@@ -4660,7 +4671,6 @@ static void oauth_merge(const struct oauth_job *k, const struct json *answer, st
 static int oauth_keep(struct oauth_job *k, const struct json *answer)
 {
 	struct string t = string_new(k->octets + 4 * HTTP_ANSWER_MAX);
-	int folder;
 
 	oauth_merge(k, answer, &t);
 	if (t.full)
@@ -4672,11 +4682,7 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
 		return -1;
 	close(k->fd);
 	k->fd = -1;
-	folder = open(k->config->oauth2_cache, O_RDONLY | O_CLOEXEC);
-	if (folder >= 0) {
-		fsync(folder);
-		close(folder);
-	}
+	folder_sync(k->config->oauth2_cache);
 	return 0;
 }
 
@@ -8256,16 +8262,13 @@ static void worker_run(struct worker *w)
 static int make_folder(const char *path)
 {
 	char *copy = copy_text(path), *parent = dirname(copy);
-	int fd = -1, result = 0;
+	int result = 0;
 
 	if (strcmp(parent, path) != 0) { /* neither "/" nor "." */
 		if (make_folder(parent) != 0 || (mkdir(path, 0700) != 0 && errno != EEXIST))
 			result = -1;
-		fd = result == 0 ? open(parent, O_RDONLY | O_CLOEXEC) : -1;
-	}
-	if (fd >= 0) {
-		fsync(fd);
-		close(fd);
+		else
+			folder_sync(parent);
 	}
 	free(copy);
 	return result;
