@@ -4386,10 +4386,10 @@ static const char *oauth_text(const struct json *object, const char *key)
 /* -- talking to the provider -- */
 
 /*
- * The provider says no, by the word in k->error and in words of its own. Microsoft's have a number, which may
- * be known already, or is "". What may pass is E_NET, all else E_ACCOUNT.
+ * The provider says no, by the word in k->error and in words of its own, which begin with a number if it is
+ * Microsoft. What may pass is E_NET, all else E_ACCOUNT.
  */
-static int oauth_refused(struct oauth_job *k, const char *number, const char *words, long status)
+static int oauth_refused(struct oauth_job *k, const char *words, long status)
 {
 	static const char *const hints[][2] = {
 		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
@@ -4414,11 +4414,11 @@ static int oauth_refused(struct oauth_job *k, const char *number, const char *wo
 		{ "invalid_client unauthorized_client", "check \"client_id\" and \"client_secret\"" },
 	};
 	const char *at = strstr(words, "AADSTS"), *trace = strstr(words, " Trace ID:"), *hint = "";
-	char digits[12], own[160];
+	char digits[12] = "", own[160];
 	enum err_code code = E_ACCOUNT;
 
-	number = *number == '\0' && at != NULL ? at + 6 : number;
-	snprintf(digits, sizeof digits, "%.*s", (int)strspn(number, "0123456789"), number);
+	if (at != NULL)
+		snprintf(digits, sizeof digits, "%.*s", (int)strspn(at + 6, "0123456789"), at + 6);
 	if (k->oauth->type == OAUTH_GOOGLE && strcmp(k->error, "invalid_grant") == 0)
 		hint = "status \"Testing\" ends after 7 days: publish the app, then sign in again";
 	for (size_t i = 0; i < sizeof hints / sizeof *hints && *hint == '\0'; i++)
@@ -4451,7 +4451,6 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	const bool device = url == o->device_url;
 	struct string form = string_new(FORM_MAX), own = { 0 };
 	struct json *answer = NULL;
-	const struct json *codes;
 	struct err no_json = { 0 };
 	struct http *h;
 	va_list values;
@@ -4475,10 +4474,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 		if (h->status != 200 ||
 		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
 			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
-			codes = answer != NULL ? json_get(answer, "error_codes") : NULL;
-			codes = codes != NULL ? codes->child : NULL;
-			oauth_refused(k, codes != NULL && codes->text != NULL ? codes->text : "",
-				      oauth_text(answer, "error_description"), h->status);
+			oauth_refused(k, oauth_text(answer, "error_description"), h->status);
 			json_free(answer);
 			answer = NULL;
 		}
@@ -4784,17 +4780,13 @@ static struct json *oauth_device(struct oauth_job *k)
 /* Turn each %XX into its octet. */
 static void oauth_decode(char *text)
 {
-	char *to = text;
+	char *plain = curl_easy_unescape(NULL, text, 0, NULL);
 
-	for (; *text != '\0'; text++) {
-		char hex[3] = { text[1], text[1] != '\0' ? text[2] : '\0', '\0' };
-		bool escaped = *text == '%' && isxdigit((unsigned char)hex[0]) &&
-			       isxdigit((unsigned char)hex[1]);
-
-		*to++ = escaped ? (char)strtoul(hex, NULL, 16) : *text;
-		text += escaped ? 2 : 0;
-	}
-	*to = '\0';
+	if (plain == NULL)
+		return;
+	strcpy(text, plain);
+	wipe(plain, strlen(plain));
+	curl_free(plain);
 }
 
 /* Have a parameter of an address that is decoded, wherever it stands. Returns false if it has none. */
@@ -4826,7 +4818,7 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 		oauth_parameter(pasted, "error_description", words, sizeof words);
 		for (char *p = words; (p = strchr(p, '+')) != NULL;)
 			*p = ' ';
-		return oauth_refused(k, "", words, 0);
+		return oauth_refused(k, words, 0);
 	}
 	if (oauth_parameter(pasted, "code", code, size)) {
 		if (!oauth_parameter(pasted, "state", other, sizeof other) || strcmp(other, state) == 0)
