@@ -8303,11 +8303,15 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 	char text[2048];
 	bool ended = false;
 	int pair[2], status = -1;
+	unsigned tries = 0;
 	size_t n = 0;
 	ssize_t got = 1;
-	pid_t pid;
+	pid_t pid = -1;
 
-	if (pipe(pair) != 0 || (pid = fork()) < 0)
+	if (pipe(pair) == 0)
+		while ((pid = fork()) < 0 && tries++ < run->config->retries && !stop_due())
+			poll(NULL, 0, 1000);
+	if (pid < 0)
 		return err_errno(e, E_ACCOUNT, "cannot run \"password_command\"");
 	if (pid == 0) {
 		setpgid(0, 0);

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import termios
+import threading
 import time
 
 import archive
@@ -136,13 +137,24 @@ def test_a_process_that_cannot_be_started(t):
     program = os.path.join(t.folder, 'program')
     subprocess.run(['cp', PROGRAM, program], check=True)
 
-    def limit():
+    def limit(n=1):
         os.setgid(64321)
         os.setuid(64321)
-        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        resource.setrlimit(resource.RLIMIT_NPROC, (n, n))
     done = subprocess.run([program, t.path], preexec_fn=limit, stderr=subprocess.PIPE, timeout=60, cwd='/')
     err = done.stderr.decode()
     assert done.returncode == 1 and err.count('cannot start a process') == 2 and 'error: ' + t.email in err, err
+    with open(t.path) as f:
+        config = json.load(f)
+    config['accounts'][0]['password_command'] = 'echo ' + config['accounts'][0].pop('password')
+    t.config(*config['accounts'], destination='/tmp', retries=2)
+    os.chmod(t.path, 0o644)
+    # A third process of this user, for a while.
+    other = subprocess.Popen(['sleep', '1.5'], preexec_fn=lambda: limit(3))
+    threading.Thread(target=other.wait).start()
+    done = subprocess.run([program, '-n', t.path], preexec_fn=lambda: limit(3), stderr=subprocess.PIPE,
+                          timeout=60, cwd='/')
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def at_a_terminal(t, columns=80):
