@@ -8821,14 +8821,24 @@ static int options_parse(struct options *o, int argc, char **argv)
 	return status;
 }
 
-/* Return what keeps the destination from being the mounted volume that "require_mount" wants, or NULL. */
+/* Return the destination, or the folder above it, which is in 'path', that is there while it has to be made. */
+static const char *destination_now(const struct config *c, char path[PATH_MAX_OCTETS])
+{
+	snprintf(path, PATH_MAX_OCTETS, "%s", c->destination);
+	while (access(path, F_OK) != 0 && errno == ENOENT && strcmp(path, ".") != 0 && strcmp(path, "/") != 0)
+		path = dirname(path);
+	return path;
+}
+
+/* Return what keeps the destination from being on the mounted volume that "require_mount" wants, or NULL. */
 static const char *destination_unmounted(const struct config *c)
 {
+	char path[PATH_MAX_OCTETS];
 	struct stat root, own;
 
 	if (!c->require_mount)
 		return NULL;
-	if (stat("/", &root) != 0 || stat(c->destination, &own) != 0)
+	if (stat("/", &root) != 0 || stat(destination_now(c, path), &own) != 0)
 		return strerror(errno);
 	return root.st_dev == own.st_dev ? "\"require_mount\": no volume is mounted there" : NULL;
 }
@@ -8837,12 +8847,10 @@ static const char *destination_unmounted(const struct config *c)
 static bool destination_describe(const struct config *c, char line[PATH_MAX_OCTETS + 200])
 {
 	const char *wrong = destination_unmounted(c);
-	char path[PATH_MAX_OCTETS], octets[16], *up = path;
+	char path[PATH_MAX_OCTETS], octets[16];
+	const char *up = destination_now(c, path);
 	struct statvfs fs;
 
-	snprintf(path, sizeof path, "%s", c->destination);
-	while (access(up, F_OK) != 0 && errno == ENOENT && strcmp(up, ".") != 0 && strcmp(up, "/") != 0)
-		up = dirname(up);
 	if (wrong == NULL && (access(up, W_OK | X_OK) != 0 || statvfs(up, &fs) != 0))
 		wrong = strerror(errno);
 	if (wrong != NULL)

@@ -4,9 +4,11 @@ import fcntl
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import termios
 import time
 
@@ -600,6 +602,17 @@ def test_require_mount(t):
     t.config(require_mount=True, destination='/', failure_url=web.url + '/bad')
     assert 'mounted' in t.backup(status=1).err
     assert web.requests == ['/bad']
+    # A destination that has to be made: what is above it tells.
+    t.config(require_mount=True, destination='/nowhere/at/all')
+    assert 'no volume is mounted there' in t.backup(status=1).err and not os.path.exists('/nowhere')
+    if os.stat('/dev/shm').st_dev != os.stat('/').st_dev:
+        t.dest = os.path.join(tempfile.mkdtemp(dir='/dev/shm'), 'new', 'mail')
+        t.cleanups.append(lambda: shutil.rmtree(t.dest.partition('/new')[0]))
+        held = fill(t, {'INBOX': few(1)})
+        t.config(require_mount=True)
+        t.backup('--check')
+        t.backup()
+        t.same(held)
 
 
 def quick(t, *more, host='localhost', port=None):
