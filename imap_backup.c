@@ -1028,7 +1028,10 @@ static int config_take(struct config *c, const char *text, size_t n)
 	return c->complaints > 0 ? -1 : 0;
 }
 
-/* Read a file, at most 'size' octets. Returns the text (the caller wipes and frees it), or NULL; *n: its octets. */
+/*
+ * Read a file, at most 'size' octets, and close it. Returns the text (the caller wipes and frees it), or NULL;
+ * *n: its octets.
+ */
 static char *file_text(int fd, size_t size, size_t *n)
 {
 	char *text = allocate(size); /* of which the system gives what is used */
@@ -1036,6 +1039,7 @@ static char *file_text(int fd, size_t size, size_t *n)
 
 	for (*n = 0; (got = read(fd, text + *n, size - *n)) > 0;)
 		*n += (size_t)got;
+	close(fd);
 	if (got == 0)
 		return text;
 	wipe(text, *n);
@@ -1058,7 +1062,6 @@ static int config_load(struct config *c, const char *path)
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	close(fd);
 	result = config_take(c, text, n);
 	wipe(text, n);
 	free(text);
@@ -4520,7 +4523,7 @@ static void oauth_close(struct oauth_job *k)
 	json_free(k->root);
 	if (k->fd >= 0) {
 		close(k->fd);
-		unlink(k->aside);
+		unlink(k->aside); /* it is not there if it was kept */
 	}
 	if (k->lock >= 0)
 		close(k->lock);
@@ -4556,11 +4559,7 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	fd = open(k->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	text = fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &k->octets) : errno == ENOENT ? allocate(1) : NULL;
 	if (text == NULL)
-		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
-	if (fd >= 0)
-		close(fd);
-	if (text == NULL)
-		return -1;
+		return err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
 	k->root = k->octets > 0 ? json_parse(text, k->octets, &wrong) : json_parse("{}", 2, &wrong);
 	wipe(text, k->octets);
 	free(text);
@@ -4615,10 +4614,10 @@ static void oauth_print(struct string *t, const struct json *v)
 	string_add(t, v->type == JSON_ARRAY ? "]" : "}");
 }
 
-/* Write the members of an object, behind others, but these two. */
+/* Write the members of an object, or of NULL, behind others, but these two. */
 static void oauth_others(struct string *t, const struct json *object, const char *but, const char *nor)
 {
-	for (const struct json *v = object->child; v != NULL; v = v->next)
+	for (const struct json *v = object != NULL ? object->child : NULL; v != NULL; v = v->next)
 		if (v->key != NULL && strcmp(v->key, but) != 0 && strcmp(v->key, nor) != 0) {
 			string_add(t, ",%j:", v->key);
 			oauth_print(t, v);
@@ -4637,7 +4636,6 @@ static void oauth_merge(const struct oauth_job *k, const struct json *answer, st
 	const char *home = oauth_text(k->refresh, "home_account_id");
 	const char *where = oauth_text(k->refresh, "environment"), *scope = oauth_text(answer, "scope");
 	const char *key = k->refresh != NULL ? k->refresh->key : client;
-	const struct json *list = json_get(k->root, "RefreshToken");
 	long long now = (long long)time(NULL), life = strtoll(oauth_text(answer, "expires_in"), NULL, 10);
 	char begin[24], end[24], site[300];
 
@@ -4655,8 +4653,7 @@ static void oauth_merge(const struct oauth_job *k, const struct json *answer, st
 		string_add(t, ",\"RefreshToken\":{");
 		string_add(t, entry, key, "RefreshToken", refresh, "last_modification_time", begin, home,
 			   where, client, scope);
-		if (list != NULL)
-			oauth_others(t, list, key, "");
+		oauth_others(t, json_get(k->root, "RefreshToken"), key, "");
 		string_add(t, "}");
 	}
 	oauth_others(t, k->root, "AccessToken", *refresh != '\0' ? "RefreshToken" : "");
@@ -4673,13 +4670,9 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
 		err_set(k->e, E_ACCOUNT, "%s: the tokens are too long", k->path);
 	else if (oauth_write(k, &t) == 0 && (fsync(k->fd) != 0 || rename(k->aside, k->path) != 0))
 		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->path);
-	string_free(&t);
-	if (k->e->code != E_NONE)
-		return -1;
-	close(k->fd);
-	k->fd = -1;
 	folder_sync(k->config->oauth2_cache);
-	return 0;
+	string_free(&t);
+	return k->e->code == E_NONE ? 0 : -1;
 }
 
 /*
@@ -4747,9 +4740,9 @@ static struct json *oauth_device(struct oauth_job *k)
 	const char *code = oauth_text(codes, "device_code"), *where = oauth_text(codes, "verification_uri");
 	int64_t began = now_ms();
 
-	where = *where != '\0' ? where
-			       : oauth_text(codes, "verification_url"); /* as in drafts of RFC 8628 */
-	sec = sec > 0 && sec < 300 ? sec : 5;                           /* as it says itself */
+	if (*where == '\0') /* in drafts of RFC 8628 */
+		where = oauth_text(codes, "verification_url");
+	sec = sec > 0 && sec < 300 ? sec : 5; /* the standard of the RFC */
 	limit_sec = limit_sec > 0 && limit_sec < 86400 ? limit_sec : 900;
 	if (codes != NULL)
 		log_info("open %s on any device and enter the code %s there, within %ld minutes", where,
@@ -4777,18 +4770,6 @@ static struct json *oauth_device(struct oauth_job *k)
 	return answer;
 }
 
-/* Turn each %XX into its octet. */
-static void oauth_decode(char *text)
-{
-	char *plain = curl_easy_unescape(NULL, text, 0, NULL);
-
-	if (plain == NULL)
-		return;
-	strcpy(text, plain);
-	wipe(plain, strlen(plain));
-	curl_free(plain);
-}
-
 /* Have a parameter of an address that is decoded, wherever it stands. Returns false if it has none. */
 static bool oauth_parameter(const char *address, const char *name, char *out, size_t size)
 {
@@ -4810,10 +4791,14 @@ static bool oauth_parameter(const char *address, const char *name, char *out, si
  */
 static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char *code, size_t size)
 {
-	char other[160], words[160] = "";
+	char other[160], words[160] = "", *plain;
 
-	for (int level = 0; level < 4; level++)
-		oauth_decode(pasted);
+	for (int level = 0; level < 4 && (plain = curl_easy_unescape(NULL, pasted, 0, NULL)) != NULL;
+	     level++) {
+		strcpy(pasted, plain);
+		wipe(plain, strlen(plain));
+		curl_free(plain);
+	}
 	if (oauth_parameter(pasted, "error", k->error, sizeof k->error)) {
 		oauth_parameter(pasted, "error_description", words, sizeof words);
 		for (char *p = words; (p = strchr(p, '+')) != NULL;)
