@@ -1111,10 +1111,13 @@ static int quick_load(struct config *c, const struct options *o)
 	const char *password = getenv("IMAP_BACKUP_PASSWORD");
 	const bool given = password != NULL && *password != '\0';
 	struct string t = quick_text(o, o->to, given ? NULL : o->password_command);
-	int result;
+	int result = -1;
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
-	result = config_take(c, t.at, t.n);
+	if (strstr(t.at, "\\ufffd") != NULL) /* what json_escape() puts for it would be another folder */
+		log_error("command line: found a text that is not UTF-8");
+	else
+		result = config_take(c, t.at, t.n);
 	string_free(&t);
 	if (result == 0) {
 		c->accounts[0].never_clear = true;
