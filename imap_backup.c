@@ -1115,7 +1115,7 @@ static int quick_load(struct config *c, const struct options *o)
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
 	if (strstr(t.at, "\\ufffd") != NULL) /* what json_escape() puts for it would be another folder */
-		log_error("command line: found a text that is not UTF-8");
+		log_error("command line: this is not UTF-8");
 	else
 		result = config_take(c, t.at, t.n);
 	string_free(&t);
@@ -4138,8 +4138,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 		return -1;
 	if (account->ssl != SSL_ON && im->preauth && !local)
 		return stream_fail(&im->s, E_ACCOUNT,
-				   "the server lets us in without a login and without "
-				   "TLS (PREAUTH): it cannot be trusted; try \"ssl\": true");
+				   "the server wants neither login nor TLS (PREAUTH): it cannot "
+				   "be trusted; try \"ssl\": true");
 	if (imap_know_capabilities(im) != 0)
 		return -1;
 	if (account->ssl == SSL_ON)
@@ -4401,7 +4401,7 @@ static int oauth_refused(struct oauth_job *k, const char *words, long status)
 		{ "65001 90094 90095", "sign in again, or let an administrator approve the app" },
 		{ "50105", "an administrator must assign this person to the app" },
 		{ "50074 50076 50078 50079", "a second factor is wanted: sign in again" },
-		{ "70043", "the tenant wants a sign-in this often; an administrator can exempt the app" },
+		{ "70043", "the tenant wants frequent sign-ins; an administrator can exempt the app" },
 		{ "700082 70008", "not used for too long: sign in again" },
 		{ "50173 50132 50133", "password changed or sign-in revoked: sign in again" },
 		{ "70000", "it is of another \"client_id\" or \"tenant_id\", or was used already" },
@@ -4440,7 +4440,7 @@ static int oauth_refused(struct oauth_job *k, const char *words, long status)
 		code = E_NET;
 	if (*k->error == '\0')
 		snprintf(k->error, sizeof k->error, "HTTP status %ld%s", status,
-			 status == 200 ? ", but gives nothing" : "");
+			 status == 200 ? " and no more" : "");
 	return err_set(k->e, code, "the provider says %s%s%s%s%s", k->error, *own != '\0' ? ": " : "", own,
 		       *hint != '\0' ? "; " : "", hint);
 }
@@ -4740,16 +4740,15 @@ static struct json *oauth_device(struct oauth_job *k)
 		    *codes = oauth_ask(k, k->oauth->device_url, NULL, "scope=%f", k->oauth->scope);
 	long sec = strtol(oauth_text(codes, "interval"), NULL, 10);
 	long limit_sec = strtol(oauth_text(codes, "expires_in"), NULL, 10);
-	const char *code = oauth_text(codes, "device_code"), *where = oauth_text(codes, "verification_uri");
+	const char *code = oauth_text(codes, "device_code");
 	int64_t began = now_ms();
 
-	if (*where == '\0') /* in drafts of RFC 8628 */
-		where = oauth_text(codes, "verification_url");
 	sec = sec > 0 && sec < 300 ? sec : 5; /* the standard of the RFC */
 	limit_sec = limit_sec > 0 && limit_sec < 86400 ? limit_sec : 900;
 	if (codes != NULL)
-		log_info("open %s on any device and enter the code %s there, within %ld minutes", where,
-			 oauth_text(codes, "user_code"), (limit_sec + 59) / 60);
+		log_info("open %s on any device and enter the code %s there, within %ld minutes",
+			 oauth_text(codes, "verification_uri"), oauth_text(codes, "user_code"),
+			 (limit_sec + 59) / 60);
 	while (answer == NULL && k->e->code == E_NONE) {
 		poll(NULL, 0, (int)sec * 1000);
 		*k->error = '\0'; /* it is over if we say so: there is no other way then */
@@ -4818,8 +4817,7 @@ static int oauth_code(struct oauth_job *k, char *pasted, const char *state, char
 	snprintf(code, size, "%.*s", (int)strcspn(pasted, " \t\r\n"), pasted);
 	if (*code != '\0' && strstr(code, "://") == NULL)
 		return 0;
-	return err_set(k->e, E_ACCOUNT,
-		       "there is no code in what was pasted; expected an address with code= in it");
+	return err_set(k->e, E_ACCOUNT, "no code in what was pasted; expected an address with code= in it");
 }
 
 /* The authorization code flow; it comes back by the hands of the person. */
@@ -4850,9 +4848,8 @@ static struct json *oauth_paste(struct oauth_job *k)
 		string_add(&t, "&access_type=offline&prompt=consent");
 	log_info("open this address in a browser on any device, and sign in:");
 	fprintf(stderr, "%s\n", t.at); /* a line of the log may be too short for it */
-	log_info(
-		"it ends on a page that is empty or cannot be shown: copy its whole address, paste it here, "
-		"and press Enter");
+	log_info("it ends on a page that is empty or cannot be shown: paste the page's whole address here, "
+		 "and press Enter");
 	line_read(STDIN_FILENO, t.at, t.size);
 	if (stop_asked)
 		err_set(k->e, E_STOPPED, "stopped by a signal");
@@ -4899,9 +4896,8 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 		log_info("%s; the token is in %s", o->client_credentials ? "it works" : "signed in",
 			 k.path);
 		if (!o->client_credentials && *oauth_text(answer, "refresh_token") == '\0')
-			log_warn(
-				"there is no refresh token, so this sign-in ends soon; perhaps \"scope\" lacks "
-				"offline_access");
+			log_warn("without a refresh token this sign-in ends soon; does \"scope\" lack "
+				 "offline_access?");
 	}
 	json_free(answer);
 	oauth_close(&k);
@@ -8364,9 +8360,8 @@ static int account_prepare(struct worker *w, struct err *e)
 	if (account->password_command != NULL)
 		return account_ask_command(w->run, account, e);
 	return err_set(e, E_ACCOUNT, "no password: expected %s",
-		       w->run->config->quick
-			       ? "it in IMAP_BACKUP_PASSWORD, or --password-command"
-			       : "one of \"password\", \"password_command\" and \"oauth2\"");
+		       w->run->config->quick ? "IMAP_BACKUP_PASSWORD or --password-command"
+					     : "one of \"password\", \"password_command\" and \"oauth2\"");
 }
 
 /* An account's process, from its lock to its last helper. */
@@ -8976,17 +8971,19 @@ static int run_summary(const struct run *run)
 static void run_tell(struct run *run, const char *url)
 {
 	const struct options *o = run->options;
-	static struct http h;
+	struct http *h;
 	char site[300];
 
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
 	    stop_asked)
 		return;
-	h = (struct http){ .trust = run_trust(run, run->config->ca_file) };
-	if (http_run(&h, url) != 0)
-		log_warn("%s", h.err.text);
+	h = allocate(sizeof *h);
+	h->trust = run_trust(run, run->config->ca_file);
+	if (http_run(h, url) != 0)
+		log_warn("%s", h->err.text);
 	else
 		log_detail("%s: told", http_site(site, url));
+	free(h);
 }
 
 static int archive_count(void *context, struct archive *a)

@@ -721,7 +721,7 @@ def test_a_password_is_asked_on_a_terminal(t):
     got = subprocess.run([PROGRAM, t.path], stderr=subprocess.PIPE, start_new_session=True)
     assert got.returncode == 1 and b'expected one of "password", "password_command" and "oauth2"' in got.stderr, got
     got = subprocess.run([PROGRAM, *quick(t)], stderr=subprocess.PIPE, start_new_session=True, cwd=t.folder)
-    assert got.returncode == 1 and b'IMAP_BACKUP_PASSWORD, or --password-command' in got.stderr, got
+    assert got.returncode == 1 and b'IMAP_BACKUP_PASSWORD or --password-command' in got.stderr, got
 
 
 def test_nothing_goes_in_the_clear_with_a_fingerprint(t):

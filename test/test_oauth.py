@@ -428,10 +428,10 @@ def test_secrets_that_a_provider_repeats(t):
 
 
 def test_odd_answers_that_will_do(t):
-    """Numbers that are texts or none; no scope, no type; the address's name in the drafts of RFC 8628."""
+    """Numbers that are texts or none; no scope, no type."""
     p = started(t)
     with_dovecot(t, p, retries=0)
-    p.fail('devicecode', (200, {'device_code': 'x', 'user_code': 'ABCD', 'verification_url': p.url + '/device',
+    p.fail('devicecode', (200, {'device_code': 'x', 'user_code': 'ABCD', 'verification_uri': p.url + '/device',
                                 'interval': '1', 'expires_in': '600'}))
     p.fail('device_code', (200, p.tokens(t.user)))
     said = SignIn(t).ends()
