@@ -170,6 +170,12 @@ static uint64_t sum_of(const uint8_t *p, size_t n)
 	return sum_end(&s);
 }
 
+/* What a record keeps of a From line's checksum. */
+static uint32_t sum_of_from(const struct sum *s)
+{
+	return (uint32_t)(sum_end(s) >> 40) | 1;
+}
+
 /* ======== identity ======== */
 
 /* Return true if this is the identity of mails without a Message-ID: there may be several of it. */
@@ -436,6 +442,7 @@ struct record { /* as in the index */
 	off_t offset, octets; /* in the mbox: From line up to and with the closing empty line */
 	struct mbox_id id;
 	uint64_t sum;    /* of the octets behind 'head' */
+	uint32_t from;   /* of the From line: 24 bits of its checksum; 0: unknown */
 	uint32_t head;   /* octets of the From line and the status line, if there is one */
 	uint32_t digits; /* where its digits are, from offset; 0: it has none */
 	uint32_t wire;   /* octets of it at the server, also of another name's mail; UINT32_MAX: unknown */
@@ -796,7 +803,7 @@ static uint64_t record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 	put_number(p + 6, 1, r->kind);
 	put_number(p + 7, 1, r->digits);
 	put_number(p + 8, 8, (uint64_t)r->offset);
-	put_number(p + 16, 8, (uint64_t)r->octets);
+	put_number(p + 16, 8, (uint64_t)r->octets | (uint64_t)r->from << 40);
 	memcpy(p + 24, r->id.octets, 16);
 	put_number(p + 40, 8, r->sum);
 	put_number(p + 48, 4, r->head);
@@ -809,14 +816,15 @@ static uint64_t record_pack(const struct record *r, uint8_t p[RECORD_OCTETS])
 /* Return false if it is damaged, or says what no record of ours does. */
 static bool record_unpack(struct record *r, const uint8_t p[RECORD_OCTETS])
 {
-	const uint64_t first = get_word(p), lengths = get_word(p + 48);
+	const uint64_t first = get_word(p), size = get_word(p + 16), lengths = get_word(p + 48);
 
 	*r = (struct record){ .uid = (uint32_t)first,
 			      .state = (unsigned)(first >> 32) & 0xFFFF,
 			      .kind = (unsigned)(first >> 48) & 0xFF,
 			      .digits = (uint32_t)(first >> 56),
 			      .offset = (off_t)get_word(p + 8),
-			      .octets = (off_t)get_word(p + 16),
+			      .octets = (off_t)(size & ((UINT64_C(1) << 40) - 1)),
+			      .from = (uint32_t)(size >> 40),
 			      .sum = get_word(p + 40),
 			      .head = (uint32_t)lengths,
 			      .wire = (uint32_t)(lengths >> 32) };
@@ -1309,7 +1317,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 {
 	char text[MBOX_MADE_MAX];
 	bool nobody = false, header = true;
-	struct sum sum = { 0 };
+	struct sum sum = { 0 }, from = { 0 };
 	struct mbox_header h;
 	struct mbox_id made;
 	struct reader reader;
@@ -1339,6 +1347,8 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 			r->state = (unsigned)status_of(p);
 			r->digits = (uint32_t)r->octets - 5;
 		}
+		if (line == 1)
+			sum_feed(&from, p, n);
 		if (line == 1 || (r->digits > 0 && line == 2)) {
 			r->head = r->octets < UINT32_MAX ? (uint32_t)r->octets : UINT32_MAX;
 			continue;
@@ -1357,6 +1367,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 	if (got < 0)
 		return -1;
 	r->sum = sum_end(&sum);
+	r->from = sum_of_from(&from);
 	r->kind = RECORD_SCANNED | (nobody ? 0 : ENTRY_SUSPECT);
 	/* Without the empty line; the original has stripped its mails. */
 	wire -= wire < 2 ? wire : 2;
@@ -1415,22 +1426,16 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, const char **wrong,
 		  struct err *e)
 {
-	char head[BODY_AT], wanted[BODY_AT];
 	struct record found;
-	size_t got;
-	bool ours; /* the From line: but for the time, it is known */
-	int more;
+	int begins = from_at(m, r->offset, e), more;
 
-	if (read_all(m, m->fd, head, BODY_AT, r->offset, &got, e) != 0 ||
-	    (more = mail_read(m, r->offset, r->offset + r->octets, &found, mail, e)) < 0)
+	if (begins < 0 || (more = mail_read(m, r->offset, r->offset + r->octets, &found, mail, e)) < 0)
 		return -1;
-	head_text(wanted, mail->when_sec, found.state);
-	ours = r->digits == DIGITS_AT && ((r->kind & RECORD_SCANNED) == 0 || memcmp(head, wanted, 19) == 0);
 	*wrong = NULL;
-	if (got < 5 || memcmp(head, "From ", 5) != 0)
+	if (begins == 0)
 		*wrong = "no From line stands where it begins";
 	else if (found.digits != r->digits || found.head != r->head ||
-		 (ours && memcmp(head, wanted, DIGITS_AT) != 0))
+		 (found.from != r->from && r->from != 0))
 		*wrong = "its first lines are damaged";
 	else if (more == 0 && found.octets < r->octets)
 		*wrong = "it is cut off";
@@ -2433,6 +2438,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 			    .offset = m->start,
 			    .head = BODY_AT,
 			    .digits = DIGITS_AT };
+	struct sum from = { 0 };
 	char head[BODY_AT];
 	int new = 1;
 
@@ -2460,6 +2466,8 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		return 0;
 	}
 	head_text(head, when_sec, r.state);
+	sum_feed(&from, (const uint8_t *)head, FROM_OCTETS);
+	r.from = sum_of_from(&from);
 	if (m->start >= m->flushed)
 		memcpy(m->buffer + (m->start - m->flushed), head, BODY_AT);
 	else if (untouched(m, e) != 0 || write_all(m, m->fd, head, BODY_AT, m->start, e) != 0)

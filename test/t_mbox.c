@@ -1123,7 +1123,8 @@ static void test_index(void)
 	struct mbox_claim claim = { .uidvalidity = 7, .uidnext = 9, .messages = 3, .unseen = 2,
 				    .highestmodseq = UINT64_C(1) << 62, .when_sec = -5, .traits = UINT32_MAX - 1 };
 	struct record r = { .uid = UINT32_MAX, .state = MBOX_FLAGS, .offset = INT64_MAX - 500, .octets = 500,
-			    .digits = DIGITS_MAX, .head = DIGITS_MAX + 5, .sum = UINT64_MAX, .wire = UINT32_MAX }, again;
+			    .digits = DIGITS_MAX, .head = DIGITS_MAX + 5, .sum = UINT64_MAX,
+			    .wire = UINT32_MAX, .from = 0xFFFFFF }, again;
 	uint8_t p[RECORD_OCTETS];
 	struct mbox *m = fresh(0), *second;
 	struct mbox_info info;

@@ -38,9 +38,9 @@ def test_verify_finds_damage(t):
     with open(path, 'rb') as f:
         whole = f.read()
     before = archive.digests(t.dest)
-    for at in [0, 3, 20, 45, 50, 72, whole.index(b'\n\nFrom ') + 1, len(whole) // 2, len(whole) - 3]:
-        with open(path, 'wb') as f:
-            f.write(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1:])
+    for at in [0, 3, 20, 34, 45, 50, 72, whole.index(b'\n\nFrom ') + 1, len(whole) // 2, len(whole) - 3]:
+        with open(path, 'wb') as f:   # at 34 is the time's last digit of the minutes: of another minute, then
+            f.write(whole[:at] + bytes([whole[at] ^ (1 if at == 34 else 0x10)]) + whole[at + 1:])
         got = t.backup('--verify', status=1)
         assert ', 1 damaged' in got.out and 'damaged: at ' in got.err, (at, got)
     with open(path, 'wb') as f:
