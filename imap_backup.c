@@ -5635,6 +5635,7 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 	char folder[PATH_MAX_OCTETS];
 	struct dirent **files = NULL;
 	int status = 0, one, n;
+	bool any = o->mailboxes == NULL || o->what != NULL; /* one mail may be in any account */
 
 	a->account = account;
 	snprintf(folder, sizeof folder, "%s/%s", c->destination, account->email);
@@ -5652,6 +5653,7 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 		free(files[i]);
 		one = stop_due();
 		if (one == 0 && (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box))) {
+			any = true;
 			log_context(account->email, a->text);
 			one = a->m != NULL || o->mode == RUN_LIST ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
 			if (a->m == NULL && o->mode != RUN_LIST)
@@ -5662,6 +5664,10 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 	}
 	free(files);
 	free(a);
+	if (n >= 0 && !any && !stop_due()) {
+		log_error("no archive matches -m");
+		status = 1;
+	}
 	return status;
 }
 
@@ -5722,8 +5728,8 @@ static int archive_verify(void *context, struct archive *a)
 
 struct export {
 	const struct options *o;
-	struct mbox_id id; /* of the one mail */
-	char name[129];    /* its Message-ID, which tells those without one of their own apart */
+	struct mbox_id id[2]; /* of the one mail, without and with brackets */
+	char name[2][1200];   /* its Message-ID likewise, which tells those without one of their own apart */
 	unsigned found;
 	bool differs, write; /* the second pass writes the first mail that was found, and is done */
 	uint8_t hash[br_sha256_SIZE];
@@ -5740,6 +5746,14 @@ static int take_output(void *context, const void *octets, size_t n)
 {
 	(void)context;
 	return fwrite(octets, 1, n, stdout) == n ? 0 : -1;
+}
+
+static bool export_wants(const struct export *x, const struct mbox_mail *mail)
+{
+	for (int i = 0; i < 2; i++)
+		if (memcmp(&mail->id, &x->id[i], sizeof mail->id) == 0)
+			return !mail->made || strcmp(mail->name, x->name[i]) == 0;
+	return false;
 }
 
 /* Take in that the mail was found here: is it the same as elsewhere? */
@@ -5778,8 +5792,7 @@ static int archive_export(void *context, struct archive *a)
 		if (x->o->all) {
 			if (!x->o->gone || mail.state & MBOX_GONE)
 				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &e);
-		} else if (memcmp(&mail.id, &x->id, sizeof mail.id) == 0 &&
-			   (!mail.made || strcmp(mail.name, x->name) == 0)) {
+		} else if (export_wants(x, &mail)) {
 			if (!x->write)
 				failed = export_compare(x, a, &mail, &e);
 			else if (x->found > 0)
@@ -5797,19 +5810,16 @@ static int archives_export(const struct config *c, const struct options *o)
 {
 	struct export x = { .o = o };
 	struct mbox_header header;
-	char field[1200];
+	char field[1300];
 	int status = 0, one;
 
-	if (o->what != NULL) {
-		size_t n = strlen(o->what);
-		bool bare = o->what[0] != '<' || o->what[n - 1] != '>';
-
-		snprintf(field, sizeof field, "Message-ID: %s%.1100s%s\n\n", bare ? "<" : "", o->what,
-			 bare ? ">" : "");
-		snprintf(x.name, sizeof x.name, "%.*s", (int)strcspn(field + 12, "\n"), field + 12);
+	for (int i = 0; i < 2 && o->what != NULL; i++) {
+		snprintf(x.name[i], sizeof x.name[i], "%s%.1100s%s", i > 0 ? "<" : "", o->what,
+			 i > 0 ? ">" : "");
+		snprintf(field, sizeof field, "Message-ID: %s\n\n", x.name[i]);
 		mbox_header_init(&header);
 		mbox_header_feed(&header, field, strlen(field));
-		mbox_header_end(&header, &x.id);
+		mbox_header_end(&header, &x.id[i]);
 	}
 	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
 		for (unsigned i = 0; i < c->n_accounts; i++) {
@@ -7495,8 +7505,10 @@ static int restore_run(struct restore *r, struct err *e)
 	if (r->delimiter == '\0')
 		r->delimiter = '/';
 	r->strip = true;
-	archives_walk(list->config, &(struct options){ 0 }, list->account, archive_is_below, r);
-	status = archives_walk(list->config, r->options, list->account, archive_restore, r);
+	status = archives_walk(list->config, &(struct options){ .mode = RUN_LIST }, list->account,
+			       archive_is_below, r);
+	if (status == 0)
+		status = archives_walk(list->config, r->options, list->account, archive_restore, r);
 	log_context(list->account->email, "");
 	free(r->ids);
 	free(r->used);

@@ -183,6 +183,7 @@ struct mbox_header {
 	size_t text_octets, id_octets;
 	unsigned fields; /* Message-ID fields so far, counted up to 2; of these two: */
 	struct mbox_id id[2];
+	char id_text[2][129]; /* or "" if that is longer */
 	bool has_id[2];
 	char name[16]; /* of the field in hand, as it stands there */
 	size_t name_octets;
@@ -367,7 +368,7 @@ struct mbox_mail {
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
 	struct mbox_id id;
 	bool made;      /* it has no Message-ID of its own */
-	char name[129]; /* its Message-ID, or "" */
+	char name[129]; /* its Message-ID, also a made one; "" if that is longer */
 	char date[64];  /* the text of its Date field */
 };
 

@@ -296,6 +296,8 @@ static void header_field_end(struct mbox_header *h)
 	if (h->at != MBOX_AT_ID || field == 2)
 		return;
 	h->has_id[field] = h->id_octets > 0 && (h->id_octets != 2 || memcmp(h->text, "<>", 2) != 0);
+	if (h->id_octets <= sizeof h->text)
+		memcpy(h->id_text[field], h->text, h->text_octets);
 	if (h->id_octets <= sizeof h->text && is_made(h->text, h->text_octets)) {
 		made_id(&h->id[field], h->text);
 	} else {
@@ -1316,7 +1318,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 		     struct err *e)
 {
 	char text[MBOX_MADE_MAX];
-	bool nobody = false, header = true;
+	bool nobody = false, header = true, second;
 	struct sum sum = { 0 }, from = { 0 };
 	struct mbox_header h;
 	struct mbox_id made;
@@ -1373,8 +1375,8 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 	wire -= wire < 2 ? wire : 2;
 	r->wire = nobody || wire > UINT32_MAX ? UINT32_MAX : (uint32_t)wire;
 	/* The original gave a made ID to mails whose own it overlooked. */
-	if (mbox_header_end(&h, &r->id) && nobody && id_is_made(&h.id[0]) && h.has_id[1])
-		r->id = h.id[1];
+	second = mbox_header_end(&h, &r->id) && nobody && id_is_made(&h.id[0]) && h.has_id[1];
+	r->id = h.id[second];
 	if (mail == NULL)
 		return got;
 	header_made(&h, &made, text, 1);
@@ -1387,8 +1389,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 				    .id = r->id,
 				    .made = memcmp(&made, &h.id[0], sizeof made) == 0 };
 	memcpy(mail->date, h.date, sizeof mail->date);
-	if (h.id_octets <= sizeof h.text) /* of the last Message-ID field */
-		memcpy(mail->name, h.text, h.text_octets);
+	snprintf(mail->name, sizeof mail->name, "%s", h.has_id[0] ? h.id_text[second] : text);
 	return got;
 }
 

@@ -77,6 +77,39 @@ def test_export_one(t):
     assert 'not found' in got.err and got.out == ''
 
 
+def scripted(t, boxes, **more):
+    """A server with these mailboxes that the config names; for a with statement."""
+    server = imapd.Server(boxes, **more)
+    t.config({'email': t.email, 'username': 'me', 'password': 'secret', 'host': '127.0.0.1', 'port': server.port,
+              'ssl': False})
+    return server
+
+
+def test_export_odd_ids(t):
+    """Without brackets, with a comment behind them, made ones of mails that differ by their bodies only."""
+    mails = {'bare@x': b'Message-ID: bare@x\r\n', '<a b@x> (why)': b'Message-ID: <a\r\n b@x> (why)\r\n',
+             '<1@x>': b'Message-ID: <1@x>\r\nMessage-ID: <2@x>\r\n',
+             'da39a3ee5e6b4b0d3255bfef95601890afd80709@imap_backup.py.local': b'Message-ID: \r\n',
+             '<da39a3ee5e6b4b0d3255bfef95601890afd80709.2@imap_backup.py.local>': b'To-Do: nothing\r\n'}
+    data = [header + b'\r\nbody %d\r\n' % i for i, header in enumerate(mails.values())]
+    with scripted(t, {'INBOX': imapd.Mailbox(data)}):
+        t.backup()
+    for name, whole in zip(mails, data):
+        assert raw(t, '--export', name) == whole.replace(b'\r\n', b'\n'), name
+    for name in '', '<>', '<2@x>', 'a b@x':
+        t.backup('--export', name, status=1)
+
+
+def test_nothing_matches(t):
+    """A -m that no archive's mailbox matches is a failure, and not an empty success."""
+    fill(t, {'INBOX': few(2)})
+    t.config()
+    t.backup()
+    for mode in ['--verify'], ['--export-all'], ['--restore', '-n']:
+        assert 'no archive matches -m' in t.backup(*mode, '-m', 'Inbux', status=1).err, mode
+        t.backup(*mode, '-m', 'Inbux', '-m', 'inbox')
+
+
 def test_export_all(t):
     """Python's mailbox sees as many mails as were stored; what is gone bears no mark."""
     fill(t, sample.boxes(mails=60))
