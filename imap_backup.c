@@ -7326,7 +7326,7 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 		return -1;
 	r->counts->octets += octets;
 	r->session->progress(r->session->context, 0, octets);
-	return stop_due() ? err_set(&r->err, E_STOPPED, "stopped by a signal") : 0;
+	return 0;
 }
 
 /* The line broke: the oldest command on it may have done it, if that is a mail. */
@@ -7413,12 +7413,15 @@ static int archive_is_below(void *context, struct archive *a)
 /* Put back an archive. Returns 0, or -1 with *e or r->err, or as the line has an error. */
 static int restore_archive(struct restore *r, struct err *e)
 {
+	const uint64_t sent = r->counts->stored - r->before.stored;
+	const bool dry = r->session->dry, include = r->options->include_gone != 0;
 	uint64_t missing = 0, present = 0, left_out = 0;
-	bool dry = r->session->dry, listed;
+	bool listed;
 	struct mbox_mail mail;
 	char text[NAME_OCTETS], name[RECORD_MAX];
+	uint32_t place;
 	off_t at = 0;
-	int more;
+	int more = 0;
 
 	restore_name(r);
 	name_text(text, r->target, r->delimiter);
@@ -7426,20 +7429,28 @@ static int restore_archive(struct restore *r, struct err *e)
 	if (strlen(r->target) > MBOX_NAME_MAX)
 		return err_set(e, E_REFUSED, "there its name would have more than %d octets",
 			       MBOX_NAME_MAX);
-	listed = *mailboxes_find(r->session->list, BY_NAME, r->target) > 0;
+	place = *mailboxes_find(r->session->list, BY_NAME, r->target);
+	listed = place > 0 && r->session->list->boxes[place - 1].selectable; /* or it has only some below it */
 	r->created = false;
 	r->n = 0;
 	if ((!listed && !dry && restore_create(r, e) != 0) || ((listed || !dry) && restore_look(r, e) != 0))
 		return -1;
-	while ((more = mbox_walk(r->a->m, &at, &mail, e)) > 0) {
-		if (mail.state & MBOX_GONE && !r->options->include_gone)
-			left_out++;
-		else if (restore_has(r, &mail.id))
-			present++;
-		else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry &&
-			 restore_append(r, &mail) != 0)
-			return -1;
-	}
+	/* The gone ones in a second pass: what is there of an ID is first of all the mail that is not gone. */
+	for (int pass = 0; pass <= include && more == 0; pass++, at = 0)
+		while ((more = mbox_walk(r->a->m, &at, &mail, e)) > 0) {
+			bool gone = (mail.state & MBOX_GONE) != 0;
+
+			if (stop_due())
+				return err_set(&r->err, E_STOPPED, "stopped by a signal");
+			if (gone != (pass > 0))
+				left_out += gone && !include;
+			else if (restore_has(r, &mail.id))
+				present++;
+			else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry &&
+				 restore_append(r, &mail) != 0)
+				return -1;
+		}
+	present -= sent < present ? sent : present; /* on a connection before this one */
 	while (r->im->taken < r->im->tag)
 		if (restore_answered(r) != 0)
 			return -1;

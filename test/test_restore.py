@@ -239,6 +239,22 @@ def test_restore_leaves_out_what_is_gone(t):
     assert alike(there(t, other)['INBOX']) == alike(held['INBOX'])
 
 
+def test_restore_include_gone_of_one_id(t):
+    """A draft and what it was before it was edited: the one that is there is not sent again, the other one is."""
+    drafts = [b'Message-ID: <d@x>\r\n\r\n' + b'words ' * n + b'\r\n' for n in (1, 2)]
+    box = imapd.Mailbox(drafts[:1])
+    with scripted(t, {'INBOX': box}):
+        t.backup()
+        box.expunge(1)
+        box.add(drafts[1])
+        t.backup()
+    boxes = {'INBOX': imapd.Mailbox(drafts[1:])}
+    for again in 0, 1:
+        got, lines = restore_to(t, boxes, options=('--include-gone',))
+        assert [m.data for m in boxes['INBOX'].mails] == [drafts[1], drafts[0]], boxes['INBOX'].mails
+        assert '%d mails put back, %d were there' % (1 - again, 1 + again) in got.err, got.err
+
+
 class Target(imapd.Session):
     """A server to restore to. refuse: {word of a mail: answer}; the tenth BAD ends the session."""
     capabilities = imapd.FULL + ' NAMESPACE'
@@ -304,6 +320,8 @@ def test_restore_refusals(t):
     want = [m for m, w in zip(held, words) if w not in refuse]
     assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in want), got.err
     assert got.err.count('Argument Error. 11') == 25 and 'the line breaks at this mail' in got.err, got.err
+    told = re.search(r'(\d+) mails put back, (\d+) were there', got.err)   # as nobody saw them answered
+    assert int(told.group(1)) + int(told.group(2)) == len(want), got.err
     got, lines = restore_to(t, boxes, status=1, refuse={words[3]: 'NO [OVERQUOTA] full'})
     assert 'no room left' in got.err, got.err
     restore_to(t, boxes)
@@ -601,6 +619,18 @@ def test_restore_cut_anywhere(t):
     boxes = {'INBOX': imapd.Mailbox()}
     got, lines = restore_to(t, boxes, base=Existing)
     same(boxes, lines)
+
+
+def test_restore_below_nothing(t):
+    """A name that only stands for what is below it can still be made a mailbox: on a real server, too."""
+    held = fill(t, {'INBOX': few(1), 'A': few(2, 'a'), 'A/B': few(3, 'b')})
+    t.config()
+    t.backup()
+    other = t.user + 'b'
+    t.config(t.account(username=other))
+    t.backup('--restore', '--yes', '-m', 'A/B')   # the archive's name is the first, so a signal can leave it so
+    t.backup('--restore', '--yes')
+    assert {k: alike(v) for k, v in there(t, other).items()} == {k: alike(v) for k, v in held.items()}
 
 
 def test_restore_names_too_long_for_a_record(t):
