@@ -5708,7 +5708,7 @@ static int archive_verify(void *context, struct archive *a)
 	struct mbox_verified sum;
 	struct err e = { 0 };
 
-	if (mbox_verify(a->m, on_finding, NULL, &sum, &e) != 0) {
+	if (mbox_verify(a->m, on_finding, NULL, stop_due, &sum, &e) != 0) {
 		log_error("%s", e.text);
 		return 1;
 	}
@@ -9162,12 +9162,12 @@ static int run_main(struct run *run, struct options *o, int argc, char **argv)
 		return status;
 	if (o->mode == RUN_EXPORT)
 		return archives_export(&config, o);
+	run_catch_signals();
 	if (o->mode == RUN_RESTORE && !o->dry && !o->yes && !restore_confirmed(&config, o))
 		return 1;
 	run->config = &config;
 	run->trusts = allocate((config.n_accounts + 1) * sizeof *run->trusts);
 	run_set_clock();
-	run_catch_signals();
 	curl_global_init(CURL_GLOBAL_DEFAULT);
 	return o->mode == RUN_AUTHORIZE ? run_authorize(run) : run_online(run, &config);
 }

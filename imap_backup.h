@@ -401,10 +401,10 @@ struct mbox_verified {
 
 /*
  * Compare all mails with the index; of those that are damaged a note is left, or it is told that there is none.
- * Returns 0, whatever is found, or -1 if the archive cannot be read.
+ * Returns 0, whatever is found, or -1 if the archive cannot be read, or stop(), asked behind each mail, is true.
  */
-int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum,
-		struct err *e);
+int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(void),
+		struct mbox_verified *sum, struct err *e);
 
 /* Note, in path + ".index.damaged", that the mail of so many octets that stands at 'at' is damaged. */
 int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e);

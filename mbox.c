@@ -2807,8 +2807,17 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 struct verification {
 	mbox_finding *tell;
 	void *context;
+	bool (*stop)(void);
 	struct mbox_verified *sum;
 };
+
+/* Count a mail; is another one to be looked at? */
+static int verify_count(struct verification *v, unsigned state, struct err *e)
+{
+	v->sum->mails++;
+	v->sum->gone += (state & MBOX_GONE) != 0;
+	return v->stop() ? err_set(e, E_STOPPED, "stopped by a signal") : 0;
+}
 
 static void verify_tell(struct verification *v, bool damage, off_t at, const char *id, const char *what)
 {
@@ -2826,10 +2835,9 @@ static int verify_rest(struct mbox *m, struct verification *v, off_t at, struct 
 	size_t got;
 	int more;
 
-	while ((more = mbox_walk(m, &at, &mail, e)) > 0) {
-		v->sum->mails++;
-		v->sum->gone += (mail.state & MBOX_GONE) != 0;
-	}
+	while ((more = mbox_walk(m, &at, &mail, e)) > 0)
+		if (verify_count(v, mail.state, e) != 0)
+			return -1;
 	if (more < 0 && e->code == E_FORMAT) {
 		*e = (struct err){ 0 };
 		verify_tell(v, true, at, "", "no mail begins here");
@@ -2846,9 +2854,10 @@ static int verify_rest(struct mbox *m, struct verification *v, off_t at, struct 
 	return 0;
 }
 
-int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_verified *sum, struct err *e)
+int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(void),
+		struct mbox_verified *sum, struct err *e)
 {
-	struct verification v = { .tell = tell, .context = context, .sum = sum };
+	struct verification v = { .tell = tell, .context = context, .stop = stop, .sum = sum };
 	const char *unfit = m->mended[0] != '\0' && m->flushed > 0 ? m->mended : NULL;
 	off_t at = 0, next = 0;
 	uint64_t mix = 0;
@@ -2887,8 +2896,8 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, struct mbox_v
 		} else if (wrong == NULL && state != r.state && !m->now.writing) {
 			verify_tell(&v, false, at, mail.name, "its state differs from the index");
 		}
-		sum->mails++;
-		sum->gone += (r.state & MBOX_GONE) != 0;
+		if (verify_count(&v, r.state, e) != 0)
+			return -1;
 		if (r.octets > m->flushed - at)
 			return 0;
 		next = at;

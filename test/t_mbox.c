@@ -1583,6 +1583,37 @@ static void test_growth(void)
 	closed(m);
 }
 
+static bool stop_now(void)
+{
+	return true;
+}
+
+static void not_told(void *context, bool damage, off_t at, const char *id, const char *what)
+{
+	(void)context;
+	check(!damage, "at %ld, %s: %s", (long)at, id, what);
+}
+
+/* A verification ends behind the mail at which it is to, with an index and without. */
+static void test_verify_stops(void)
+{
+	struct mbox *m = fresh(0);
+	struct mbox_verified sum;
+
+	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+	keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
+	closed(m);
+	for (int lost = 0; lost < 2; lost++) {
+		struct err e = { 0 };
+
+		check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
+		check(mbox_verify(m, not_told, NULL, stop_now, &sum, &e) == -1 && e.code == E_STOPPED && sum.mails == 1,
+		      "%u mails, %s", sum.mails, e.text);
+		mbox_close(m, NULL, &e);
+		unlink(index_file);
+	}
+}
+
 int main(void)
 {
 	test_head();
@@ -1621,5 +1652,6 @@ int main(void)
 	test_suspect();
 	test_torn();
 	test_growth();
+	test_verify_stops();
 	return checked("t_mbox");
 }

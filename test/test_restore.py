@@ -654,10 +654,11 @@ def test_restore_asks(t):
     t.backup()
     other = t.user + 'b'
     t.config(t.account(username=other))
-    for answer, status in (b'n\n', 1), (b'\n', 1), (b'\x04', 1), (b'yes, please\n', 1), (b'y\n', 0), (b'yes\n', 0):
+    for answer, status in ((b'n\n', 1), (b'\n', 1), (b'\x04', 1), (b'\x03', 1), (b'yes, please\n', 1), (b'y\n', 0),
+                           (b'yes\n', 0)):
         pid, fd = pty.fork()
         if pid == 0:
-            os.execv(t.program[0], [*t.program, '--restore', t.path])
+            os.execv(t.program[0], [*t.program, '--restore', '--json', t.path])
         said = b''
         while b'[y/N] ' not in said:
             said += os.read(fd, 1000)
@@ -673,6 +674,7 @@ def test_restore_asks(t):
             pass
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status, (answer, said)
         os.close(fd)
+        assert json.loads(said[said.index(b'{'):said.rindex(b'}') + 1])['status'] == status, said   # after Ctrl-C, too
         assert len(there(t, other).get('INBOX', [])) == (0 if status else 3), (answer, said)
 
 
