@@ -1387,7 +1387,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 				    .state = r->state,
 				    .when_sec = when_sec,
 				    .id = r->id,
-				    .made = memcmp(&made, &h.id[0], sizeof made) == 0 };
+				    .made = second || memcmp(&made, &h.id[0], sizeof made) == 0 };
 	memcpy(mail->date, h.date, sizeof mail->date);
 	snprintf(mail->name, sizeof mail->name, "%s", h.has_id[0] ? h.id_text[second] : text);
 	return got;

@@ -621,6 +621,24 @@ def test_restore_cut_anywhere(t):
     same(boxes, lines)
 
 
+def test_restore_of_an_original(t):
+    """An archive of the Python original; also a mail whose ID it overlooked, so that it made one."""
+    date = b'Date: Tue, 2 Jan 2018 03:04:05 +0100\n'
+    made = b'Message-ID: <0123456789012345678901234567890123456789@imap_backup.py.local>\n'
+    texts = [b'Message-ID: <1@x>\n' + date + b'\n>From a\nlast', b'Message-ID:<2@x>\n' + date + b'\ntwo',
+             b'Message-ID: <3@x>\n' + date + b'\ngone']
+    os.makedirs(t.archive())
+    with open(t.mbox('INBOX'), 'wb') as f:
+        for text, head, state in zip(texts, (b'', made, b''), (b'0001', b'0000', b'0009')):
+            f.write(b'From nobody Mon Jan  1 00:00:00 2018\nX-Mozilla-Status: ' + state + b'\n' + head + text + b'\n\n')
+    boxes = {'INBOX': imapd.Mailbox()}
+    for _ in range(2):
+        restore_to(t, boxes)
+        assert [m.data for m in boxes['INBOX'].mails] == [
+            text.replace(b'>From', b'From').replace(b'\n', b'\r\n') + b'\r\n' for text in texts[:2]], boxes['INBOX'].mails
+    assert {m.when for m in boxes['INBOX'].mails} == {1514858645} and boxes['INBOX'].mails[0].flags == {'\\Seen'}
+
+
 def test_restore_below_nothing(t):
     """A name that only stands for what is below it can still be made a mailbox: on a real server, too."""
     held = fill(t, {'INBOX': few(1), 'A': few(2, 'a'), 'A/B': few(3, 'b')})
