@@ -8373,8 +8373,11 @@ static int account_prepare(struct worker *w, struct err *e)
 	struct account *account = w->board->account;
 	const struct trust *trust = account_trust(w->run, account);
 
-	if (o->mode == RUN_BACKUP && !o->dry && account_lock(w, e) != 0)
+	/* Two restores at once would put everything there twice; but an archive that is read-only can be restored. */
+	if (!o->dry && (o->mode == RUN_BACKUP || (o->mode == RUN_RESTORE && access(w->folder, W_OK) == 0)) &&
+	    account_lock(w, e) != 0 && (o->mode == RUN_BACKUP || e->code == E_LOCKED))
 		return -1;
+	*e = (struct err){ 0 };
 	/* It will be refused, and its fingerprint told; elsewhere it may do without. */
 	if (account->pins == 0 && account->ssl == SSL_ON && trust->err.code != E_NONE)
 		log_warn("%s", trust->err.text);

@@ -7,6 +7,7 @@ import pty
 import random
 import re
 import subprocess
+import threading
 import time
 
 import archive
@@ -619,6 +620,26 @@ def test_restore_cut_anywhere(t):
     boxes = {'INBOX': imapd.Mailbox()}
     got, lines = restore_to(t, boxes, base=Existing)
     same(boxes, lines)
+
+
+def test_restore_once_at_a_time(t):
+    """Two restores of an account would put all of it there twice: the second one says so, and sends nothing."""
+    fill(t, {'INBOX': few(5)})
+    t.config()
+    t.backup()
+    first, go = threading.Event(), threading.Event()
+
+    def hook(session, tag, name, args):
+        if name == 'SELECT' and session.number == 1:
+            first.set()
+            go.wait(20)
+    boxes = {'INBOX': imapd.Mailbox()}
+    with scripted(t, boxes, session=Target, hook=hook):
+        running = subprocess.Popen([*t.program, '-q', '--restore', '--yes', t.path])
+        assert first.wait(20)
+        got = t.backup('--restore', '--yes', status=3)
+        go.set()
+        assert running.wait(20) == 0 and 'another run is at work' in got.err and len(boxes['INBOX'].mails) == 5, got.err
 
 
 def test_restore_of_an_original(t):
