@@ -6108,7 +6108,7 @@ static int sample_end(struct sync *y, uint32_t uid)
 		y->counts.failures++;
 		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu",
 			  (long long)mail.offset, mail.name, (unsigned long)uid);
-		if (mbox_note(y->m, mail.offset, mail.octets, &unnoted) != 0)
+		if (mbox_note(y->m, mail.offset, &unnoted) != 0)
 			log_warn("%s: the next backup will not heal it", unnoted.text);
 	}
 	if (stop_due())

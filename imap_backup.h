@@ -406,8 +406,8 @@ struct mbox_verified {
 int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(void),
 		struct mbox_verified *sum, struct err *e);
 
-/* Note, in path + ".index.damaged", that the mail of so many octets that stands at 'at' is damaged. */
-int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e);
+/* Note, in path + ".index.damaged", that the mail that stands at 'at' is damaged. */
+int mbox_note(struct mbox *m, off_t at, struct err *e);
 
 /*
  * Take in what was noted, in an archive that mbox_open() has opened to write: these mails are gone for good,

@@ -674,6 +674,15 @@ static void index_path(const char *path, const char *suffix, char out[PATH_OCTET
 	snprintf(out, PATH_OCTETS + 16, "%s.index%s", path, suffix);
 }
 
+/* Return true if --verify has noted damage in the mbox. */
+static bool is_noted(const struct mbox *m)
+{
+	char path[PATH_OCTETS + 16];
+
+	index_path(m->path, ".damaged", path);
+	return access(path, F_OK) == 0;
+}
+
 /* ======== the index's header ======== */
 
 static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
@@ -1723,7 +1732,7 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
  * Returns 1; 0 if those that are counted are damaged or do not fit: a record fails its checksum, or with the
  * header at rest all of them fail theirs (only some came to the disk before the power went), a message does
  * not begin where the one before it ends, the last does not end where the mbox was committed, or none begins
- * where the first or the last record says; or -1.
+ * where the first or the last record says (and no damage is noted that may be the reason); or -1.
  */
 static int load(struct mbox *m, const struct state *state, struct err *e)
 {
@@ -1743,7 +1752,7 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 			if (m->now.octets != state->octets || m->now.stored != state->stored ||
 			    (!state->writing && m->now.mix != state->mix))
 				return 0;
-			if (m->now.octets > 0 && (good = from_at(m, 0, e)) > 0)
+			if (m->now.octets > 0 && !is_noted(m) && (good = from_at(m, 0, e)) > 0)
 				good = from_at(m, last, e);
 			if (good <= 0 || !state->writing)
 				return good;
@@ -2602,7 +2611,7 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 
 /* ======== damage ======== */
 
-int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e)
+int mbox_note(struct mbox *m, off_t at, struct err *e)
 {
 	char path[PATH_OCTETS + 16];
 	int fd, written;
@@ -2610,7 +2619,7 @@ int mbox_note(struct mbox *m, off_t at, off_t octets, struct err *e)
 	index_path(m->path, ".damaged", path);
 	if ((fd = open_file(path, O_WRONLY | O_CREAT | O_APPEND, e)) < 0)
 		return err_errno(e, E_SYSTEM, "%s: cannot create", path);
-	written = dprintf(fd, "%lld %lld\n", (long long)at, (long long)octets);
+	written = dprintf(fd, "%lld\n", (long long)at);
 	close(fd);
 	return written > 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot write", path);
 }
@@ -2622,7 +2631,9 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	char head[BODY_AT];
 	size_t got;
 
-	/* Our two lines may be what is damaged: then other readers would not find where it begins. */
+	/* Our lines may be what is damaged: then other readers would not find where it, or the next one, begins. */
+	if (r->digits > 0 && write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0)
+		return -1;
 	if (r->digits == DIGITS_AT) {
 		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 ||
 		    reread_state(m, r, e) < 0)
@@ -2639,8 +2650,8 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	return tear(m, i, e);
 }
 
-/* Heal the mails that are noted: offsets and lengths. Returns how many they are, or -1. */
-static int heal_noted(struct mbox *m, long long (*noted)[2], unsigned n, struct err *e)
+/* Heal the mails that are noted by their offsets. Returns how many they are, or -1. */
+static int heal_noted(struct mbox *m, const long long *noted, unsigned n, struct err *e)
 {
 	struct record r;
 	int healed = 0;
@@ -2655,7 +2666,7 @@ static int heal_noted(struct mbox *m, long long (*noted)[2], unsigned n, struct 
 			continue;
 		if (record_get(m, i, &r, e) != 0)
 			return -1;
-		while (k < n && (noted[k][0] != r.offset || noted[k][1] != r.octets))
+		while (k < n && noted[k] != r.offset)
 			k++;
 		if (k == n)
 			continue;
@@ -2668,7 +2679,7 @@ static int heal_noted(struct mbox *m, long long (*noted)[2], unsigned n, struct 
 
 int mbox_heal(struct mbox *m, struct err *e)
 {
-	long long noted[NOTED_MAX][2];
+	long long noted[NOTED_MAX];
 	char path[PATH_OCTETS + 16];
 	int fd, healed = 0, some;
 	unsigned n;
@@ -2679,7 +2690,7 @@ int mbox_heal(struct mbox *m, struct err *e)
 		return 0;
 	m->now.claim.uidnext = 0; /* all is asked for once more */
 	do {
-		for (n = 0; n < NOTED_MAX && fscanf(f, "%lld %lld", &noted[n][0], &noted[n][1]) == 2;)
+		for (n = 0; n < NOTED_MAX && fscanf(f, "%lld%*[^\n]", &noted[n]) == 1;)
 			n++;
 		some = heal_noted(m, noted, n, e);
 		healed += some;
@@ -2891,7 +2902,7 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(
 			return -1;
 		if (wrong != NULL && (r.kind & ENTRY_TORN) == 0) { /* of which it is known */
 			verify_tell(&v, true, at, mail.name, wrong);
-			if (mbox_note(m, at, r.octets, &unnoted) != 0) /* a disk that is read-only, say */
+			if (mbox_note(m, at, &unnoted) != 0) /* a disk that is read-only, say */
 				verify_tell(&v, false, at, "", unnoted.text);
 		} else if (wrong == NULL && state != r.state && !m->now.writing) {
 			verify_tell(&v, false, at, mail.name, "its state differs from the index");
@@ -2903,7 +2914,8 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(
 		next = at;
 		at += r.octets;
 		/* If no other mail follows where it should, the rest has moved: one damage, not thousands. */
-		if (wrong != NULL && at < m->flushed && (good = from_at(m, at, e)) < 0)
+		if (wrong != NULL && at < m->flushed && m->flushed != m->now.octets &&
+		    (good = from_at(m, at, e)) < 0)
 			return -1;
 		if (good == 0) {
 			at = mbox_walk(m, &next, &mail, &ignored) > 0 ? next : at;

@@ -511,9 +511,9 @@ def test_damage_heals(t):
                       if not m.state & archive.GONE)
     alive = living()
     starts = [m.start() for m in re.finditer(rb'(?m)^From MAILER', kept[0])]
-    for where in (-4, 50, 2, 20):   # at the end of the mail; in our two lines
+    for where in (-4, -1, 50, 2, 20):   # at the end of the mail; in our two lines
         data = bytearray(kept[0])
-        for k in (1, 3, 6, 12):   # 1 has a second copy, 3 is gone, 12 has no ID
+        for k in (0, 3, 6, 13):   # 0 has a second copy, 3 is gone, 13 has no ID, and is the last
             data[(starts + [len(data)])[k + (where < 0)] + where] ^= 1
         for name, octets in (path, data), (path + '.index', kept[1]):
             with open(name, 'wb') as f:
@@ -534,8 +534,32 @@ def test_damage_heals(t):
         assert '(2 without news)' in got.err and archive.digests(t.dest) == before, (where, got.err)
         os.unlink(path + '.index')
         t.backup()
-        if where < 0:   # else the old copy is as good as the new one by now
+        if where < -1:   # else the old copy is as good as the new one by now
             assert [m.state for m in now] == [m.state for m in archive.read(path)], where
+
+
+def test_damage_that_moves_the_rest_heals(t):
+    """An octet more or less; the end of one mail and the beginning of the next are lost, or where mails begin."""
+    held = fill(t, {'INBOX': [sample.Mail(b'Message-ID: <%d@x>\r\n\r\nfew words\r\n' % i, '', sample.T0) for i in range(3)] + few(5)})
+    t.config()
+    t.backup()
+    path = t.mbox('INBOX')
+    kept = open(path, 'rb').read(), open(path + '.index', 'rb').read()
+    starts = [m.start() for m in re.finditer(rb'(?m)^From MAILER', kept[0])]
+    for k, at in enumerate(starts):
+        nothing = bytes(600)   # as a sector that is lost; it may hold the beginnings of several mails
+        middle = kept[0].index(b'\n\n', at) + 5
+        for data in kept[0][:middle] + b'!' + kept[0][middle:], kept[0][:middle] + kept[0][middle + 1:], \
+                kept[0][:middle] + kept[0][(starts + [len(kept[0])])[k + 1] + 20:], \
+                (kept[0][:at] + nothing + kept[0][at + len(nothing):])[:len(kept[0])]:
+            for name, octets in (path, data), (path + '.index', kept[1]):
+                with open(name, 'wb') as f:
+                    f.write(octets)
+            t.backup('--verify', status=1)
+            t.backup()
+            living = [m for m in archive.read(path) if not m.state & archive.GONE]
+            assert sorted(m.text for m in living) == sorted(
+                archive.quote(m.data.replace(b'\r\n', b'\n')) for m in held['INBOX']), k
 
 
 def test_much_damage_heals(t):
