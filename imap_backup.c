@@ -103,6 +103,7 @@ enum {
 	IMAP_ATOM_MAX = 128,            /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,           /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 48,           /* commands without an answer */
+	IMAP_RING = 264,                /* the same where they are mails of a restore */
 	RESTORE_REFUSED_MAX = 1000,     /* mails that a server may refuse in a restore */
 	RESTORE_BADS_MAX = 9,           /* on one connection; the tenth ends it at Exchange */
 	APPEND_AHEAD_MAX = 64 << 10,    /* octets of a mail that is sent before the server takes it */
@@ -2893,7 +2894,7 @@ struct command {
 	void *owner;   /* the mailbox that asks, NULL: the connection itself; with: */
 	unsigned kind; /* what is asked, in the owner's words */
 	unsigned n;
-	struct range ranges[BATCH_RANGES]; /* the UIDs */
+	struct range *ranges; /* the UIDs; room for BATCH_RANGES */
 };
 
 struct imap_status { /* of a mailbox; 0 is unknown but for messages */
@@ -2926,7 +2927,8 @@ struct imap {
 	unsigned done, taken;  /* all up to these have been answered; and looked at */
 	unsigned turned;       /* the one that imap_turn() looked at last */
 	unsigned compress_tag; /* of COMPRESS without an answer: nothing may follow it; or 0 */
-	struct command ring[IMAP_FLIGHT_MAX];
+	struct command ring[IMAP_RING];
+	struct range ranges[IMAP_FLIGHT_MAX][BATCH_RANGES]; /* of the last ones of these */
 	unsigned in_flight; /* octets of commands without an answer */
 	bool pipelines;     /* a command that was sent ahead of an answer got its own */
 	unsigned alerts;    /* shown to the person */
@@ -3676,7 +3678,7 @@ static void imap_untagged(struct imap *im)
  */
 static void imap_turn(struct imap *im)
 {
-	const struct command *oldest = &im->ring[(im->done + 1) % IMAP_FLIGHT_MAX];
+	const struct command *oldest = &im->ring[(im->done + 1) % IMAP_RING];
 
 	if (im->turned == im->done + 1)
 		return;
@@ -3695,10 +3697,10 @@ static void imap_tagged(struct imap *im, const char *word)
 	char *end = NULL, found[IMAP_ATOM_MAX + 30], condition[IMAP_ATOM_MAX];
 	unsigned long tag = word[0] == 'A' && isdigit((unsigned char)word[1]) ? strtoul(word + 1, &end, 10)
 									      : 0;
-	struct command *command = &im->ring[tag % IMAP_FLIGHT_MAX];
+	struct command *command = &im->ring[tag % IMAP_RING];
 	struct imap_result *result = &command->result;
 
-	if (tag == 0 || *end != '\0' || tag > im->tag || tag + IMAP_FLIGHT_MAX <= im->tag ||
+	if (tag == 0 || *end != '\0' || tag > im->tag || tag + IMAP_RING <= im->tag ||
 	    result->condition != IMAP_PENDING) {
 		snprintf(found, sizeof found, "a line that begins with \"%.30s\"", word);
 		imap_proto(im, found, "\"*\", \"+\" or the tag of a command");
@@ -3719,7 +3721,7 @@ static void imap_tagged(struct imap *im, const char *word)
 	if (command->examines)
 		im->selected = result->condition == IMAP_OK;
 	while (im->done < im->tag &&
-	       im->ring[(im->done + 1) % IMAP_FLIGHT_MAX].result.condition != IMAP_PENDING)
+	       im->ring[(im->done + 1) % IMAP_RING].result.condition != IMAP_PENDING)
 		im->done++;
 	if (tag != im->compress_tag)
 		return;
@@ -3763,7 +3765,7 @@ static int imap_response(struct imap *im)
  */
 static struct command *imap_answer(struct imap *im)
 {
-	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_FLIGHT_MAX];
+	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_RING];
 
 	if (im->taken == im->tag)
 		return NULL;
@@ -3804,7 +3806,7 @@ PRINTF(3, 4) static unsigned imap_send(struct imap *im, const char *shown, const
 {
 	char line[IMAP_LINE_MAX * 5];
 	unsigned tag = ++im->tag;
-	struct command *command = &im->ring[tag % IMAP_FLIGHT_MAX];
+	struct command *command = &im->ring[tag % IMAP_RING];
 	va_list arguments;
 	int n, prefix;
 
@@ -3820,8 +3822,7 @@ PRINTF(3, 4) static unsigned imap_send(struct imap *im, const char *shown, const
 	if (im->trace)
 		log_write(LOG_TRACE, "C: A%u %s", tag, shown != NULL ? shown : line + prefix);
 	memcpy(line + n, "\r\n", 2);
-	memset(command, 0, offsetof(struct command, ranges));
-	command->octets = (unsigned)n + 2;
+	*command = (struct command){ .octets = (unsigned)n + 2, .ranges = im->ranges[tag % IMAP_FLIGHT_MAX] };
 	command->ahead = im->done + 1 < tag;
 	im->in_flight += command->octets;
 	if (stream_write(&im->s, line, (size_t)n + 2) != 0 || stream_flush(&im->s) != 0)
@@ -3834,7 +3835,7 @@ PRINTF(3, 4) static unsigned imap_send(struct imap *im, const char *shown, const
 /* Return true if the line was cut while a command was on it that an answer had not made room for. */
 static bool imap_was_cut_ahead(const struct imap *im)
 {
-	return !im->pipelines && im->done < im->tag && im->ring[im->tag % IMAP_FLIGHT_MAX].ahead;
+	return !im->pipelines && im->done < im->tag && im->ring[im->tag % IMAP_RING].ahead;
 }
 
 /*
@@ -3896,7 +3897,7 @@ static int imap_know_capabilities(struct imap *im)
 /* Wait for "+ ", then send a line. The command's own answer may come instead. */
 static void imap_continue(struct imap *im, unsigned tag, const char *line)
 {
-	const struct imap_result *result = &im->ring[tag % IMAP_FLIGHT_MAX].result;
+	const struct imap_result *result = &im->ring[tag % IMAP_RING].result;
 	int got = 0;
 
 	while (im->s.err.code == E_NONE && result->condition == IMAP_PENDING &&
@@ -5977,7 +5978,7 @@ static int sync_add(struct sync *y, struct set *set, uint32_t low, uint32_t high
 static bool sync_lists(const struct sync *y)
 {
 	const struct imap *im = y->session->im;
-	const struct command *c = &im->ring[(im->done + 1) % IMAP_FLIGHT_MAX];
+	const struct command *c = &im->ring[(im->done + 1) % IMAP_RING];
 
 	return im->done < im->tag && c->owner == y &&
 	       (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
@@ -5999,7 +6000,7 @@ static bool sync_asked(const struct sync *y, uint32_t uid)
 	const struct imap *im = y->session->im;
 
 	for (unsigned tag = im->taken + 1; y->pending > 0 && tag <= im->tag; tag++) {
-		const struct command *c = &im->ring[tag % IMAP_FLIGHT_MAX];
+		const struct command *c = &im->ring[tag % IMAP_RING];
 
 		for (unsigned k = 0; c->owner == y && k < c->n; k++)
 			if (uid >= c->ranges[k].low && uid <= c->ranges[k].high)
@@ -6262,7 +6263,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 static int sync_sent(struct sync *y, enum sync_kind kind, unsigned tag)
 {
 	struct imap *im = y->session->im;
-	struct command *c = &im->ring[tag % IMAP_FLIGHT_MAX];
+	struct command *c = &im->ring[tag % IMAP_RING];
 
 	if (tag == 0)
 		return sync_fail(y, &im->s.err);
@@ -6320,7 +6321,7 @@ static bool sync_holds_back(const struct sync *y)
 	unsigned batches = 0;
 
 	for (unsigned tag = im->taken + 1; tag <= im->tag; tag++)
-		batches += im->ring[tag % IMAP_FLIGHT_MAX].kind == KIND_MAILS;
+		batches += im->ring[tag % IMAP_RING].kind == KIND_MAILS;
 	return batches >= 2 && batches * batch >= COMPRESS_OCTETS &&
 	       im->s.connect_ms >= COMPRESS_CONNECT_MS && im->s.in < 4 * COMPRESS_OCTETS &&
 	       imap_may_compress(im);
@@ -6563,7 +6564,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		return sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s (FLAGS)%s", uids, changed));
 	if (sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s %s", uids, fetches[kind].items)) != 0)
 		return -1;
-	c = &im->ring[im->tag % IMAP_FLIGHT_MAX];
+	c = &im->ring[im->tag % IMAP_RING];
 	c->n = n;
 	memcpy(c->ranges, ranges, n * sizeof *ranges);
 	return 0;
@@ -6956,7 +6957,7 @@ static void session_send(struct session *s)
 static void session_break(struct session *s, struct err *e)
 {
 	struct imap *im = s->im;
-	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_FLIGHT_MAX];
+	struct command *oldest = &im->ring[(im->taken + 1) % IMAP_RING];
 	struct sync *y, *next;
 	bool blamed = false;
 
@@ -7050,7 +7051,7 @@ struct restore {
 	unsigned done, at; /* archives that are over, also on connections before; the one in hand */
 	unsigned bads;     /* on this connection */
 	struct archive *a; /* in hand; of its mails: */
-	off_t sent[IMAP_FLIGHT_MAX]; /* on the wire, by their tags */
+	off_t sent[IMAP_RING];  /* on the wire, by their tags */
 	off_t refused[RESTORE_REFUSED_MAX]; /* or breaking the line: not sent again */
 	unsigned n_refused;
 	off_t broke;      /* the oldest on the wire when it broke, or -1 */
@@ -7177,8 +7178,8 @@ static int restore_look(struct restore *r, struct err *e)
 	im->on_octets = restore_on_octets;
 	im->on_fetch = restore_on_fetch;
 	tag = imap_send(im, NULL, "SELECT %s", r->quoted);
-	im->ring[tag % IMAP_FLIGHT_MAX].examines = true;
-	im->ring[tag % IMAP_FLIGHT_MAX].owner = r;
+	im->ring[tag % IMAP_RING].examines = true;
+	im->ring[tag % IMAP_RING].owner = r;
 	if ((result = imap_wait(im, tag)) == NULL)
 		return -1;
 	if (result->condition != IMAP_OK) {
@@ -7234,7 +7235,7 @@ static int restore_look(struct restore *r, struct err *e)
 static int restore_answered(struct restore *r)
 {
 	const struct command *c = imap_answer(r->im);
-	off_t at = r->sent[r->im->taken % IMAP_FLIGHT_MAX];
+	off_t at = r->sent[r->im->taken % IMAP_RING];
 	const struct imap_result *result;
 	struct err e = { 0 };
 
@@ -7315,8 +7316,10 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 			date, (unsigned long long)octets, octets <= limit ? "+" : "");
 	if (tag == 0)
 		return -1;
-	r->sent[tag % IMAP_FLIGHT_MAX] = mail->offset;
-	while (octets > limit && im->ring[tag % IMAP_FLIGHT_MAX].result.condition == IMAP_PENDING &&
+	r->sent[tag % IMAP_RING] = mail->offset;
+	im->in_flight -= im->ring[tag % IMAP_RING].octets; /* its answer is short, and blocks nobody */
+	im->ring[tag % IMAP_RING].octets = 0;
+	while (octets > limit && im->ring[tag % IMAP_RING].result.condition == IMAP_PENDING &&
 	       (got = imap_response(im)) == 0)
 		;
 	if (got <= 0) /* 0: it was refused, which will be looked at in its turn */
@@ -7332,14 +7335,14 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 /* The line broke: the oldest command on it may have done it, if that is a mail. */
 static void restore_broken(struct restore *r)
 {
-	off_t at = r->sent[(r->im->done + 1) % IMAP_FLIGHT_MAX];
+	off_t at = r->sent[(r->im->done + 1) % IMAP_RING];
 
 	if (at < 0)
 		return;
 	if (r->broke == at)
 		restore_refuse(r, at, "the line breaks at this mail");
 	r->broke = at;
-	r->careful = IMAP_FLIGHT_MAX;
+	r->careful = IMAP_RING;
 }
 
 /*
@@ -7510,6 +7513,8 @@ static int restore_run(struct restore *r, struct err *e)
 
 	r->err = (struct err){ 0 };
 	r->at = r->bads = 0;
+	if (r->im->flight == IMAP_FLIGHT_MAX - 8) /* or fewer, for Zimbra */
+		r->im->flight = IMAP_RING - 8;
 	r->delimiter = r->im->delimiter;
 	if (r->delimiter == '\0' && inbox > 0)
 		r->delimiter = list->boxes[inbox - 1].delimiter;
