@@ -646,6 +646,17 @@ def test_restore_cut_anywhere(t):
     same(boxes, lines)
 
 
+def test_restore_waits_seldom(t):
+    """As many mails are on their way as a line with delay takes; 37 at a time would make this 50 waits."""
+    boxes = {'INBOX': imapd.Mailbox(list(sample.many(1500)))}
+    with scripted(t, boxes):
+        t.backup()
+    boxes = {'INBOX': imapd.Mailbox()}
+    with scripted(t, boxes, session=type('Slow', (Target,), dict(lag=0.05))) as server:
+        t.backup('--restore', '--yes')
+        assert len(boxes['INBOX'].mails) == 1500 and server.waits() < 25, server.waits()
+
+
 def test_restore_once_at_a_time(t):
     """Two restores of an account would put all of it there twice: the second one says so, and sends nothing."""
     fill(t, {'INBOX': few(5)})
