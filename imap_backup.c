@@ -7182,12 +7182,8 @@ static int restore_look(struct restore *r, struct err *e)
 	im->ring[tag % IMAP_RING].owner = r;
 	if ((result = imap_wait(im, tag)) == NULL)
 		return -1;
-	if (result->condition != IMAP_OK) {
-		imap_refused(e, result, "opening the mailbox");
-		if (e->code == E_WAIT)
-			r->err = *e;
+	if (imap_refused(e, result, "opening the mailbox") != 0)
 		return -1;
-	}
 	if (im->exists > MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	r->n = 0;
@@ -7216,8 +7212,6 @@ static int restore_look(struct restore *r, struct err *e)
 		ask = r->nameless;
 		r->nameless = (struct set){ 0 };
 	}
-	if (refused.code == E_WAIT)
-		r->err = refused;
 	if (refused.code != E_NONE) {
 		*e = refused; /* whatever it tells of CREATE */
 		return -1;
@@ -7254,16 +7248,12 @@ static int restore_answered(struct restore *r)
 		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account: %s",
 			       result->text);
 	imap_refused(&e, result, "a mail");
-	if (e.code == E_WAIT) {
-		r->err = e;
-		return -1;
-	}
+	if (e.code == E_WAIT)
+		return r->err = e, -1;
 	if (restore_refuse(r, at, e.text) != 0)
 		return -1;
 	r->bads += result->condition == IMAP_BAD;
-	if (r->bads == RESTORE_BADS_MAX)
-		err_set(&r->err, E_NET, "another BAD could end the session");
-	return r->bads < RESTORE_BADS_MAX ? 0 : -1;
+	return r->bads < RESTORE_BADS_MAX ? 0 : err_set(&r->err, E_NET, "another BAD could end the session");
 }
 
 static int take_length(void *context, const void *octets, size_t n)
@@ -7439,7 +7429,7 @@ static int restore_archive(struct restore *r, struct err *e)
 	if ((!listed && !dry && restore_create(r, e) != 0) || ((listed || !dry) && restore_look(r, e) != 0))
 		return -1;
 	/* The gone ones in a second pass: what is there of an ID is first of all the mail that is not gone. */
-	for (int pass = 0; pass <= include && more == 0; pass++, at = 0)
+	for (int pass = 0; pass < 1 + include && more == 0; pass++, at = 0)
 		while ((more = mbox_walk(r->a->m, &at, &mail, e)) > 0) {
 			bool gone = (mail.state & MBOX_GONE) != 0;
 
@@ -7488,6 +7478,8 @@ static int archive_restore(void *context, struct archive *a)
 	r->a = a;
 	memset(r->sent, -1, sizeof r->sent);
 	failed = restore_archive(r, &e);
+	if (failed != 0 && e.code == E_WAIT)
+		r->err = e;
 	if (im->s.err.code == E_NET && im->done < im->tag)
 		restore_broken(r);
 	if (r->err.code != E_NONE || im->s.err.code != E_NONE)
@@ -7526,11 +7518,7 @@ static int restore_run(struct restore *r, struct err *e)
 	if (status == 0)
 		status = archives_walk(list->config, r->options, list->account, archive_restore, r);
 	log_context(list->account->email, "");
-	free(r->ids);
-	free(r->used);
 	set_free(&r->nameless);
-	r->ids = NULL;
-	r->used = NULL;
 	r->im->on_literal = NULL;
 	r->im->on_octets = NULL;
 	r->im->on_fetch = NULL;
@@ -8378,7 +8366,7 @@ static int account_prepare(struct worker *w, struct err *e)
 	struct account *account = w->board->account;
 	const struct trust *trust = account_trust(w->run, account);
 
-	/* Two restores at once would put everything there twice; but an archive that is read-only can be restored. */
+	/* Two restores at once would put all there twice; but what cannot be written to can be restored. */
 	if (!o->dry && (o->mode == RUN_BACKUP || (o->mode == RUN_RESTORE && access(w->folder, W_OK) == 0)) &&
 	    account_lock(w, e) != 0 && (o->mode == RUN_BACKUP || e->code == E_LOCKED))
 		return -1;

@@ -2631,7 +2631,7 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	char head[BODY_AT];
 	size_t got;
 
-	/* Our lines may be what is damaged: then other readers would not find where it, or the next one, begins. */
+	/* Our lines may be what is damaged: other readers would not find where it, or the next one, begins. */
 	if (r->digits > 0 && write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0)
 		return -1;
 	if (r->digits == DIGITS_AT) {
