@@ -1,5 +1,6 @@
 """What comes back out of an archive: verify, export, restore."""
 import collections
+import imaplib
 import json
 import mailbox
 import os
@@ -142,16 +143,19 @@ def there(t, user):
 
 def count(t, user, name='INBOX'):
     """How many mails another user has there; asked for in passing."""
-    imap = archive.login('127.0.0.1', t.dovecot().port, user, servers.PASSWORD)
-    kind, said = imap.status(name, '(MESSAGES)')
-    imap.logout()
+    try:
+        imap = archive.login('127.0.0.1', t.dovecot().port, user, servers.PASSWORD)
+        kind, said = imap.status(name, '(MESSAGES)')
+        imap.logout()
+    except (imaplib.IMAP4.abort, OSError):   # Dovecot's login process can die with a client that is killed
+        return -2
     return int(re.search(rb'MESSAGES (\d+)', said[0]).group(1)) if kind == 'OK' else 0
 
 
 def settled(t, user, name='INBOX'):
     """Wait until the server has stored what it had received of a restore that was killed."""
     before = -1
-    while before != count(t, user, name):
+    while before < 0 or before != count(t, user, name):
         before = count(t, user, name)
         time.sleep(0.3)
 
