@@ -122,6 +122,7 @@ enum {
 	MAILBOX_NAMES_MAX = 3 << 20, /* octets of their names */
 	BLAME_MAX = 64,              /* mailboxes that a process died with */
 	ALERTS_MAX = 8,              /* shown, of one connection */
+	APART_MAX = 64,              /* mails, more than a batch has, whose flags and date came before them */
 	POISON_MAX = 32,             /* mails of one mailbox that break the connection */
 	POISON_ROW = 4,              /* of these one after the other: it is not the mails */
 	SAMPLE_PART = 100,           /* one mail of so many is compared with the server's, ... */
@@ -3494,7 +3495,7 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 		if (imap_is(im, '[')) {
 			enum imap_section section = imap_section(im);
 
-			literal = imap_body(im, &fetch, strcmp(word, "BODY") == 0 ? section : SECTION_NONE);
+			literal = imap_body(im, &fetch, word_place("BODY BODY.PEEK", word) >= 0 ? section : SECTION_NONE);
 		} else if (strcmp(word, "UID") == 0) {
 			fetch.uid = (uint32_t)imap_number(im, UINT32_MAX);
 		} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
@@ -3635,7 +3636,11 @@ static void imap_condition(struct imap *im, const char *word)
 		return;
 	/* A reason to wait, or merely the end of this connection. */
 	sec = imap_wait_asked(&result);
-	stream_fail(&im->s, sec > 0 ? E_WAIT : E_NET, "the server ended the connection: %s",
+	stream_fail(&im->s,
+		    strcmp(result.code, "AUTHENTICATIONFAILED") == 0 ? E_ACCOUNT
+		    : sec > 0					     ? E_WAIT
+								     : E_NET,
+		    "the server ended the connection: %s",
 		    result.text[0] != '\0' ? result.text : "no reason given");
 	im->s.err.wait_sec = sec;
 }
@@ -4027,8 +4032,8 @@ static unsigned imap_authenticate(struct imap *im, const struct mechanism *m, co
 		tag = imap_send(im, NULL, "AUTHENTICATE %s", m->name);
 		imap_continue(im, tag, response);
 	}
-	if (m->reply != NULL)
-		imap_continue(im, tag, m->reply);
+	/* Asked once more: for the reply to an error, or the server has not looked at what came first. */
+	imap_continue(im, tag, m->reply != NULL ? m->reply : response);
 	return tag;
 }
 
@@ -5908,7 +5913,7 @@ struct incoming {
 	struct mbox_header header; /* of the literal in hand */
 	br_sha256_context hash;    /* GETS_SAMPLE: of the mail with LF for CRLF, as it is archived ... */
 	uint8_t last;              /* ... and its last octet */
-	struct imap_fetch apart;   /* the last response without a mail: flags and date may come so */
+	struct imap_fetch apart[APART_MAX]; /* by UID, of responses without a mail: flags and date may come so */
 	struct imap_fetch mail;    /* GOT_MAIL: it is whole, but its INTERNALDATE may yet come */
 	uint32_t told;             /* flags of known mails */
 };
@@ -6052,6 +6057,8 @@ static int sync_store(struct sync *y)
 		return -1;
 	y->counts.stored += (unsigned)stored;
 	y->session->mails++;
+	if (!mail->has_flags && sync_add(y, &y->todo[KIND_FLAGS], mail->uid, mail->uid) != 0)
+		return -1;
 	if (stored == 0 && mail->has_flags && mbox_set_flags(y->m, mail->uid, mail->flags, &y->err) != 0)
 		return -1;
 	sync_passed(y, mail->uid, true);
@@ -6198,7 +6205,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	int known;
 
 	y->in.gets = GETS_NOTHING;
-	fetch_merge(&fetch, &y->in.apart);
+	fetch_merge(&fetch, &y->in.apart[fetch.uid % APART_MAX]);
 	if (!sync_wants(y, fetch.uid))
 		return imap_noise(y->session->im, fetch.octets);
 	sync_passed(y, fetch.uid, false);
@@ -6216,6 +6223,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 static int on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
+	struct imap_fetch apart;
 	bool lists, whole;
 
 	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
@@ -6235,7 +6243,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 			return imap_noise(y->session->im, fetch->octets);
 		}
 		y->in.mail = *fetch;
-		fetch_merge(&y->in.mail, &y->in.apart);
+		fetch_merge(&y->in.mail, &y->in.apart[fetch->uid % APART_MAX]);
 		return y->in.mail.has_date ? sync_store(y) : 0;
 	}
 	if (y->in.gets == GOT_MAIL) {
@@ -6245,7 +6253,9 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	}
 	if (fetch->uid == 0)
 		return 0;
-	y->in.apart = *fetch;
+	apart = *fetch;
+	fetch_merge(&apart, &y->in.apart[fetch->uid % APART_MAX]);
+	y->in.apart[fetch->uid % APART_MAX] = apart;
 	lists = y->attempt.way == LISTING_FETCH && sync_lists(y);
 	if (lists && sync_add(y, &y->listing, fetch->uid, fetch->uid) != 0)
 		return -1;
