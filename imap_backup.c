@@ -3528,7 +3528,8 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 
 /*
  * Read "* SEARCH 1 2 5", where a CONDSTORE server may add (MODSEQ n), or if 'extended'
- * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731).
+ * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731). What is no UID (of an empty mailbox some list 0) is passed
+ * over: how many mails there are tells whether one is missing.
  */
 static void imap_search(struct imap *im, bool extended)
 {
@@ -3550,9 +3551,7 @@ static void imap_search(struct imap *im, bool extended)
 		low = high = strtoumax(word, &end, 10);
 		if (*end == ':')
 			high = strtoumax(end + 1, &end, 10);
-		if (low == 0 || high == 0 || low > UINT32_MAX || high > UINT32_MAX || *end != '\0')
-			imap_proto(im, word, "a UID");
-		else
+		if (low > 0 && high > 0 && low <= UINT32_MAX && high <= UINT32_MAX && *end == '\0')
 			imap_called(im, im->on_uids(im->context, (uint32_t)low, (uint32_t)high));
 	}
 	imap_line_end(im);
@@ -3562,18 +3561,18 @@ static void imap_search(struct imap *im, bool extended)
 static void imap_list_response(struct imap *im)
 {
 	char name[MBOX_NAME_MAX + 2], word[IMAP_ATOM_MAX], delimiter[4], *end;
-	bool selectable = true;
+	bool selectable = true, list;
 	unsigned attributes = 0;
 	uint64_t n;
 	int c;
 
 	im->depth = 1;
-	if (imap_is(im, '('))
-		while (imap_word(im, ENDS_KEYWORD, word, sizeof word) > 0) {
-			selectable = selectable && word_place("\\Noselect \\NonExistent", word) < 0;
-			attributes |= word_bit(special_uses, word);
-		}
-	if (!imap_is(im, ')'))
+	list = imap_is(im, '(');
+	while (list && imap_word(im, ENDS_KEYWORD, word, sizeof word) > 0) {
+		selectable = selectable && word_place("\\Noselect \\NonExistent", word) < 0;
+		attributes |= word_bit(special_uses, word);
+	}
+	if (list ? !imap_is(im, ')') : imap_atom(im, word) == 0) /* or NIL */
 		imap_proto(im, "something else", "a list of attributes");
 	imap_string(im, delimiter, sizeof delimiter);
 	if (strcasecmp(delimiter, "NIL") == 0)
@@ -6642,6 +6641,11 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	const struct imap *im = y->session->im;
 	bool refused = result->condition != IMAP_OK;
 
+	/* Some take no command that lists the mails of an empty mailbox: that is no failure, but no proof either. */
+	if (refused && im->exists == 0 && imap_wait_asked(result) == 0) {
+		y->claim.messages = y->empty ? 0 : UINT32_MAX;
+		return 0;
+	}
 	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
 		return imap_refused(&y->err, result, "listing the mails");
 	if (!refused && result->below > 0) /* go on below them, keeping what we have */
@@ -6650,7 +6654,7 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 		return sync_out_of_room(y);
 	y->complete = !refused && set_count(&y->listing) == im->exists;
 	/* Mail came or went meanwhile, or what is offered does not work (iCloud). */
-	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way == LISTING_ESEARCH)) {
+	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way < LISTING_FETCH)) {
 		y->attempt.way++;
 		y->below[0] = 0;
 		set_clear(&y->listing);
@@ -6779,10 +6783,11 @@ static void sync_broken(struct sync *y, const struct command *c)
 
 /* -- opening and closing -- */
 
-/* Return true if the server lists the mailbox, but has never let us open it. */
+/* Return true if the server lists the mailbox, but has never let us open it. INBOX is everybody's own. */
 static bool sync_is_barred(const struct sync *y)
 {
-	return y->err.code == E_REFUSED && y->empty && y->old.uidvalidity == 0 && !sync_is_open(y);
+	return y->err.code == E_REFUSED && y->empty && y->old.uidvalidity == 0 && !sync_is_open(y) &&
+	       strcasecmp(y->box->name, "INBOX") != 0;
 }
 
 /* Close the mailbox's archive, if it is open: with the claim of a complete pass, or as it is. */
