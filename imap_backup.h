@@ -273,8 +273,9 @@ uint32_t mbox_last_uid(const struct mbox *m);
 void mbox_forget_uids(struct mbox *m);
 
 /*
- * Forget the UIDs that live() denies: they are proved to have left the server. To be called before new
- * UIDs are bound: only then mbox_bind() can tell a mail that replaced one of these.
+ * Forget the UIDs that live() denies: they are proved to have left the server; and with them other names of
+ * these mails that were known to be of another size. To be called before new UIDs are bound: only then
+ * mbox_bind() can tell a mail that replaced one of these.
  */
 void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), void *context);
 

@@ -2004,6 +2004,22 @@ void mbox_forget_uids(struct mbox *m)
 	m->now.claim = (struct mbox_claim){ .unseen = UINT32_MAX }; /* should a commit come meanwhile */
 }
 
+/* Return true if this is another name of a mail that has left the server, and that it differs from. */
+static bool is_orphan(const struct mbox *m, uint32_t name, bool (*live)(void *context, uint32_t uid),
+		      void *context)
+{
+	const unsigned orphan = ENTRY_OTHER | ENTRY_DIFFERENT;
+	uint32_t i = name;
+	int n = 0;
+
+	if ((m->entries[name].bits & orphan) != orphan)
+		return false;
+	while ((i = m->entries[i].next) != name && n++ < COMPARED_MAX)
+		if (rank_of(m, i) == RANK_BOUND && live(context, m->entries[i].uid))
+			return false;
+	return i == name;
+}
+
 void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), void *context)
 {
 	uint32_t kept = 0;
@@ -2011,7 +2027,7 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 	for (uint32_t at = 0; at < m->known; at++) {
 		uint32_t i = m->order[at];
 
-		if (live != NULL && live(context, m->entries[i].uid)) {
+		if (live != NULL && live(context, m->entries[i].uid) && !is_orphan(m, i, live, context)) {
 			m->order[kept++] = i;
 		} else {
 			set_uid(m, i, 0);
