@@ -3441,7 +3441,7 @@ static enum imap_section imap_section(struct imap *im)
 
 /*
  * Read the value of BODY[...]: a literal, a quoted string, NIL, or (Yandex) nothing at all. Returns true for
- * a literal.
+ * a literal. NIL is as good as an empty one, but not to make a Message-ID of.
  */
 static bool imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_section section)
 {
@@ -3456,6 +3456,9 @@ static bool imap_body(struct imap *im, struct imap_fetch *fetch, enum imap_secti
 	if (c == '"' &&
 	    (octets = imap_string(im, text, sizeof text)) >= sizeof text) /* short ones may come so */
 		imap_proto(im, "a mail as a long quoted string", "a literal");
+	if (toupper(c) == 'N' && section != SECTION_MADE && imap_atom(im, text) == 3 &&
+	    strcmp(text, "NIL") == 0)
+		c = '"';
 	if ((c != '{' && c != '"') || im->s.err.code != E_NONE)
 		return false;
 	if (section != SECTION_NONE && fetch->section == SECTION_NONE) {
@@ -5945,6 +5948,7 @@ struct session {
 	struct mailboxes *list; /* for the archives' places */
 	struct imap *im;
 	bool dry;           /* say what would be done */
+	bool alone;         /* only one mailbox at a time is in hand: see sync_examined() */
 	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
 	uint64_t mails, octets; /* that came, to guess the size of a batch */
 	uint64_t steps;         /* mails told by their Message-IDs, or found to break the line: progress */
@@ -5988,17 +5992,7 @@ static bool sync_lists(const struct sync *y)
 	       (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
 }
 
-static int on_uids(void *context, uint32_t from, uint32_t to)
-{
-	struct sync *y = context;
-	uint32_t low = from < to ? from : to, high = from < to ? to : from;
-
-	if (y == NULL || !sync_lists(y))
-		return 0;
-	return high - low < MBOX_MAILS_MAX ? sync_add(y, &y->listing, low, high) : sync_out_of_room(y);
-}
-
-/* Return true if a command on the wire asks for this UID's header or mail. */
+/* Return true if a command on the wire asks for this UID, its header or its mail. */
 static bool sync_asked(const struct sync *y, uint32_t uid)
 {
 	const struct imap *im = y->session->im;
@@ -6011,6 +6005,24 @@ static bool sync_asked(const struct sync *y, uint32_t uid)
 				return true;
 	}
 	return false;
+}
+
+static int on_uids(void *context, uint32_t from, uint32_t to)
+{
+	struct sync *y = context;
+	uint32_t low = from < to ? from : to, high = from < to ? to : from;
+
+	if (y == NULL || !sync_lists(y))
+		return 0;
+	if (high - low >= MBOX_MAILS_MAX)
+		return sync_out_of_room(y);
+	if (y->stage != SYNC_RECHECK)
+		return sync_add(y, &y->listing, low, high);
+	for (uint64_t uid = low; uid <= high; uid++) /* some list all, whatever they are asked for */
+		if (sync_asked(y, (uint32_t)uid) &&
+		    sync_add(y, &y->listing, (uint32_t)uid, (uint32_t)uid) != 0)
+			return -1;
+	return 0;
 }
 
 static bool sync_wants(const struct sync *y, uint32_t uid)
@@ -6435,6 +6447,8 @@ static int sync_mark(struct sync *y)
 
 	mbox_tally(y->m, &info);
 	y->stage = SYNC_OVER;
+	if (y->claim.uidnext <= mbox_last_uid(y->m)) /* mail came meanwhile, or it never tells the truth */
+		y->claim.uidnext = 0;
 	/* Of a mail without a UID nobody knows whether it lies in the window. */
 	if (y->complete && !(sync_has_window(y) && info.unbound > 0)) {
 		if (mbox_mark_gone(y->m, &live, &gone, moved, &y->err) != 0)
@@ -6565,13 +6579,16 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		most = 1;
 	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
 	n = set_take(&y->todo[from], most, ranges, uids);
-	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
+	if (kind == KIND_LISTING)
 		return sync_sent(y, kind, sync_send_listing(y, uids));
 	if (kind == KIND_FLAGS && y->since > 0)
 		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
 	if (kind == KIND_FLAGS)
 		return sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s (FLAGS)%s", uids, changed));
-	if (sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s %s", uids, fetches[kind].items)) != 0)
+	if (sync_sent(y, kind,
+		      kind == KIND_STILL_LISTED
+			      ? sync_send_listing(y, uids)
+			      : imap_send(im, NULL, "UID FETCH %s %s", uids, fetches[kind].items)) != 0)
 		return -1;
 	c = &im->ring[im->tag % IMAP_RING];
 	c->n = n;
@@ -6598,10 +6615,15 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	}
 	if (imap_refused(&y->err, result, "opening the mailbox") != 0)
 		return -1;
-	if (sync_is_open(y) && uidvalidity != y->claim.uidvalidity)
-		return err_set(&y->err, E_NET, "UIDVALIDITY changed in the middle");
-	if (sync_is_open(y))
-		return 0;
+	if (sync_is_open(y)) {
+		const uint32_t new = y->claim.uidnext != 0 ? uidnext - y->claim.uidnext : 0;
+
+		/* As many new UIDs as there are mails: all have others. Some servers give them at each EXAMINE. */
+		if (uidvalidity == y->claim.uidvalidity && (new == 0 || new < im->exists))
+			return 0;
+		y->session->alone = true;
+		return err_set(&y->err, E_NET, "the UIDs changed in the middle");
+	}
 	y->claim = (struct mbox_claim){ .uidvalidity = uidvalidity,
 					.uidnext = uidnext,
 					.messages = im->exists,
@@ -6668,14 +6690,19 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	return 0;
 }
 
-/* Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. */
+/*
+ * Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. Where it went back, it began anew, and
+ * does not tell what changed.
+ */
 static int sync_flagged(struct sync *y, const struct imap_result *result)
 {
-	if (result->condition == IMAP_OK)
+	const bool refused = result->condition != IMAP_OK;
+
+	if (!refused && y->since <= y->claim.highestmodseq)
 		return result->below > 0 ? sync_go_below(y, KIND_FLAGS, result->below) : 0;
 	if (y->session->im->exists == 0 || mbox_last_uid(y->m) == 0)
 		return 0; /* some take no UIDs of an empty mailbox; where UIDVALIDITY is new, none is known */
-	if (y->since == 0 || imap_wait_asked(result) > 0)
+	if (refused && (y->since == 0 || imap_wait_asked(result) > 0))
 		return imap_refused(&y->err, result, "asking for flags");
 	y->since = y->below[1] = 0; /* what it offers, it does not have */
 	return sync_add(y, &y->todo[KIND_FLAGS], 1, mbox_last_uid(y->m));
@@ -6737,6 +6764,7 @@ static int sync_answered(struct sync *y, const struct command *c)
 			return sync_plan(y);
 		return 0;
 	case KIND_STILL_LISTED:
+		y->claim.uidnext = 0; /* the next run looks again, whatever was said now of what did not come */
 		y->counts.failures += c->result.below > 0; /* there may be more of them */
 		return imap_refused(&y->err, &c->result, "listing the mails");
 	default:
@@ -6933,9 +6961,9 @@ static void session_send(struct session *s)
 		struct sync *y = *link;
 		enum sync_kind kind;
 
+		if (y != s->first && (s->alone || im->one_at_a_time))
+			return;
 		if (y == NULL) {
-			if (s->first != NULL && im->one_at_a_time)
-				return;
 			if ((y = *link = s->begin(s->context, s->first != NULL)) == NULL)
 				return;
 		}
@@ -8220,7 +8248,9 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
-	if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
+	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */
+		slot->tries = w->run->config->retries;
+	} else if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
 		account_fail(w, e);
 		return false;
 	}

@@ -1,4 +1,5 @@
 """What people met at their servers and reported, each kind with some brothers; tables as in test_wire.py."""
+import base64
 import os
 import random
 import re
@@ -385,6 +386,16 @@ def test_logins_refused(t):
     def no_capability(self, tag, args):
         self.line(tag + ' BAD unknown command')
 
+    def asks(times):
+        """However much came with the command, it asks so often, and looks at the last answer."""
+        def authenticate(self, tag, args):
+            for _ in range(times):
+                self.put('+ \r\n')
+                self.flush()
+                code = self.take_line()
+            self.enter(tag, *base64.b64decode(code).decode('utf-8', 'surrogateescape').split('\0')[1:])
+        return dict(cmd_AUTHENTICATE=authenticate)
+
     def welcome(self, tag, text='done'):
         Session.ok(self, tag, re.sub(r'\[CAPABILITY.*?\] ', '', text))
     play(t, {
@@ -400,10 +411,31 @@ def test_logins_refused(t):
         'both': wrong('NO wrong', says='wrong', **refuses('NO wrong')),
         'both-bad': wrong('BAD wrong', says='wrong', **refuses('BAD wrong')),
         'disabled': wrong(login='LOGINDISABLED AUTH=PLAIN', **refuses('NO wrong')),
+        'asks-again': Case(tries=1, **asks(1)), 'asks-twice': Case(tries=1, capabilities=BARE, **asks(2)),
+        'bye': Case(runs=(1,), fails=1, tries=1, skips=('INBOX',), says='wrong password', enter=lambda self, tag, *x: self.bye(
+            '[AUTHENTICATIONFAILED] wrong password')),
         'capability': Case(tries=1, cmd_CAPABILITY=no_capability),
         'capability-later': Case(tries=1, cmd_CAPABILITY=no_capability, ok=welcome),
         'capability-bare': Case(tries=1, capabilities=BARE, cmd_CAPABILITY=no_capability, ok=welcome),
     })
+
+
+def test_a_second_login_refused(t):
+    """In words that nobody knows: the first connection, which was let in, does the work."""
+    def many():
+        return {name: Mailbox(sample.many(150, seed=i)) for i, name in enumerate(('INBOX', 'A', 'B', 'C', 'D', 'E'))}
+
+    def enter(self, tag, user, password):
+        with self.server.lock:
+            full = any(s.user == user for s in self.server.inside)
+            self.user = user
+        return self.no(tag, 'already logged in') if full else Session.enter(self, tag, user, password)
+    server = serve(t, many(), enter=enter, lag=0.02)
+    t.config(clear(t, server), processes_per_account=2)
+    fetched(t, server)
+    assert len(server.sessions) == 2
+    for name, box in server.boxes.items():
+        assert not archive.compare(os.path.join(t.archive(), name + '.mbox'), held(box))
 
 
 # ---- mailboxes ----
@@ -474,6 +506,76 @@ def test_no_permission(t):
     assert not left, left
 
 
+def test_no_permission_for_inbox(t):
+    """It is everybody's own: NetEase refuses it to a client that it does not like."""
+    server = serve(t, {'INBOX': few(3), 'A': few(2)}, cmd_EXAMINE=lambda self, tag, args: self.no(tag, 'EXAMINE Unsafe Login.'))
+    t.config(clear(t, server))
+    for _ in range(2):
+        assert 'Unsafe Login' in fetched(t, server, status=1)[0]
+
+
+def test_listings_that_say_nothing(t):
+    """How many mails there are tells whether one is missing; of an empty mailbox no listing is needed."""
+    def empty(answer):
+        def hook(session, tag, name, args):
+            if name in ('UID_SEARCH', 'UID_FETCH') and session.box is not None and not session.box.mails:
+                session.line(answer.replace('TAG', tag))
+                return answer.startswith('TAG')
+        return hook
+
+    def boxes():
+        return {'INBOX': Mailbox(letters()), 'E': few(0), 'F': few(0)}
+
+    def silent(session, tag, name, args):
+        return name == 'UID_SEARCH' and (session.ok(tag) or True)
+    cases = {name: Case(boxes=boxes(), tries=1, hook=empty(answer)) for name, answer in {
+        'no': 'TAG NO there are no messages', 'bad': 'TAG BAD The specified message set is invalid.', 'zero': '* SEARCH 0',
+        'nil': '* SEARCH NIL', 'esearch': '* ESEARCH (TAG "TAG") UID ALL 0'}.items()}
+    cases['bad-bare'] = Case(boxes=boxes(), tries=1, capabilities=BARE, hook=empty('TAG BAD no'))
+    cases['silent'] = Case(boxes=boxes(), tries=1, hook=silent)
+    cases['silent-bare'] = Case(boxes=boxes(), tries=1, capabilities=BARE, hook=silent)
+    cases['attributes'] = Case(boxes=boxes(), tries=1, list_line=lambda self, name, box: self.line('* LIST NIL "/" "%s"' % name))
+    play(t, cases)
+    # Nothing is marked when the listing of a mailbox that is empty now was refused; it is no failure for ever.
+    box = Mailbox(letters())
+    server = serve(t, {'INBOX': few(2), 'A': box})
+    t.config(clear(t, server))
+    fetched(t, server)
+    box.expunge(*[m.uid for m in box.mails])
+    server.hook = empty('TAG NO there are no messages')
+    before = archive.digests(t.dest)
+    fetched(t, server)
+    assert before == archive.digests(t.dest)
+    server.hook = None
+    assert 'A: 0 new, 12 gone' in fetched(t, server)[0]
+
+
+def test_only_what_was_asked_for_is_missing(t):
+    """A mail vanished, and SEARCH lists all whatever it is asked for; or nothing, and a mail is looked for again."""
+    def lists(uids):
+        def search(self, tag, args):
+            self.search_line(tag, uids(self) if 'UID ' in args else self.search_uids(), 'RETURN' in args)
+            self.ok(tag)
+        return search
+
+    def vanishes(session, tag, name, args):
+        if name == 'UID_FETCH' and 'BODY' in args and imapd.in_set(args.split()[0], 5, 99):
+            session.box.expunge(5)
+    box = Mailbox(letters())
+    server = serve(t, {'INBOX': box}, cmd_UID_SEARCH=lists(Session.search_uids))
+    server.hook = vanishes
+    t.config(clear(t, server))
+    fetched(t, server)
+    assert not archive.compare(t.mbox(), held(box))
+    box = Mailbox(letters())
+    server = serve(t, {'INBOX': box}, cmd_UID_SEARCH=lists(lambda self: []), fetch_mail=lambda self, number, m, items:
+                   m.uid == 5 and 'BODY.PEEK[]' in items or Counting.fetch_mail(self, number, m, items))
+    t.config(clear(t, server, email='empty@x'))
+    fetched(t, server)
+    server.session = Counting
+    assert len(fetched(t, server)[1]) == 1
+
+
 def test_no_permission_any_more(t):
     """Where an archive is, it is a failure: that mailbox is no longer backed up."""
     server = serve(t, {'INBOX': few(3), 'Public': few(2)}, capabilities=BARE)
@@ -534,6 +636,53 @@ def test_fetch_closes_early(t):
         'item': Case(tries=1, **ends_in(b' MODSEQ (5))')), 'twice': Case(tries=1, **ends_in(b')')),
         'item-bare': Case(tries=1, capabilities=BARE, **ends_in(b' MODSEQ (5))')),
     })
+
+
+def apart_from_bodies(self, args):
+    """Flags and dates of all mails first, then the mails."""
+    words = imapd.tokens(args)
+    for items in ([i for i in words[1] if 'BODY' not in i], [i for i in words[1] if 'BODY' in i]):
+        for number, m in self.box.inside(words[0]) if 'BODY.PEEK[]' in args else ():
+            self.put(b'* %d FETCH (' % number + b' '.join(self.fetch_items(m, items)) + b')\r\n')
+    if 'BODY.PEEK[]' not in args:
+        Session.fetch(self, args)
+
+
+def one_by_one(self, number, m, items):
+    for item in self.fetch_items(m, items)[1:]:
+        self.put(b'* %d FETCH (UID %d ' % (number, m.uid) + item + b')\r\n')
+
+
+def without_flags(self, m, items):
+    return [i for i in Session.fetch_items(self, m, items) if not (i.startswith(b'FLAGS') and 'BODY.PEEK[]' in items)]
+
+
+def test_mails_in_many_responses(t):
+    play(t, {
+        'items': Case(tries=1, fetch_mail=one_by_one), 'items-bare': Case(tries=1, capabilities=BARE, fetch_mail=one_by_one),
+        'bodies-last': Case(tries=1, fetch=apart_from_bodies),
+        'bodies-last-bare': Case(tries=1, capabilities=BARE, fetch=apart_from_bodies),
+        'no-flags': Case(tries=1, fetch_items=without_flags), 'no-flags-bare': Case(tries=1, capabilities=BARE, fetch_items=without_flags),
+        'peek': Case(tries=1, body=lambda self, name, data: Session.body(self, name.replace(b'BODY[', b'BODY.PEEK['), data)),
+    })
+
+
+def test_empty_mails(t):
+    """However a server writes that nothing is in it."""
+    for number, form in enumerate((b'BODY[] NIL', b'BODY[] ""', b'BODY[] {0}\r\n')):
+        def fetch_items(self, m, items):
+            return [form if i.startswith(b'BODY[]') and not m.data else i for i in Counting.fetch_items(self, m, items)]
+        box = Mailbox(letters(4) + [b'', with_id(b'last', b'x')])
+        server, email = serve(t, {'INBOX': box}, fetch_items=fetch_items), '%d@x' % number
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        before, path = archive.digests(t.dest), os.path.join(t.archive(email), 'INBOX.mbox')
+        assert len(archive.read(path)) == 6
+        box.renumber()
+        fetched(t, server)
+        os.unlink(path + '.index')
+        fetched(t, server)
+        assert before == archive.digests(t.dest)
 
 
 def untagged_window(n, code='NO'):
@@ -648,6 +797,23 @@ def test_replaced_mails(t):
         assert not bodies, 'fetched in every run'
 
 
+def test_a_draft_whose_old_text_stays_for_a_while(t):
+    """Both are listed in one run, only the new one in the next: then that is stored."""
+    for number, capabilities in enumerate((FULL, BARE)):
+        box = Mailbox([with_id(b'draft', b'one'), with_id(b'other', b'x')])
+        server, email = serve(t, {'INBOX': box}, capabilities=capabilities), '%d@x' % number
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        old = held(box)[:1]
+        box.add(with_id(b'draft', b'one, and the last words'))
+        assert 'keep_duplicates' in fetched(t, server)[0]
+        box.expunge(1)
+        said, bodies = fetched(t, server)
+        complaints = archive.compare(os.path.join(t.archive(email), 'INBOX.mbox'), held(box), duplicates=True, gone=old)
+        assert not complaints and len(bodies) == 1, (complaints, said)
+        assert not fetched(t, server)[1]
+
+
 def test_other_mails_under_one_id(t):
     """Left out as duplicates, but of another size: told once."""
     box = Mailbox([with_id(b'one', b'x'), with_id(b'one', b'something else'), with_id(b'one', b'x'), with_id(b'two', b'y')])
@@ -702,6 +868,54 @@ def test_uids_are_bound_bit_by_bit(t):
     server.hook = hook
     said, bodies = fetched(t, server)
     assert not bodies and not archive.compare(t.mbox(), held(box)), said
+
+
+def test_other_uids_at_each_examine(t):
+    """As GNU's imap4d: such a mailbox is alone on the wire, and Message-IDs decide."""
+    for number, (capabilities, validity) in enumerate(((FULL, 0), (BARE, 0), (FULL, 1), (BARE, 1))):
+        def cmd_EXAMINE(self, tag, args):
+            box = self.boxes[imapd.tokens(args)[0]]
+            box.renumber(box.uidvalidity + validity)
+            Session.cmd_EXAMINE(self, tag, args)
+        boxes = {name: Mailbox(sample.many(40, seed=i)) for i, name in enumerate(('INBOX', 'A', 'B'))}
+        server, email = serve(t, boxes, cmd_EXAMINE=cmd_EXAMINE, capabilities=capabilities), '%d@x' % number
+        t.config(clear(t, server, email=email, processes_per_account=1), header_batch_size=7, email_batch_size=5)
+        for run in range(3):
+            said, bodies = fetched(t, server)
+            assert len(bodies) == (120 if run == 0 else 0), (run, len(bodies), said)
+            for name, box in boxes.items():
+                assert not archive.compare(os.path.join(t.archive(email), name + '.mbox'), held(box)), said
+
+
+def test_a_uidnext_that_never_changes(t):
+    """One that is not above all UIDs is no news, and no "no news"."""
+    box = Mailbox([sample.Mail(with_id(b'%d' % i, b'x'), '\\Seen', sample.T0) for i in range(8)])
+    server = serve(t, {'INBOX': box}, capabilities=BARE, line=lambda self, text: Session.line(
+        self, re.sub(r'UIDNEXT \d+', 'UIDNEXT 1', text)))
+    t.config(clear(t, server))
+    fetched(t, server)
+    gone = [held(box)[1]]
+    box.expunge(2)
+    box.add(with_id(b'new', b'x'), '\\Seen')
+    assert len(fetched(t, server)[1]) == 1
+    assert not archive.compare(t.mbox(), held(box), gone=gone)
+
+
+def test_a_highestmodseq_that_went_back(t):
+    """A server whose index was made anew: nobody knows what has changed, so all flags are asked for."""
+    for number, capabilities in enumerate((FULL, FULL.replace('LIST-STATUS ', ''))):
+        box = Mailbox(letters())
+        box.modseq = 500
+        server, email = serve(t, {'INBOX': box}, capabilities=capabilities), '%d@x' % number
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        box.modseq = 1
+        for m in box.mails:
+            m.modseq = 1
+        box.flag(3, '\\Seen \\Answered')
+        for _ in range(2):
+            said, bodies = fetched(t, server)
+            assert not bodies and not archive.compare(os.path.join(t.archive(email), 'INBOX.mbox'), held(box)), said
 
 
 # ---- servers that break ----

@@ -727,7 +727,7 @@ def says_when(when, what):
 
 
 def lists(count, uids):
-    """EXISTS and SEARCH are these, whatever there is."""
+    """EXISTS and what is listed are these, whatever there is."""
     def examine_lines(self):
         self.line('* %d EXISTS' % count(self.box))
         self.line('* OK [UIDVALIDITY %d] valid' % self.box.uidvalidity)
@@ -736,7 +736,13 @@ def lists(count, uids):
     def search_line(self, tag, have, extended):
         text = uids(self.box)
         self.line('* ESEARCH (TAG "%s") UID ALL %s' % (tag, text) if extended else '* SEARCH ' + text.replace(',', ' '))
-    return dict(examine_lines=examine_lines, search_line=search_line)
+
+    def fetch(self, args):
+        if args != '1:* (UID)':
+            return Session.fetch(self, args)
+        for uid in imapd.uids_of(uids(self.box)):
+            self.line('* 1 FETCH (UID %d)' % uid)
+    return dict(examine_lines=examine_lines, search_line=search_line, fetch=fetch)
 
 
 def newest(n):
@@ -840,10 +846,10 @@ def test_lies(t):
         'everything': lie(many, **lists(lambda box: 12, lambda box: '1:4294967295')),
         'millions': lie(many, **lists(lambda box: 12999987, lambda box: ','.join(
             '%d:%d' % (k * 1000000 + 1, k * 1000000 + 999999) for k in range(13)))),
-        'esearch-closed': lie('the server has 12 mails but lists 1: none is marked', skips=(), search_line=lambda self, tag, uids, e: self.line(
-            '* ESEARCH (TAG "x")) UID ALL 1')),
-        'zero': lie('where a UID', **lists(lambda box: 12, lambda box: '0,1')),
-        'toobig': lie('where a UID', **lists(lambda box: 12, lambda box: '4294967296')),
+        'esearch-closed': lie('the server has 12 mails but lists 1: none is marked', skips=(), **dict(
+            lists(lambda box: 12, lambda box: '1'), search_line=lambda self, tag, uids, e: self.line('* ESEARCH (TAG "x")) UID ALL 1'))),
+        'zero': lie('has 12 mails but lists 1: none is marked', skips=(), **lists(lambda box: 12, lambda box: '0,1')),
+        'toobig': lie('has 12 mails but lists 0: none is marked', skips=(), **lists(lambda box: 12, lambda box: '4294967296')),
         'more': late('the server has 16 mails but lists 13: none is marked', **lists(
             lambda box: len(box.mails) + 3, uids)),
         'less': late('the server has 11 mails but lists 13: none is marked', **lists(
