@@ -5982,14 +5982,14 @@ static int sync_add(struct sync *y, struct set *set, uint32_t low, uint32_t high
 
 /* -- what comes -- */
 
-/* Return true if the oldest of the mailbox's commands on the wire that has no answer asks for a listing. */
-static bool sync_lists(const struct sync *y)
+/* Return the command that untagged UIDs answer: the oldest without an answer, if it asks for a listing; or NULL. */
+static const struct command *sync_listing(const struct sync *y)
 {
 	const struct imap *im = y->session->im;
 	const struct command *c = &im->ring[(im->done + 1) % IMAP_RING];
+	bool lists = c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED;
 
-	return im->done < im->tag && c->owner == y &&
-	       (c->kind == KIND_LISTING || c->kind == KIND_STILL_LISTED);
+	return im->done < im->tag && c->owner == y && lists ? c : NULL;
 }
 
 /* Return true if a command on the wire asks for this UID, its header or its mail. */
@@ -6011,17 +6011,21 @@ static int on_uids(void *context, uint32_t from, uint32_t to)
 {
 	struct sync *y = context;
 	uint32_t low = from < to ? from : to, high = from < to ? to : from;
+	const struct command *c = y != NULL ? sync_listing(y) : NULL;
 
-	if (y == NULL || !sync_lists(y))
+	if (c == NULL)
 		return 0;
 	if (high - low >= MBOX_MAILS_MAX)
 		return sync_out_of_room(y);
-	if (y->stage != SYNC_RECHECK)
+	if (c->kind == KIND_LISTING)
 		return sync_add(y, &y->listing, low, high);
-	for (uint64_t uid = low; uid <= high; uid++) /* some list all, whatever they are asked for */
-		if (sync_asked(y, (uint32_t)uid) &&
-		    sync_add(y, &y->listing, (uint32_t)uid, (uint32_t)uid) != 0)
+	for (unsigned k = 0; k < c->n; k++) { /* some list all, whatever they are asked for */
+		uint32_t first = low > c->ranges[k].low ? low : c->ranges[k].low,
+			 last = high < c->ranges[k].high ? high : c->ranges[k].high;
+
+		if (first <= last && sync_add(y, &y->listing, first, last) != 0)
 			return -1;
+	}
 	return 0;
 }
 
@@ -6267,8 +6271,8 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	apart = *fetch;
 	fetch_merge(&apart, &y->in.apart[fetch->uid % APART_MAX]);
 	y->in.apart[fetch->uid % APART_MAX] = apart;
-	lists = y->attempt.way == LISTING_FETCH && sync_lists(y);
-	if (lists && sync_add(y, &y->listing, fetch->uid, fetch->uid) != 0)
+	lists = y->attempt.way == LISTING_FETCH && sync_listing(y) != NULL;
+	if (lists && on_uids(y, fetch->uid, fetch->uid) != 0)
 		return -1;
 	if ((lists || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
 	    y->in.told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
