@@ -122,6 +122,7 @@ enum {
 	MAILBOX_NAMES_MAX = 3 << 20, /* octets of their names */
 	BLAME_MAX = 64,              /* mailboxes that a process died with */
 	ALERTS_MAX = 8,              /* shown, of one connection */
+	WINDOWS_MAX = 2000,          /* MESSAGELIMITs that are followed, of one mailbox */
 	APART_MAX = 64,              /* mails, more than a batch has, whose flags and date came before them */
 	POISON_MAX = 32,             /* mails of one mailbox that break the connection */
 	POISON_ROW = 4,              /* of these one after the other: it is not the mails */
@@ -5904,6 +5905,7 @@ struct attempt {
 	bool literal;                /* the server does not take the name as a quoted string ... */
 	bool plain;                  /* ... or EXAMINE with (CONDSTORE) */
 	enum listing_way way;        /* the first that did not break the line */
+	unsigned rekeys;             /* how often UIDVALIDITY was new */
 	unsigned vague;              /* single mails in a row that were refused with a request to wait */
 	unsigned poisons, row;       /* how many; of them, since a mail came */
 	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
@@ -5937,6 +5939,7 @@ struct sync {
 	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
 	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
 	uint32_t below[2];            /* MESSAGELIMIT: what is still to be listed, and its flags; or 0 */
+	unsigned windows;             /* of which that was told */
 	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
 	struct set listing, todo[KINDS]; /* UIDs: which there are, and of which each kind is to be asked */
 	struct incoming in;
@@ -6229,7 +6232,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *response)
 	known = mbox_bind(y->m, fetch.uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
-	y->session->steps += known > 0 && !y->session->dry; /* else nothing of it lasts */
+	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1; /* else nothing of it lasts */
 	if (known > 0 && fetch.has_flags)
 		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
 	return known < 0 ? -1 : 0;
@@ -6644,6 +6647,7 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 							.unseen = UINT32_MAX,
 							.traits = y->claim.traits });
 		y->rekeyed = !y->empty;
+		y->attempt.rekeys++;
 		set_clear(&y->todo[KIND_FLAGS]);
 	}
 	return 0;
@@ -6654,7 +6658,7 @@ static int sync_go_below(struct sync *y, enum sync_kind kind, uint32_t below)
 {
 	uint32_t *before = &y->below[kind == KIND_FLAGS];
 
-	if (*before != 0 && below >= *before)
+	if ((*before != 0 && below >= *before) || ++y->windows > WINDOWS_MAX)
 		return err_set(&y->err, E_REFUSED, "the server tells nothing of UIDs below %lu",
 			       (unsigned long)below);
 	*before = below;
@@ -6876,7 +6880,7 @@ static int sync_open(struct sync *y)
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
 	y->rekeyed = y->complete = false;
-	y->below[0] = y->below[1] = 0;
+	y->below[0] = y->below[1] = y->windows = 0;
 	y->claim.when_sec = 0;
 	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
 		return -1;

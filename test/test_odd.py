@@ -920,6 +920,30 @@ def test_a_highestmodseq_that_went_back(t):
 
 # ---- servers that break ----
 
+def test_uids_that_are_never_the_same(t):
+    """Each connection has a new UIDVALIDITY, and breaks after some Message-IDs: nothing of that lasts, and it ends."""
+    def cmd_EXAMINE(self, tag, args):
+        self.boxes['INBOX'].renumber()
+        Session.cmd_EXAMINE(self, tag, args)
+
+    def hook(session, tag, name, args):
+        if 'HEADER.FIELDS (MESSAGE-ID' in args:
+            session.asked = getattr(session, 'asked', 0) + 1
+            if session.asked > 2:
+                session.drop('close')
+    box = Mailbox(sample.many(60))
+    server = serve(t, {'INBOX': box}, cmd_EXAMINE=cmd_EXAMINE)
+    t.config(clear(t, server), header_batch_size=7, retries=2)
+    fetched(t, server)
+    box.add(with_id(b'new', b'x'))
+    server.hook = hook
+    server.forget()
+    fetched(t, server, status=1)
+    assert len(server.sessions) < 9
+    server.hook = None
+    assert len(fetched(t, server)[1]) == 1 and not archive.compare(t.mbox(), held(box))
+
+
 def hangs_up(how, first=False):
     """It ends the connection when a second command comes before the first one is answered; first: after that answer."""
     def one(self):

@@ -1115,3 +1115,14 @@ def test_a_limit_that_never_ends(t):
             got = t.backup(status=1)
             assert 'tells nothing of UIDs below 5' in got.err, got.err
             assert sum('5 (FLAGS)' in c.text or 'SEARCH' in c.text for c in server.commands) < 12
+
+
+def test_a_limit_that_gets_lower_for_ever(t):
+    left = [10 ** 6]
+
+    def hook(session, tag, name, args):
+        left[0] -= 1
+        return name == 'UID_SEARCH' and (session.line(tag + ' OK [MESSAGELIMIT 1 %d] more' % left[0]) or True)
+    with Server({'INBOX': few(30)}, hook=hook) as server:
+        t.config(t.account(server, mode='plain', ssl=False))
+        assert 'tells nothing of UIDs below' in t.backup(status=1).err and len(server.commands) < 5000
