@@ -5167,6 +5167,7 @@ struct mailboxes {
 	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
 	uint32_t n, room, todo;
 	uint32_t listed; /* LIST responses */
+	unsigned broken; /* how often the line broke while it listed: see mailboxes_list() */
 	size_t name_octets;
 	uint32_t *table[2]; /* owned: of 2 * room places each, by enum mailbox_key */
 	struct err odd;  /* the first mailbox that cannot be backed up for its name */
@@ -5324,12 +5325,13 @@ static uint32_t mailboxes_select(struct mailboxes *l)
 
 /*
  * List the account's mailboxes with their STATUS, in one command where the server can. 'sizes': ask for
- * octets, too. STATUS only saves work: where it is refused, the mailbox will be opened.
+ * octets, too. STATUS only saves work: where it is refused, or the line breaks again and again, the mailbox will
+ * be opened.
  */
 static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, struct err *e)
 {
 	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
-	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0;
+	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0 && l->broken == 0;
 	const struct imap_result *result;
 
 	mailboxes_free(l);
@@ -5339,7 +5341,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->on_list = on_list;
 	im->on_status = on_status;
 	im->prefix[0] = im->delimiter = '\0';
-	if (im->capabilities & CAP_NAMESPACE) {
+	if (im->capabilities & CAP_NAMESPACE && l->broken == 0) {
 		unsigned tag = imap_send(im, NULL, "NAMESPACE");
 
 		if (im->one_at_a_time)
@@ -5363,7 +5365,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
 			l->boxes[i].prefix = strlen(im->prefix);
 	mailboxes_select(l);
-	for (uint32_t i = 0; !with_status && i < l->n && im->s.err.code == E_NONE; i++) {
+	for (uint32_t i = 0; !with_status && l->broken < 2 && i < l->n && im->s.err.code == E_NONE; i++) {
 		if (!l->boxes[i].wanted)
 			continue;
 		while (!imap_may_send(im))
@@ -5376,6 +5378,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->on_list = NULL;
 	im->on_status = NULL;
 	im->context = NULL;
+	l->broken += im->s.err.code == E_NET;
 	if (e->code == E_NONE)
 		*e = im->s.err;
 	if (e->code == E_NONE && l->n == 0)
@@ -5903,7 +5906,7 @@ struct attempt {
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
 	bool reopened;               /* the archive did not fit, and was put in order */
 	bool literal;                /* the server does not take the name as a quoted string ... */
-	bool plain;                  /* ... or EXAMINE with (CONDSTORE) */
+	bool plain;                  /* ... or EXAMINE with (CONDSTORE), or it breaks at that or at CHANGEDSINCE */
 	enum listing_way way;        /* the first that did not break the line */
 	unsigned rekeys;             /* how often UIDVALIDITY was new */
 	unsigned vague;              /* single mails in a row that were refused with a request to wait */
@@ -6792,6 +6795,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 
 	if (c->kind == KIND_LISTING && a->way < LISTING_FETCH)
 		a->way++;
+	a->plain = a->plain || c->kind == KIND_EXAMINE || c->kind == KIND_FLAGS;
 	if (fetches[c->kind].items == NULL)
 		return;
 	high = c->ranges[c->n - 1].high;
@@ -6895,7 +6899,7 @@ static int sync_open(struct sync *y)
 	mbox_tally(y->m, &info);
 	y->counts.others = info.others;
 	y->empty = mbox_count(y->m) == 0;
-	y->since = s->im->capabilities & CAP_CONDSTORE ? y->old.highestmodseq : 0;
+	y->since = s->im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? y->old.highestmodseq : 0;
 	y->foresee = s->compare ? 0 : sync_foresees(y);
 	y->sampled = false;
 	if (s->compare) {

@@ -984,6 +984,18 @@ def test_a_search_that_breaks_the_server(t):
     }, retries=3)
 
 
+def test_what_only_saves_work_breaks_the_server(t):
+    """It is left out then."""
+    def case(pattern, how, **more):
+        return Case(boxes={'INBOX': Mailbox(letters()), 'A': few(3), 'B': few(2)}, tries=4, **always(pattern, how), **more)
+    play(t, {
+        'status': case('^STATUS "A"', drop('close'), capabilities=BARE), 'status-rst': case('^STATUS', drop('rst'), capabilities=BARE),
+        'list-status': case('^LIST.*STATUS', drop('close')), 'condstore': case('^EXAMINE.*CONDSTORE', drop('close')),
+        'changedsince': case('^UID_FETCH.*CHANGEDSINCE', drop('rst')),
+        'namespace': case('^NAMESPACE', drop('close'), capabilities=FULL + ' NAMESPACE'),
+    }, retries=3)
+
+
 def fields_as_asked(data, names):
     asked = {name.lower(): name.encode() for name in names.split()}
     return re.sub(rb'(?m)^([A-Za-z-]+)(?=:)', lambda m: asked.get(m.group(1).decode().lower(), m.group(1)),
