@@ -5920,7 +5920,7 @@ struct incoming {
 	struct mbox_header header; /* of the literal in hand */
 	br_sha256_context hash;    /* GETS_SAMPLE: of the mail with LF for CRLF, as it is archived ... */
 	uint8_t last;              /* ... and its last octet */
-	struct imap_fetch apart[APART_MAX]; /* by UID, of responses without a mail: flags and date may come so */
+	struct imap_fetch apart[APART_MAX]; /* by UID, of responses without a mail: all else may come so */
 	struct imap_fetch mail;    /* GOT_MAIL: it is whole, but its INTERNALDATE may yet come */
 	uint32_t told;             /* flags of known mails */
 };
@@ -6058,8 +6058,11 @@ static void fetch_merge(struct imap_fetch *to, const struct imap_fetch *from)
 		to->date_sec = from->date_sec;
 	if (!to->has_flags && from->has_flags)
 		to->flags = from->flags;
+	if (!to->has_size && from->has_size)
+		to->size = from->size;
 	to->has_date = to->has_date || from->has_date;
 	to->has_flags = to->has_flags || from->has_flags;
+	to->has_size = to->has_size || from->has_size;
 }
 
 /* Store the mail that has come as a whole, if there is one. */
@@ -6217,42 +6220,41 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
  * The answer to a question for a header has come: is the mail stored already? Then these are its
  * flags; whatever told them before it was known went past.
  */
-static int sync_bind(struct sync *y, const struct imap_fetch *response)
+static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 {
-	struct imap_fetch fetch = *response;
-	uint64_t size = fetch.has_size ? fetch.size : 0;
-	bool made = fetch.section == SECTION_MADE;
+	uint64_t size = fetch->has_size ? fetch->size : 0;
+	bool made = fetch->section == SECTION_MADE;
 	struct mbox_id id;
 	int known;
 
 	y->in.gets = GETS_NOTHING;
-	fetch_merge(&fetch, &y->in.apart[fetch.uid % APART_MAX]);
-	if (!sync_wants(y, fetch.uid))
-		return imap_noise(y->session->im, fetch.octets);
-	sync_passed(y, fetch.uid, false);
+	if (!sync_wants(y, fetch->uid))
+		return imap_noise(y->session->im, fetch->octets);
+	sync_passed(y, fetch->uid, false);
 	if (!mbox_header_end(&y->in.header, &id) && !made)
-		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch.uid, fetch.uid);
-	known = mbox_bind(y->m, fetch.uid, &id, size, &y->err);
+		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch->uid, fetch->uid);
+	known = mbox_bind(y->m, fetch->uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
 	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1; /* else nothing of it lasts */
-	if (known > 0 && fetch.has_flags)
-		return mbox_set_flags(y->m, fetch.uid, fetch.flags, &y->err);
+	if (known > 0 && fetch->has_flags)
+		return mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err);
 	return known < 0 ? -1 : 0;
 }
 
 static int on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct sync *y = context;
-	struct imap_fetch apart;
+	struct imap_fetch all = *fetch; /* that has been told of the mail */
 	bool lists, whole;
 
 	if (y == NULL || !y->session->im->selected || y->err.code != E_NONE)
 		return 0;
+	fetch_merge(&all, &y->in.apart[fetch->uid % APART_MAX]);
 	if (y->in.gets == GETS_LITERAL && fetch->section != SECTION_MAIL)
-		return sync_bind(y, fetch);
+		return sync_bind(y, &all);
 	/* One that is really empty has a size that says so: else it will be asked for by itself. */
-	whole = fetch->octets > 0 || (fetch->has_size && fetch->size == 0);
+	whole = all.octets > 0 || (all.has_size && all.size == 0);
 	if (y->in.gets == GETS_SAMPLE && whole)
 		return sample_end(y, fetch->uid);
 	if (y->in.gets == GETS_SAMPLE)
@@ -6263,9 +6265,8 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 			mbox_abort(y->m);
 			return imap_noise(y->session->im, fetch->octets);
 		}
-		y->in.mail = *fetch;
-		fetch_merge(&y->in.mail, &y->in.apart[fetch->uid % APART_MAX]);
-		return y->in.mail.has_date ? sync_store(y) : 0;
+		y->in.mail = all;
+		return all.has_date ? sync_store(y) : 0;
 	}
 	if (y->in.gets == GOT_MAIL) {
 		fetch_merge(&y->in.mail, fetch);
@@ -6274,9 +6275,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	}
 	if (fetch->uid == 0)
 		return 0;
-	apart = *fetch;
-	fetch_merge(&apart, &y->in.apart[fetch->uid % APART_MAX]);
-	y->in.apart[fetch->uid % APART_MAX] = apart;
+	y->in.apart[fetch->uid % APART_MAX] = all;
 	lists = y->attempt.way == LISTING_FETCH && sync_listing(y) != NULL;
 	if (lists && on_uids(y, fetch->uid, fetch->uid) != 0)
 		return -1;
