@@ -6458,8 +6458,8 @@ static int sync_mark(struct sync *y)
 	y->stage = SYNC_OVER;
 	if (y->claim.uidnext <= mbox_last_uid(y->m)) /* mail came meanwhile, or it never tells the truth */
 		y->claim.uidnext = 0;
-	/* Of a mail without a UID nobody knows whether it lies in the window. */
-	if (y->complete && !(sync_has_window(y) && info.unbound > 0)) {
+	/* Of a mail that never had a UID nobody knows whether it lies in the window, or is one that failed. */
+	if (y->complete && (info.unbound == 0 || (!sync_has_window(y) && y->counts.failures == 0))) {
 		if (mbox_mark_gone(y->m, &live, &gone, moved, &y->err) != 0)
 			return -1;
 		y->counts.gone += gone;

@@ -1969,7 +1969,6 @@ uint32_t mbox_count(const struct mbox *m)
 
 void mbox_tally(const struct mbox *m, struct mbox_info *info)
 {
-	/* All records with a UID, but for other names, are mails that are not gone. */
 	*info = (struct mbox_info){ .claim = m->now.claim,
 				    .octets = m->flushed + (off_t)m->buffered,
 				    .stored = m->now.stored,
@@ -1977,11 +1976,15 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .others = m->now.others,
 				    .different = m->different,
 				    .exists = true,
-				    .fits = true,
-				    .unbound = m->now.stored - m->now.gone - (m->known - m->now.others) };
-	for (uint32_t i = 0; m->now.others > 0 && i < m->now.records; i++)
+				    .fits = true };
+	/* All records with a UID, but for other names, are mails that are not gone: mostly nothing is left to count. */
+	if (m->how & MBOX_READ || (m->now.others == 0 && m->known == m->now.stored - m->now.gone))
+		return;
+	for (uint32_t i = 0; i < m->now.records; i++) {
+		info->unbound += rank_of(m, i) == RANK_LIVE && (m->entries[i].bits & ENTRY_LEFT) == 0;
 		info->all_different += rank_of(m, i) == RANK_NAME_BOUND &&
 				       m->entries[i].bits & ENTRY_DIFFERENT;
+	}
 }
 
 uint32_t mbox_came_back(const struct mbox *m)

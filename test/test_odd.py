@@ -973,6 +973,27 @@ def test_a_second_command_ends_the_connection(t):
     }, retries=3)
 
 
+def test_a_header_that_breaks_the_line_proves_nothing(t):
+    """Which of the stored mails it is nobody knows where UIDVALIDITY is new, or the index lost: none is marked."""
+    for number, lost in enumerate((False, True)):
+        box, email = Mailbox(sample.many(9)), '%d@x' % number
+        server = serve(t, {'INBOX': box})
+        path = os.path.join(t.archive(email), 'INBOX.mbox')
+        t.config(clear(t, server, email=email), retries=3)
+        fetched(t, server)
+        box.renumber()
+        if lost:
+            os.unlink(path + '.index')
+        poison = box.mails[4].uid
+        server.hook = lambda session, tag, name, args: 'BODY' in args and imapd.in_set(
+            args.split()[0], poison, 99) and session.drop('rst')
+        for _ in range(2):
+            fetched(t, server, status=1)
+            assert not archive.compare(path, held(box))
+        server.hook = None
+        assert not fetched(t, server)[1] and not archive.compare(path, held(box))
+
+
 def test_a_search_that_breaks_the_server(t):
     """UID FETCH 1:* (UID) lists as well."""
     def case(act, **more):
