@@ -123,7 +123,7 @@ enum {
 	BLAME_MAX = 64,              /* mailboxes that a process died with */
 	ALERTS_MAX = 8,              /* shown, of one connection */
 	WINDOWS_MAX = 2000,          /* MESSAGELIMITs that are followed, of one mailbox */
-	APART_MAX = 64,              /* mails, more than a batch has, whose flags and date came before them */
+	APART_MAX = 64,              /* mails of which something came apart from them: a batch and more */
 	POISON_MAX = 32,             /* mails of one mailbox that break the connection */
 	POISON_ROW = 4,              /* of these one after the other: it is not the mails */
 	SAMPLE_PART = 100,           /* one mail of so many is compared with the server's, ... */
@@ -3499,7 +3499,9 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 		if (imap_is(im, '[')) {
 			enum imap_section section = imap_section(im);
 
-			literal = imap_body(im, &fetch, word_place("BODY BODY.PEEK", word) >= 0 ? section : SECTION_NONE);
+			if (word_place("BODY BODY.PEEK", word) < 0)
+				section = SECTION_NONE;
+			literal = imap_body(im, &fetch, section);
 		} else if (strcmp(word, "UID") == 0) {
 			fetch.uid = (uint32_t)imap_number(im, UINT32_MAX);
 		} else if (strcmp(word, "FLAGS") == 0 && imap_is(im, '(')) {
@@ -3532,8 +3534,8 @@ static void imap_fetch_response(struct imap *im, uint32_t uid)
 
 /*
  * Read "* SEARCH 1 2 5", where a CONDSTORE server may add (MODSEQ n), or if 'extended'
- * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731). What is no UID (of an empty mailbox some list 0) is passed
- * over: how many mails there are tells whether one is missing.
+ * "* ESEARCH (TAG "A7") UID ALL 1:5,9" (RFC 4731). What is no UID is passed over (some list 0 in an empty
+ * mailbox): how many mails there are tells whether one is missing.
  */
 static void imap_search(struct imap *im, bool extended)
 {
@@ -3625,6 +3627,7 @@ static void imap_status_response(struct imap *im)
 static void imap_condition(struct imap *im, const char *word)
 {
 	struct imap_result result;
+	bool refused;
 	unsigned sec;
 
 	imap_text(im, &result);
@@ -3637,12 +3640,10 @@ static void imap_condition(struct imap *im, const char *word)
 	im->greeted = true;
 	if (strcmp(word, "BYE") != 0 || im->s.err.code != E_NONE)
 		return;
-	/* A reason to wait, or merely the end of this connection. */
+	/* A refusal, a reason to wait, or merely the end of this connection. */
 	sec = imap_wait_asked(&result);
-	stream_fail(&im->s,
-		    strcmp(result.code, "AUTHENTICATIONFAILED") == 0 ? E_ACCOUNT
-		    : sec > 0					     ? E_WAIT
-								     : E_NET,
+	refused = strcmp(result.code, "AUTHENTICATIONFAILED") == 0;
+	stream_fail(&im->s, refused ? E_ACCOUNT : sec > 0 ? E_WAIT : E_NET,
 		    "the server ended the connection: %s",
 		    result.text[0] != '\0' ? result.text : "no reason given");
 	im->s.err.wait_sec = sec;
@@ -5325,8 +5326,8 @@ static uint32_t mailboxes_select(struct mailboxes *l)
 
 /*
  * List the account's mailboxes with their STATUS, in one command where the server can. 'sizes': ask for
- * octets, too. STATUS only saves work: where it is refused, or the line breaks again and again, the mailbox will
- * be opened.
+ * octets, too. STATUS only saves work: where it is refused, or the line breaks at it, the mailbox will be
+ * opened.
  */
 static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, struct err *e)
 {
@@ -5878,6 +5879,7 @@ static const struct {
 	const char *items;
 	enum sync_kind then;
 } fetches[KINDS] = {
+	[KIND_FLAGS] = { "(FLAGS)", KIND_NONE },
 	[KIND_IDS] = { "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (MESSAGE-ID)])", KIND_MAILS },
 	[KIND_MADE_IDS] = { "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS (From To Cc Date Subject)])",
 			    KIND_MAILS },
@@ -5906,7 +5908,7 @@ struct attempt {
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
 	bool reopened;               /* the archive did not fit, and was put in order */
 	bool literal;                /* the server does not take the name as a quoted string ... */
-	bool plain;                  /* ... or EXAMINE with (CONDSTORE), or it breaks at that or at CHANGEDSINCE */
+	bool plain;                  /* ... or EXAMINE with (CONDSTORE), or the line broke there */
 	enum listing_way way;        /* the first that did not break the line */
 	unsigned rekeys;             /* how often UIDVALIDITY was new */
 	unsigned vague;              /* single mails in a row that were refused with a request to wait */
@@ -5988,7 +5990,7 @@ static int sync_add(struct sync *y, struct set *set, uint32_t low, uint32_t high
 
 /* -- what comes -- */
 
-/* Return the command that untagged UIDs answer: the oldest without an answer, if it asks for a listing; or NULL. */
+/* Return the oldest command without an answer if it asks for a listing of the mailbox, else NULL. */
 static const struct command *sync_listing(const struct sync *y)
 {
 	const struct imap *im = y->session->im;
@@ -6236,7 +6238,8 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	known = mbox_bind(y->m, fetch->uid, &id, size, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += size;
-	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1; /* else nothing of it lasts */
+	/* That is progress, if it lasts. */
+	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1;
 	if (known > 0 && fetch->has_flags)
 		return mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err);
 	return known < 0 ? -1 : 0;
@@ -6458,7 +6461,7 @@ static int sync_mark(struct sync *y)
 	y->stage = SYNC_OVER;
 	if (y->claim.uidnext <= mbox_last_uid(y->m)) /* mail came meanwhile, or it never tells the truth */
 		y->claim.uidnext = 0;
-	/* Of a mail that never had a UID nobody knows whether it lies in the window, or is one that failed. */
+	/* Of a mail that had no UID yet nobody knows if it lies in the window, or is one that failed. */
 	if (y->complete && (info.unbound == 0 || (!sync_has_window(y) && y->counts.failures == 0))) {
 		if (mbox_mark_gone(y->m, &live, &gone, moved, &y->err) != 0)
 			return -1;
@@ -6578,7 +6581,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 	char uids[SET_TEXT_OCTETS], changed[48] = "";
 	enum sync_kind from;
 	struct command *c;
-	unsigned n;
+	unsigned n, tag;
 
 	if (im->wire != y)
 		return sync_send_examine(y);
@@ -6588,19 +6591,16 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		most = 1;
 	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
 	n = set_take(&y->todo[from], most, ranges, uids);
-	if (kind == KIND_LISTING)
-		return sync_sent(y, kind, sync_send_listing(y, uids));
 	if (kind == KIND_FLAGS && y->since > 0)
 		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
-	if (kind == KIND_FLAGS)
-		return sync_sent(y, kind, imap_send(im, NULL, "UID FETCH %s (FLAGS)%s", uids, changed));
-	if (sync_sent(y, kind,
-		      kind == KIND_STILL_LISTED
-			      ? sync_send_listing(y, uids)
-			      : imap_send(im, NULL, "UID FETCH %s %s", uids, fetches[kind].items)) != 0)
+	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
+		tag = sync_send_listing(y, uids);
+	else
+		tag = imap_send(im, NULL, "UID FETCH %s %s%s", uids, fetches[kind].items, changed);
+	if (sync_sent(y, kind, tag) != 0)
 		return -1;
-	c = &im->ring[im->tag % IMAP_RING];
-	c->n = n;
+	c = &im->ring[tag % IMAP_RING];
+	c->n = kind == KIND_LISTING || kind == KIND_FLAGS ? 0 : n; /* of these any UID may come */
 	memcpy(c->ranges, ranges, n * sizeof *ranges);
 	return 0;
 }
@@ -6627,7 +6627,7 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	if (sync_is_open(y)) {
 		const uint32_t new = y->claim.uidnext != 0 ? uidnext - y->claim.uidnext : 0;
 
-		/* As many new UIDs as there are mails: all have others. Some servers give them at each EXAMINE. */
+		/* As many new UIDs as there are mails: some servers give others at each EXAMINE. */
 		if (uidvalidity == y->claim.uidvalidity && (new == 0 || new < im->exists))
 			return 0;
 		y->session->alone = true;
@@ -6673,7 +6673,7 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	const struct imap *im = y->session->im;
 	bool refused = result->condition != IMAP_OK;
 
-	/* Some take no command that lists the mails of an empty mailbox: that is no failure, but no proof either. */
+	/* Some take no command that lists an empty mailbox: that is no failure, but no proof either. */
 	if (refused && im->exists == 0 && imap_wait_asked(result) == 0) {
 		y->claim.messages = y->empty ? 0 : UINT32_MAX;
 		return 0;
@@ -6701,7 +6701,7 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 }
 
 /*
- * Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. Where it went back, it began anew, and
+ * Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. One that went back began anew, and
  * does not tell what changed.
  */
 static int sync_flagged(struct sync *y, const struct imap_result *result)
@@ -6774,7 +6774,7 @@ static int sync_answered(struct sync *y, const struct command *c)
 			return sync_plan(y);
 		return 0;
 	case KIND_STILL_LISTED:
-		y->claim.uidnext = 0; /* the next run looks again, whatever was said now of what did not come */
+		y->claim.uidnext = 0; /* the next run looks again, whatever is said now */
 		y->counts.failures += c->result.below > 0; /* there may be more of them */
 		return imap_refused(&y->err, &c->result, "listing the mails");
 	default:
@@ -6795,7 +6795,7 @@ static void sync_broken(struct sync *y, const struct command *c)
 	if (c->kind == KIND_LISTING && a->way < LISTING_FETCH)
 		a->way++;
 	a->plain = a->plain || c->kind == KIND_EXAMINE || c->kind == KIND_FLAGS;
-	if (fetches[c->kind].items == NULL)
+	if (fetches[c->kind].then == KIND_NONE)
 		return;
 	high = c->ranges[c->n - 1].high;
 	for (unsigned i = 0; i < c->n; i++) {

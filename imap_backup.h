@@ -220,8 +220,8 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	/* By mbox_tally() only: mails that are not gone and had no UID yet; mails left out as duplicates though
-	 * their size tells that they are other mails: since mbox_open(), and of all. */
+	/* By mbox_tally() only: mails that are not gone and had no UID yet; mails left out as duplicates
+	 * though their size tells that they are other mails: since mbox_open(), and of all. */
 	uint32_t unbound, different, all_different;
 	bool exists; /* the mbox file does */
 	bool fits;   /* an index is there, at rest, for this name and this mbox */
