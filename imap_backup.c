@@ -5937,11 +5937,11 @@ struct sync {
 	enum sync_stage stage;
 	struct mbox *m;
 	bool empty;                   /* the archive was: nothing can be known already */
-	bool rekeyed;                 /* UIDVALIDITY is new: flags wait until the UIDs are bound */
+	bool rekeyed;                 /* UIDVALIDITY is new: all UIDs are bound first */
 	bool sampled;                 /* what is fetched now is compared with what is stored */
 	bool complete;                /* the listing was: what is not in it has gone */
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
-	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE; 0: all flags are asked for */
+	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE, while it lists; 0: all flags are */
 	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
 	uint32_t below[2];            /* MESSAGELIMIT: what is still to be listed, and its flags; or 0 */
 	unsigned windows;             /* of which that was told */
@@ -6240,9 +6240,10 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 		y->counts.octets += size;
 	/* That is progress, if it lasts. */
 	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1;
-	if (known > 0 && fetch->has_flags)
-		return mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err);
-	return known < 0 ? -1 : 0;
+	if (known <= 0)
+		return known;
+	return fetch->has_flags ? mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err)
+				: sync_add(y, &y->todo[KIND_FLAGS], fetch->uid, fetch->uid);
 }
 
 static int on_fetch(void *context, const struct imap_fetch *fetch)
@@ -6285,9 +6286,7 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	if ((lists || mbox_next_uid(y->m, fetch->uid) == fetch->uid) &&
 	    y->in.told++ < 2 * MBOX_MAILS_MAX) /* the listing, and once more if UIDVALIDITY is new */
 		imap_useful(y->session->im, IMAP_LINE_MAX);
-	if (!fetch->has_flags || y->rekeyed)
-		return 0;
-	return mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err);
+	return fetch->has_flags ? mbox_set_flags(y->m, fetch->uid, fetch->flags, &y->err) : 0;
 }
 
 /* -- what is asked -- */
@@ -6591,7 +6590,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		most = 1;
 	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
 	n = set_take(&y->todo[from], most, ranges, uids);
-	if (kind == KIND_FLAGS && y->since > 0)
+	if (kind == KIND_FLAGS && y->since > 0 && y->stage == SYNC_LIST && !y->rekeyed)
 		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
 	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
 		tag = sync_send_listing(y, uids);

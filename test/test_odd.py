@@ -667,6 +667,23 @@ def test_mails_in_many_responses(t):
     })
 
 
+def test_flags_apart_from_headers(t):
+    """Where UIDVALIDITY is new, too: in a later response, or not at all, so that they are asked for."""
+    def no_flags(self, m, items):
+        return [i for i in Counting.fetch_items(self, m, items) if not i.startswith(b'FLAGS') or items == ['FLAGS']]
+    for number, odd in enumerate((answers('UID BODY', 'UID FLAGS'), dict(fetch_items=no_flags))):
+        box, email = Mailbox(sample.many(9)), '%d@x' % number
+        server = serve(t, {'INBOX': box}, **odd)
+        t.config(clear(t, server, email=email))
+        fetched(t, server)
+        box.renumber()
+        for m in box.mails[::2]:
+            box.flag(m.uid, '\\Flagged')
+        said, bodies = fetched(t, server)
+        complaints = archive.compare(os.path.join(t.archive(email), 'INBOX.mbox'), held(box))
+        assert not bodies and not [c for c in complaints if 'state' in c], (complaints, said)
+
+
 def test_empty_mails(t):
     """However a server writes that nothing is in it."""
     for number, form in enumerate((b'BODY[] NIL', b'BODY[] ""', b'BODY[] {0}\r\n')):
