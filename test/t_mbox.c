@@ -1595,6 +1595,25 @@ static void not_told(void *context, bool damage, off_t at, const char *id, const
 }
 
 /* A verification ends behind the mail at which it is to, with an index and without. */
+/* An archive that is opened to be read has no records in memory. */
+static void test_tally_of_what_is_read(void)
+{
+	struct mbox *m = fresh(0);
+	struct mbox_info info;
+	struct err e = { 0 };
+	char text[60];
+
+	for (unsigned uid = 1; uid <= 2000; uid++) {
+		snprintf(text, sizeof text, "Message-ID: <%u@x>\r\n\r\n", uid);
+		keep(m, uid, text);
+	}
+	closed(m);
+	check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
+	mbox_tally(m, &info);
+	check(info.stored == 2000 && info.gone == 0, "%u, %u gone", info.stored, info.gone);
+	mbox_close(m, NULL, &e);
+}
+
 static void test_verify_stops(void)
 {
 	struct mbox *m = fresh(0);
@@ -1653,5 +1672,6 @@ int main(void)
 	test_torn();
 	test_growth();
 	test_verify_stops();
+	test_tally_of_what_is_read();
 	return checked("t_mbox");
 }
