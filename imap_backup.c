@@ -8199,10 +8199,11 @@ static void account_print_check(const struct worker *w, unsigned long long mailb
 
 static int account_restore(struct worker *w, struct err *e)
 {
-	static struct restore r = { .broke = -1 }; /* it outlives connections */
+	static struct restore r; /* it outlives connections */
 	unsigned refused = r.n_refused;
 	int result;
 
+	r.broke = r.session == NULL ? -1 : r.broke;
 	r.session = &w->session;
 	r.options = w->run->options;
 	r.im = &w->im;
