@@ -970,21 +970,25 @@ static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
 }
 
 /*
- * Make 'order' from the entries, by Shell's sort: it needs no memory, as qsort() may, and hardly any time
- * where storing nearly went by UID. A UID that two records claim is taken from one of them.
+ * Make 'order' from the entries, by Shell's sort: it needs no memory, as qsort() may. Mostly storing nearly went by
+ * UID, and one pass is enough: no record is moved further than its UID is behind the highest before it. A UID that
+ * two records claim is taken from one of them.
  */
 static void order_make(struct mbox *m)
 {
-	uint32_t n = 0, last = 0, gap = 0;
+	uint32_t n = 0, highest = 0, gap;
+	uint64_t behind = 0;
 
 	for (uint32_t i = 0; i < m->now.records; i++) {
-		if (m->entries[i].uid == 0)
+		uint32_t uid = m->entries[i].uid;
+
+		if (uid == 0)
 			continue;
 		m->order[n++] = i;
-		gap = m->entries[i].uid <= last ? UINT32_MAX : gap;
-		last = m->entries[i].uid;
+		behind += uid < highest ? highest - uid : 0;
+		highest = uid < highest ? highest : uid;
 	}
-	for (gap = gap < n ? gap : n; gap > 1;) {
+	for (gap = behind == 0 ? 0 : behind < UINT64_C(32) * n ? 2 : n; gap > 1;) {
 		gap = gap < 5 ? 1 : (uint32_t)((uint64_t)gap * 5 / 11);
 		for (uint32_t i = gap; i < n; i++) {
 			uint32_t record = m->order[i], uid = m->entries[record].uid, at = i;
