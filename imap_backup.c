@@ -360,17 +360,6 @@ static void sha256(uint8_t out[32], const void *octets, size_t n)
 	br_sha256_out(&context, out);
 }
 
-/* Have random octets. Returns false if there are none. */
-static bool random_octets(void *out, size_t n)
-{
-	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-	bool done = fd >= 0 && read(fd, out, n) == (ssize_t)n;
-
-	if (fd >= 0)
-		close(fd);
-	return done;
-}
-
 /* Have what a folder lists outlast a power cut, where it can be had. */
 static void folder_sync(const char *path)
 {
@@ -5706,9 +5695,8 @@ PRINTF(3, 4) static void report_box(const char *name, const char *file, const ch
 
 /* -- verify -- */
 
-static void on_finding(void *context, bool damage, off_t at, const char *id, const char *what)
+static void on_finding(bool damage, off_t at, const char *id, const char *what)
 {
-	(void)context;
 	if (damage)
 		log_error("damaged: at %lld%s%s: %s", (long long)at, id[0] != '\0' ? ", " : "", id, what);
 	else
@@ -5718,10 +5706,10 @@ static void on_finding(void *context, bool damage, off_t at, const char *id, con
 static int archive_verify(void *context, struct archive *a)
 {
 	char visible[NAME_OCTETS], octets[16];
-	struct mbox_verified sum;
+	struct mbox_verify sum = { .tell = on_finding, .stop = stop_due };
 	struct err e = { 0 };
 
-	if (mbox_verify(a->m, on_finding, NULL, stop_due, &sum, &e) != 0) {
+	if (mbox_verify(a->m, &sum, &e) != 0) {
 		log_error("%s", e.text);
 		return 1;
 	}
@@ -6642,11 +6630,10 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	/* A UIDNEXT that went back is a mailbox made anew, or a server restored from its backup. */
 	if (uidvalidity == 0 || uidvalidity != y->old.uidvalidity ||
 	    (uidnext != 0 && (uidnext < y->old.uidnext || uidnext <= mbox_last_uid(y->m)))) {
-		mbox_forget_uids(y->m);
 		/* What is bound or stored from here on is of the new UIDVALIDITY, also if the line breaks soon. */
-		mbox_assume(y->m, &(struct mbox_claim){ .uidvalidity = uidvalidity,
-							.unseen = UINT32_MAX,
-							.traits = y->claim.traits });
+		mbox_forget_uids(y->m, &(struct mbox_claim){ .uidvalidity = uidvalidity,
+							     .unseen = UINT32_MAX,
+							     .traits = y->claim.traits });
 		y->rekeyed = !y->empty;
 		y->attempt.rekeys++;
 		set_clear(&y->todo[KIND_FLAGS]);
@@ -6837,7 +6824,7 @@ static void sync_close(struct sync *y, bool complete)
 
 	if (y->m != NULL) {
 		mbox_tally(y->m, &info);
-		y->counts.back += complete ? mbox_came_back(y->m) : 0;
+		y->counts.back += complete ? info.came_back : 0;
 		y->counts.others_new += info.others > y->counts.others ? info.others - y->counts.others : 0;
 		y->counts.others = info.others;
 		if (mbox_close(y->m,
@@ -6901,7 +6888,7 @@ static int sync_open(struct sync *y)
 	y->foresee = s->compare ? 0 : sync_foresees(y);
 	y->sampled = false;
 	if (s->compare) {
-		mbox_forget_uids(y->m);
+		mbox_forget_uids(y->m, NULL);
 		y->rekeyed = !y->empty;
 		y->counts = (struct counts){ 0 };
 	}

@@ -23,7 +23,7 @@
 
 #include <bearssl.h>
 
-/* ======== for all: errors, wiping, UTF-8, calendar (in json.c) ======== */
+/* ======== for all: errors, wiping, chance, UTF-8, calendar (in json.c) ======== */
 
 /* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
 enum err_code {
@@ -60,6 +60,9 @@ int err_errno(struct err *e, enum err_code code, const char *format, ...)
 
 /* Overwrite a secret with zeros, in a way that no compiler takes for a dead store. */
 void wipe(void *p, size_t n);
+
+/* Have random octets. Returns false if there are none. */
+bool random_octets(void *out, size_t n);
 
 /*
  * The octets of the UTF-8 character at p, of which n >= 1 can be read, or 0 if there is none
@@ -220,9 +223,10 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	/* By mbox_tally() only: mails that are not gone and had no UID yet; mails left out as duplicates
-	 * though their size tells that they are other mails: since mbox_open(), and of all. */
-	uint32_t unbound, different, all_different;
+	/* By mbox_tally() only: mails that are not gone and had no UID yet; mails that lost their mark "gone" since
+	 * mbox_open(); mails left out as duplicates though their size tells that they are other mails: since then,
+	 * and of all. */
+	uint32_t unbound, came_back, different, all_different;
 	bool exists; /* the mbox file does */
 	bool fits;   /* an index is there, at rest, for this name and this mbox */
 };
@@ -269,8 +273,11 @@ uint32_t mbox_last_uid(const struct mbox *m);
 
 /* -- UIDs and identities: which mail of the server is which of ours -- */
 
-/* UIDVALIDITY changed: the UIDs are void. Bind all anew, then commit with the new UIDVALIDITY. */
-void mbox_forget_uids(struct mbox *m);
+/*
+ * UIDVALIDITY changed: the UIDs are void. Bind all anew, then commit with the new UIDVALIDITY; should a commit come
+ * before that, the header says this (NULL: nothing).
+ */
+void mbox_forget_uids(struct mbox *m, const struct mbox_claim *claim);
 
 /*
  * Forget the UIDs that live() denies: they are proved to have left the server; and with them other names of
@@ -296,9 +303,6 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t s
  * that its flags count; or 0.
  */
 int mbox_mark_gone(struct mbox *m, uint32_t *live_before, uint32_t *gone, uint32_t moved[2], struct err *e);
-
-/* How many lost their mark "gone" since mbox_open(). */
-uint32_t mbox_came_back(const struct mbox *m);
 
 /*
  * Set a mail's flags (MBOX_FLAGS) in place. Reads before it writes; the same state writes nothing.
@@ -331,9 +335,6 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 
 /* The mail is not wanted or not whole: the archive is as before mbox_begin(). */
 void mbox_abort(struct mbox *m);
-
-/* Let the header say this from the next commit on. */
-void mbox_assume(struct mbox *m, const struct mbox_claim *claim);
 
 /*
  * Sync the mbox, then the index. 'claim' (NULL: the old one stays) replaces what the header says.
@@ -392,20 +393,20 @@ enum mbox_form { MBOX_LF, MBOX_CRLF, MBOX_AS_STORED };
 int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	      int (*take)(void *context, const void *octets, size_t n), void *context, struct err *e);
 
-/* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */
-typedef void mbox_finding(void *context, bool damage, off_t at, const char *id, const char *what);
-
-struct mbox_verified {
+struct mbox_verify {
+	/* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */
+	void (*tell)(bool damage, off_t at, const char *id, const char *what);
+	bool (*stop)(void); /* asked behind each mail */
 	uint32_t mails, gone, damaged;
 	off_t octets;
 };
 
 /*
  * Compare all mails with the index; of those that are damaged a note is left, or it is told that there is none.
- * Returns 0, whatever is found, or -1 if the archive cannot be read, or stop(), asked behind each mail, is true.
+ * v has the two functions, and receives the sums. Returns 0, whatever is found, or -1 if the archive cannot be
+ * read, or stop() is true.
  */
-int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(void),
-		struct mbox_verified *sum, struct err *e);
+int mbox_verify(struct mbox *m, struct mbox_verify *v, struct err *e);
 
 /* Note, in path + ".index.damaged", that the mail that stands at 'at' is damaged. */
 int mbox_note(struct mbox *m, off_t at, struct err *e);

@@ -13,10 +13,12 @@
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <unistd.h>
 
 #include "imap_backup.h"
 
@@ -63,6 +65,16 @@ void wipe(void *p, size_t n)
 	static void *(*const volatile set)(void *, int, size_t) = memset;
 
 	set(p, 0, n);
+}
+
+bool random_octets(void *out, size_t n)
+{
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+	bool done = fd >= 0 && read(fd, out, n) == (ssize_t)n;
+
+	if (fd >= 0)
+		close(fd);
+	return done;
 }
 
 /* UTF-8 by a character's length: the bits that mark its first octet, the least code. */

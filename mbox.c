@@ -556,22 +556,6 @@ static enum rank rank_of(const struct mbox *m, uint32_t i)
 	return entry->bits & ENTRY_GONE ? RANK_GONE : RANK_LIVE;
 }
 
-/* What nobody can foresee; where there is no such file, hardly anybody. */
-static uint64_t random_word(void)
-{
-	uint8_t octets[8];
-	struct timespec now;
-	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0 || read(fd, octets, sizeof octets) < (ssize_t)sizeof octets) {
-		clock_gettime(CLOCK_MONOTONIC, &now);
-		put_number(octets, 8, (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid());
-	}
-	if (fd >= 0)
-		close(fd);
-	return get_word(octets);
-}
-
 static time_t now_sec(void)
 {
 	struct timespec now;
@@ -1933,7 +1917,8 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	strcpy(m->path, path);
 	strcpy(m->name, name);
 	m->now.claim.unseen = UINT32_MAX;
-	m->salt = random_word();
+	if (!random_octets(&m->salt, sizeof m->salt)) /* what hardly anybody can foresee */
+		m->salt = (uint64_t)time(NULL) << 20 ^ (uint64_t)getpid();
 	if (open_locked(m, e) != 0 || records_room(m, 1, e) != 0 || (m->fd >= 0 && put_in_order(m, e) != 0))
 		goto fail;
 	if (how & MBOX_READ) {
@@ -1978,6 +1963,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .stored = m->now.stored,
 				    .gone = m->now.gone,
 				    .others = m->now.others,
+				    .came_back = m->came_back,
 				    .different = m->different,
 				    .exists = true,
 				    .fits = true };
@@ -1991,14 +1977,9 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 	}
 }
 
-uint32_t mbox_came_back(const struct mbox *m)
-{
-	return m->came_back;
-}
-
 /* ======== UIDs and identities ======== */
 
-void mbox_forget_uids(struct mbox *m)
+void mbox_forget_uids(struct mbox *m, const struct mbox_claim *claim)
 {
 	mbox_drop_uids(m, NULL, NULL);
 	m->records_dirty = true;
@@ -2008,7 +1989,7 @@ void mbox_forget_uids(struct mbox *m)
 			m->entries[i].bits |= ENTRY_DIRTY;
 		}
 	m->index_rekeyed = m->now.records > 0;
-	m->now.claim = (struct mbox_claim){ .unseen = UINT32_MAX }; /* should a commit come meanwhile */
+	m->now.claim = claim != NULL ? *claim : (struct mbox_claim){ .unseen = UINT32_MAX };
 }
 
 /* Return true if this is another name of a mail that has left the server, and that it differs from. */
@@ -2537,11 +2518,6 @@ void mbox_abort(struct mbox *m)
 	m->start = -1;
 }
 
-void mbox_assume(struct mbox *m, const struct mbox_claim *claim)
-{
-	m->now.claim = *claim;
-}
-
 /* ======== commit and close ======== */
 
 int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
@@ -2837,32 +2813,24 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	return stands && !empty ? take(context, "\n", 1) : 0;
 }
 
-/* What is told of a verification's findings. */
-struct verification {
-	mbox_finding *tell;
-	void *context;
-	bool (*stop)(void);
-	struct mbox_verified *sum;
-};
-
 /* Count a mail; is another one to be looked at? */
-static int verify_count(struct verification *v, unsigned state, struct err *e)
+static int verify_count(struct mbox_verify *v, unsigned state, struct err *e)
 {
-	v->sum->mails++;
-	v->sum->gone += (state & MBOX_GONE) != 0;
+	v->mails++;
+	v->gone += (state & MBOX_GONE) != 0;
 	return v->stop() ? err_set(e, E_STOPPED, "stopped by a signal") : 0;
 }
 
-static void verify_tell(struct verification *v, bool damage, off_t at, const char *id, const char *what)
+static void verify_tell(struct mbox_verify *v, bool damage, off_t at, const char *id, const char *what)
 {
-	v->sum->damaged += damage;
-	v->tell(v->context, damage, at, id, what);
+	v->damaged += damage;
+	v->tell(damage, at, id, what);
 }
 
 /* Go through the mails that the index does not know. */
-static int verify_rest(struct mbox *m, struct verification *v, off_t at, struct err *e)
+static int verify_rest(struct mbox *m, struct mbox_verify *v, off_t at, struct err *e)
 {
-	const uint32_t before = v->sum->mails;
+	const uint32_t before = v->mails;
 	const off_t from = at;
 	struct mbox_mail mail = { .offset = at };
 	char end[2] = "\n\n", what[80];
@@ -2882,21 +2850,19 @@ static int verify_rest(struct mbox *m, struct verification *v, off_t at, struct 
 	if (memcmp(end, "\n\n", 2) != 0)
 		verify_tell(v, true, mail.offset, mail.name, "it is cut off");
 	snprintf(what, sizeof what, "from here on %lu mails stand in no index",
-		 (unsigned long)(v->sum->mails - before));
+		 (unsigned long)(v->mails - before));
 	if (m->now.records > 0 && at > from)
 		verify_tell(v, false, from, "", what);
 	return 0;
 }
 
-int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(void),
-		struct mbox_verified *sum, struct err *e)
+int mbox_verify(struct mbox *m, struct mbox_verify *v, struct err *e)
 {
-	struct verification v = { .tell = tell, .context = context, .stop = stop, .sum = sum };
 	const char *unfit = m->mended[0] != '\0' && m->flushed > 0 ? m->mended : NULL;
 	off_t at = 0, next = 0;
 	uint64_t mix = 0;
 
-	*sum = (struct mbox_verified){ .octets = m->flushed };
+	*v = (struct mbox_verify){ .tell = v->tell, .stop = v->stop, .octets = m->flushed };
 	for (uint32_t i = 0; i < m->now.records && unfit == NULL; i++) {
 		struct mbox_mail mail;
 		struct err ignored = { 0 }, unnoted = { 0 };
@@ -2924,13 +2890,13 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(
 		if (verify(m, &r, &mail, &wrong, e) != 0)
 			return -1;
 		if (wrong != NULL && (r.kind & ENTRY_TORN) == 0) { /* of which it is known */
-			verify_tell(&v, true, at, mail.name, wrong);
+			verify_tell(v, true, at, mail.name, wrong);
 			if (mbox_note(m, at, &unnoted) != 0) /* a disk that is read-only, say */
-				verify_tell(&v, false, at, "", unnoted.text);
+				verify_tell(v, false, at, "", unnoted.text);
 		} else if (wrong == NULL && state != r.state && !m->now.writing) {
-			verify_tell(&v, false, at, mail.name, "its state differs from the index");
+			verify_tell(v, false, at, mail.name, "its state differs from the index");
 		}
-		if (verify_count(&v, r.state, e) != 0)
+		if (verify_count(v, r.state, e) != 0)
 			return -1;
 		if (r.octets > m->flushed - at)
 			return 0;
@@ -2950,6 +2916,6 @@ int mbox_verify(struct mbox *m, mbox_finding *tell, void *context, bool (*stop)(
 	if (unfit == NULL && at < m->flushed && m->now.writing)
 		unfit = "the last run was cut off";
 	if (unfit != NULL)
-		verify_tell(&v, false, at, "", unfit);
-	return verify_rest(m, &v, at, e);
+		verify_tell(v, false, at, "", unfit);
+	return verify_rest(m, v, at, e);
 }

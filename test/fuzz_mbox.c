@@ -133,10 +133,10 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 			mbox_drop_uids(m, odd_lives, NULL);
 			break;
 		case 5:
-			mbox_assume(m, &(struct mbox_claim){ .uidvalidity = p[1] });
+			m->now.claim = (struct mbox_claim){ .uidvalidity = p[1] };
 			break;
 		case 6:
-			mbox_forget_uids(m);
+			mbox_forget_uids(m, NULL);
 			break;
 		case 7:
 			mbox_commit(m, NULL, &e);

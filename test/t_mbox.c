@@ -594,7 +594,7 @@ static void test_long_header(void)
 		at += (size_t)sprintf(mail + at, "X-%zu: %zu\n", at, at);
 	at += (size_t)sprintf(mail + at, "Subject: b\n\nFrom b\n");
 	check(store(m, 1, mail, at, 5000) == 1 && store(m, 2, mail, at, 5000) == 1, "a long header");
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	check(bound(m, 3, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a@imap_backup.py.local>") == 1, "the first's id");
 	check(bound(m, 4, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.2@imap_backup.py.local>") == 1, "the second's id");
 	check(bound(m, 5, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 0, "no third");
@@ -758,13 +758,13 @@ static void test_bind(void)
 	marked(m, 2);
 	marked(m, 0);
 	m = reopened(m, 0);
-	check(m->now.gone == 2 && mbox_came_back(m) == 0, "both gone");
+	check(m->now.gone == 2 && m->came_back == 0, "both gone");
 	closed(m);
 	holds(OURS("0009") "Message-ID: <a@x>\n\n\n" OURS("0008") "Message-ID: <b@x>\n\n\n", "gone");
 	m = opened(0);
-	check(bound(m, 9, "<b@x>") == 1 && mbox_came_back(m) == 1 && m->now.gone == 1, "came back");
+	check(bound(m, 9, "<b@x>") == 1 && m->came_back == 1 && m->now.gone == 1, "came back");
 	marked(m, 0);
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	check(mbox_next_uid(m, 1) == 0 && bound(m, 1, "<b@x>") == 1 && bound(m, 5, "<b@x>") == 1, "rekeyed");
 	m = reopened(m, 0);
 	check(mbox_next_uid(m, 2) == 5 && m->now.others == 1 && m->now.gone == 1, "rekeyed: kept");
@@ -791,7 +791,7 @@ static void test_bind(void)
 	/* All copies without a UID of their own are marked alike. */
 	m = fresh(MBOX_DUPLICATES);
 	check(keep(m, 1, a) == 1 && keep(m, 2, a) == 1 && keep(m, 3, a) == 1, "three copies");
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	check(bound(m, 1, "<a@x>") == 1 && mbox_set_flags(m, 1, MBOX_FLAGGED, &e) == 0, "one is bound");
 	marked(m, 0);
 	closed(reopened(m, 0));
@@ -809,7 +809,7 @@ static void test_bind_made(void)
 	check(mbox_bind(m, 1, &id, 0, &e) == 0, "nothing is known");
 	check(keep(m, 1, b) == 1 && keep(m, 2, b) == 1 && keep(m, 3, b) == 1, "three alike");
 	check(mbox_bind(m, 4, &id, 0, &e) == 0 && mbox_bind(m, 2, &id, 0, &e) == 1, "a fourth is not");
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	for (uint32_t uid = 11; uid < 14; uid++)
 		check(mbox_bind(m, uid, &id, 0, &e) == 1, "rekeyed: the %u.", uid - 10);
 	check(mbox_bind(m, 14, &id, 0, &e) == 0, "rekeyed: no fourth");
@@ -817,7 +817,7 @@ static void test_bind_made(void)
 	check(mbox_next_uid(m, 1) == 11 && m->now.stored == 3 && m->now.others == 0, "rekeyed: kept");
 	listed(m, "");
 	marked(m, 3);
-	check(mbox_bind(m, 1, &id, 0, &e) == 1 && mbox_came_back(m) == 1, "the first is back");
+	check(mbox_bind(m, 1, &id, 0, &e) == 1 && m->came_back == 1, "the first is back");
 	check(bound(m, 2, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 1, "the third is back, by its own name");
 	check(mbox_bind(m, 3, &id, 0, &e) == 1 && m->now.gone == 0, "the second is back");
 	closed(reopened(m, 0));
@@ -869,7 +869,7 @@ static void test_replaced(void)
 		check(bound_size(m, 2, "<a@x>", size1 - 2) == 0 && keep(m, 2, v1) == 0 && mbox_next_uid(m, 1) == 2,
 		      "the same mail");
 		/* A new index or UIDVALIDITY proves nothing, nor does a mail that is still listed. */
-		mbox_forget_uids(m);
+		mbox_forget_uids(m, NULL);
 		check(bound_size(m, 3, "<a@x>", size2) == 1, "rekeyed");
 		check(bound_size(m, 4, "<a@x>", size2) == (how == 0), "another one besides");
 		mbox_tally(m, &info);
@@ -957,7 +957,7 @@ static void test_unlike(void)
 
 	check(keep(m, 1, "Message-ID: <a@x>\r\n\r\none\r\n") == 1 && keep(m, 2, "Message-ID: <a@x>\r\n\r\ntwo\r\n") == 1,
 	      "two mails");
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	check(bound(m, 1, "<a@x>") == 1 && mbox_set_flags(m, 1, MBOX_FLAGGED, &e) == 0, "one is bound");
 	marked(m, 0);
 	closed(reopened(m, 0));
@@ -1023,8 +1023,7 @@ static void test_rekeyed(void)
 		check(mbox_close(m, &old, &e) == 0, "close: %s", e.text);
 		m = opened(0);
 		check(keep(m, 3, "Message-ID: <c@x>\r\n\r\n") == 1, "another, and so the mark \"writing\"");
-		mbox_forget_uids(m);
-		mbox_assume(m, &new);
+		mbox_forget_uids(m, &new);
 		check(bound(m, 1, "<b@x>") == 1 && bound(m, 2, "<a@x>") == 1, "rekeyed");
 		writes_left = writes;
 		mbox_close(m, NULL, &e);
@@ -1539,7 +1538,7 @@ static unsigned long work_for(enum kind kind, uint32_t n)
 	for (uint32_t uid = 1; uid <= n; uid++)
 		bind_kind(m, kind, uid, n + uid);
 	marked(m, kind == KIND_LEFT ? n : 0);
-	mbox_forget_uids(m);
+	mbox_forget_uids(m, NULL);
 	for (uint32_t uid = 1; uid <= n / 2; uid++)
 		check(bind_kind(m, kind == KIND_LEFT ? KIND_COPIES : kind, uid, uid) == 1, "kind %d: bind %u", kind, uid);
 	marked(m, kind == KIND_UNIQUE || (kind >= KIND_MADE && kind < KIND_LEFT) ? n - n / 2 : 0);
@@ -1588,9 +1587,8 @@ static bool stop_now(void)
 	return true;
 }
 
-static void not_told(void *context, bool damage, off_t at, const char *id, const char *what)
+static void not_told(bool damage, off_t at, const char *id, const char *what)
 {
-	(void)context;
 	check(!damage, "at %ld, %s: %s", (long)at, id, what);
 }
 
@@ -1617,7 +1615,7 @@ static void test_tally_of_what_is_read(void)
 static void test_verify_stops(void)
 {
 	struct mbox *m = fresh(0);
-	struct mbox_verified sum;
+	struct mbox_verify sum = { .tell = not_told, .stop = stop_now };
 
 	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
 	keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
@@ -1626,7 +1624,7 @@ static void test_verify_stops(void)
 		struct err e = { 0 };
 
 		check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
-		check(mbox_verify(m, not_told, NULL, stop_now, &sum, &e) == -1 && e.code == E_STOPPED && sum.mails == 1,
+		check(mbox_verify(m, &sum, &e) == -1 && e.code == E_STOPPED && sum.mails == 1,
 		      "%u mails, %s", sum.mails, e.text);
 		mbox_close(m, NULL, &e);
 		unlink(index_file);
