@@ -51,7 +51,7 @@ class Mutant(imapd.Session):
         data = self.output
         if 'octets' in self.server.kinds and data:
             for _ in range(self.rng.choice((0, 0, 1, 3))):
-                at = self.rng.randrange(len(data))
+                at = self.rng.randrange(len(data) + 1)
                 put = self.rng.choice((b'', b'(', b')', b'"', b'{9}\r\n', b'\0', b'\r\n', b' ', b'NIL', b'4294967295',
                                        data[at:at + 20] * 2, self.rng.randbytes(1)))
                 data = data[:at] + put + data[at + self.rng.randrange(4):]
