@@ -9083,10 +9083,10 @@ static bool restore_confirmed(const struct config *c, const struct options *o)
 		}
 	dprintf(fd, "Put what is missing of %llu mails in %llu mailboxes back on the server? [y/N] ",
 		(unsigned long long)sums[1], (unsigned long long)sums[0]);
-	if (read(fd, answer, sizeof answer - 1) <= 0)
+	if (line_read(fd, answer, sizeof answer) == 0)
 		dprintf(fd, "\n");
 	close(fd);
-	yes = strcasecmp(answer, "y\n") == 0 || strcasecmp(answer, "yes\n") == 0;
+	yes = strcasecmp(answer, "y") == 0 || strcasecmp(answer, "yes") == 0;
 	if (!yes)
 		log_error("not confirmed: nothing was done");
 	return yes;
