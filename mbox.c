@@ -1308,8 +1308,8 @@ static void head_text(char out[BODY_AT], int64_t when_sec, unsigned state)
 
 /*
  * Read the mail that begins at 'at', whatever stands there, up to the next From line or 'end'. Fills in *r but
- * for the UID, and *mail (NULL: not wanted); its kind tells whether it may be torn should it be the last. Returns 1 if another
- * mail follows, else 0, or -1.
+ * for the UID, and *mail (NULL: not wanted); its kind tells whether it may be torn should it be the last.
+ * Returns 1 if another mail follows, else 0, or -1.
  */
 static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, struct mbox_mail *mail,
 		     struct err *e)
@@ -1696,8 +1696,9 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
 		if (i >= state->records)
 			good = verify(m, r, &mail, &wrong, e) != 0 ? -1 : wrong == NULL;
-		else if (state->writing || m->flushed > state->octets)
-			good = reread_state(m, r, e);
+		else if ((state->writing || m->flushed > state->octets) &&
+			 (good = reread_state(m, r, e)) == 0)
+			good = is_noted(m); /* it will be healed */
 	}
 	if (good <= 0 || (good = record_add(m, r, e)) <= 0)
 		return good;
@@ -2633,6 +2634,7 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	/* Our lines may be what is damaged: other readers would not find where it, or the next one, begins. */
 	if (r->digits > 0 && write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0)
 		return -1;
+	m->data_dirty = true;
 	if (r->digits == DIGITS_AT) {
 		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 ||
 		    reread_state(m, r, e) < 0)
@@ -2640,7 +2642,6 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 		head_text(head, from_time((const uint8_t *)head, got), r->state);
 		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
 			return -1;
-		m->data_dirty = true;
 	}
 	do {
 		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))

@@ -1592,7 +1592,6 @@ static void not_told(bool damage, off_t at, const char *id, const char *what)
 	check(!damage, "at %ld, %s: %s", (long)at, id, what);
 }
 
-/* A verification ends behind the mail at which it is to, with an index and without. */
 /* An archive that is opened to be read has no records in memory. */
 static void test_tally_of_what_is_read(void)
 {
@@ -1612,6 +1611,7 @@ static void test_tally_of_what_is_read(void)
 	mbox_close(m, NULL, &e);
 }
 
+/* A verification ends behind the mail at which it is to, with an index and without. */
 static void test_verify_stops(void)
 {
 	struct mbox *m = fresh(0);
@@ -1628,6 +1628,29 @@ static void test_verify_stops(void)
 		      "%u mails, %s", sum.mails, e.text);
 		mbox_close(m, NULL, &e);
 		unlink(index_file);
+	}
+}
+
+/* A run is killed before it has healed a mail whose beginning is damaged: the next one does. */
+static void test_healed_after_a_kill(void)
+{
+	for (int second = 0; second < 2; second++) {
+		struct mbox *m = fresh(0);
+		struct err e = { 0 };
+		struct record r;
+
+		keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
+		keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
+		check(mbox_commit(m, NULL, &e) == 0 && record_get(m, (uint32_t)second, &r, &e) == 0 &&
+		      write_all(m, m->fd, "X", 1, r.offset, &e) == 0 && mbox_note(m, r.offset, &e) == 0, "%s", e.text);
+		closed(m);
+		m = opened(0);
+		check(mark_writing(m, &e) == 0, "mark: %s", e.text);
+		m->stuck = true;
+		mbox_close(m, NULL, &e);
+		m = opened(0);
+		check(mbox_heal(m, &e) == 1 && m->now.stored == 2 && m->now.gone == 1, "healed: %s", e.text);
+		closed(reopened(m, 0));
 	}
 }
 
@@ -1671,5 +1694,6 @@ int main(void)
 	test_growth();
 	test_verify_stops();
 	test_tally_of_what_is_read();
+	test_healed_after_a_kill();
 	return checked("t_mbox");
 }
