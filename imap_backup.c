@@ -4488,6 +4488,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	munmap(h, sizeof *h);
 	string_free(&form);
 	string_free(&own);
+	k->secrets[0] = k->secrets[1] = NULL;
 	return answer;
 }
 

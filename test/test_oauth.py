@@ -176,6 +176,8 @@ def test_device_flow_refused(t):
         address = said.address()
         assert 'warning: no sign-in by a code: the provider says ' + answer[1]['error'] in said.err, said.err
         said.ends(paste=p.browser(address, t.user) + '\n')
+        p.fail(where, answer)   # and a no there
+        assert 'says access_denied: no no' in SignIn(t).ends(status=1, paste='?error=access_denied&error_description=no+no\n')
     t.backup()
     t.same(have)
 
