@@ -6661,7 +6661,8 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	bool refused = result->condition != IMAP_OK;
 
 	/* Some take no command that lists an empty mailbox: that is no failure, but no proof either. */
-	if (refused && im->exists == 0 && imap_wait_asked(result) == 0) {
+	if (refused && im->exists == 0 && imap_wait_asked(result) == 0 &&
+	    (y->empty || y->attempt.way == LISTING_FETCH)) {
 		y->claim.messages = y->empty ? 0 : UINT32_MAX;
 		return 0;
 	}
