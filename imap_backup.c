@@ -5158,7 +5158,7 @@ struct mailboxes {
 	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
 	uint32_t n, room, todo;
 	uint32_t listed; /* LIST responses */
-	unsigned broken; /* how often the line broke while it listed: see mailboxes_list() */
+	unsigned broken[2]; /* how often the line broke while it listed, and at NAMESPACE: see mailboxes_list() */
 	size_t name_octets;
 	uint32_t *table[2]; /* owned: of 2 * room places each, by enum mailbox_key */
 	struct err odd;  /* the first mailbox that cannot be backed up for its name */
@@ -5317,13 +5317,14 @@ static uint32_t mailboxes_select(struct mailboxes *l)
 /*
  * List the account's mailboxes with their STATUS, in one command where the server can. 'sizes': ask for
  * octets, too. STATUS only saves work: where it is refused, or the line breaks at it, the mailbox will be
- * opened.
+ * opened. Without NAMESPACE a prefix would be taken for a part of the names: it must break the line twice.
  */
 static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, struct err *e)
 {
 	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
-	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0 && l->broken == 0;
+	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0 && l->broken[0] == 0;
 	const struct imap_result *result;
+	unsigned tag = 0;
 
 	mailboxes_free(l);
 	mailboxes_grow(l);
@@ -5332,9 +5333,8 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->on_list = on_list;
 	im->on_status = on_status;
 	im->prefix[0] = im->delimiter = '\0';
-	if (im->capabilities & CAP_NAMESPACE && l->broken == 0) {
-		unsigned tag = imap_send(im, NULL, "NAMESPACE");
-
+	if (im->capabilities & CAP_NAMESPACE && l->broken[1] < 2) {
+		tag = imap_send(im, NULL, "NAMESPACE");
 		if (im->one_at_a_time)
 			imap_wait(im, tag);
 	}
@@ -5356,7 +5356,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
 			l->boxes[i].prefix = strlen(im->prefix);
 	mailboxes_select(l);
-	for (uint32_t i = 0; !with_status && l->broken < 2 && i < l->n && im->s.err.code == E_NONE; i++) {
+	for (uint32_t i = 0; !with_status && l->broken[0] < 2 && i < l->n && im->s.err.code == E_NONE; i++) {
 		if (!l->boxes[i].wanted)
 			continue;
 		while (!imap_may_send(im))
@@ -5369,7 +5369,8 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->on_list = NULL;
 	im->on_status = NULL;
 	im->context = NULL;
-	l->broken += im->s.err.code == E_NET;
+	if (im->s.err.code == E_NET)
+		l->broken[im->done + 1 == tag]++;
 	if (e->code == E_NONE)
 		*e = im->s.err;
 	if (e->code == E_NONE && l->n == 0)

@@ -397,6 +397,20 @@ def test_restore_below_a_prefix(t):
         assert [m.data for m in boxes['INBOX.A.B_c'].mails] == [m.data for m in held['A/B.c']]
 
 
+def test_restore_below_a_prefix_over_a_bad_line(t):
+    """Wherever it breaks while it lists: nothing is put beside the prefix."""
+    held = fill(t, {'INBOX': few(2), 'A': few(3, 'x')})
+    t.config()
+    t.backup()
+    for command in 'LIST', 'NAMESPACE':
+        breaks = [command]
+        boxes = {'INBOX': imapd.Mailbox(delimiter='.')}
+        restore_to(t, boxes, prefix='INBOX.', delimiter='.', hook=lambda session, tag, name, args:
+                   name in breaks and (breaks.clear() or session.drop('rst')))
+        assert sorted(boxes) == ['INBOX', 'INBOX.A'] and not breaks, boxes
+        assert [m.data for m in boxes['INBOX.A'].mails] == [m.data for m in held['A']]
+
+
 def test_restore_to_another_provider(t):
     """Another prefix and delimiter, other names of what is special, a cut file name; with and without indexes."""
     name = 'a' * 100 + '.' + 'b' * 100
