@@ -7098,7 +7098,7 @@ struct restore {
 	off_t refused[RESTORE_REFUSED_MAX]; /* or breaking the line: not sent again */
 	unsigned n_refused;
 	off_t broke;      /* the oldest on the wire when it broke, or -1 */
-	unsigned careful; /* it broke: so many are sent one by one, to know which does it */
+	unsigned careful; /* it broke: as many as were on it are sent one by one, to know which does it */
 	char target[2 * NAME_OCTETS], quoted[2 * MBOX_NAME_MAX + 20];
 };
 
@@ -7375,7 +7375,7 @@ static void restore_broken(struct restore *r)
 	if (r->broke == at)
 		restore_refuse(r, at, "the line breaks at this mail");
 	r->broke = at;
-	r->careful = IMAP_RING;
+	r->careful = r->im->tag - r->im->done;
 }
 
 /*
