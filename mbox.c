@@ -2631,17 +2631,20 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	char head[BODY_AT];
 	size_t got;
 
-	/* Our lines may be what is damaged: other readers would not find where it, or the next one, begins. */
-	if (r->digits > 0 && write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0)
-		return -1;
-	m->data_dirty = true;
-	if (r->digits == DIGITS_AT) {
+	/* Our lines may be what is damaged: nobody would find where it, or the next one, begins. */
+	if (r->digits > 0) {
+		const size_t known = r->digits == DIGITS_AT ? FROM_OCTETS : 5; /* of its From line */
+
 		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 ||
 		    reread_state(m, r, e) < 0)
 			return -1;
 		head_text(head, from_time((const uint8_t *)head, got), r->state);
-		if (write_all(m, m->fd, head, BODY_AT, r->offset, e) != 0)
+		if (write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0 ||
+		    write_all(m, m->fd, head, known, r->offset, e) != 0 ||
+		    write_all(m, m->fd, head + FROM_OCTETS - 1, STATUS_OCTETS + 6,
+			      r->offset + r->digits - STATUS_OCTETS - 1, e) != 0)
 			return -1;
+		m->data_dirty = true;
 	}
 	do {
 		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))

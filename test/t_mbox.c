@@ -1654,6 +1654,43 @@ static void test_healed_after_a_kill(void)
 	}
 }
 
+/* The beginning of a mail of the original's is damaged: the file stays an mbox. */
+static void test_healed_original(void)
+{
+	static const char text[] = "From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0001\nMessage-ID: <a@x>\n\na\n\n"
+				   "From nobody Thu Jan  1 00:00:00 1970\nX-Mozilla-Status: 0005\nMessage-ID: <b@x>\n\nb\n\n";
+	static const unsigned damaged[] = { 0, 4, 36, 37, 54, 58, 59, 81 };
+
+	for (size_t i = 0; i < 2 * N(damaged); i++) {
+		off_t mail = i % 2 * (sizeof text / 2);
+		struct mbox *m = fresh(0);
+		struct err e = { 0 };
+		char *now;
+		size_t n;
+
+		closed(m);
+		unlink(index_file);
+		write_file(path, text, sizeof text - 1);
+		m = opened(0);
+		check(bound(m, 1, "<a@x>") + bound(m, 2, "<b@x>") == 2, "bound");
+		closed(m);
+		m = opened(0);
+		check(write_all(m, m->fd, "?", 1, mail + damaged[i / 2], &e) == 0 && mbox_note(m, mail, &e) == 0, "%s", e.text);
+		closed(m);
+		m = opened(0);
+		check(mbox_heal(m, &e) == 1 && m->now.gone == 1 && m->known == 1, "healed %zu: %s", i, e.text);
+		closed(reopened(m, 0));
+		unlink(index_file);
+		m = opened(0);
+		check(m->now.stored == 2 && m->now.gone == 1, "healed %zu: %u mails", i, m->now.stored);
+		closed(m);
+		now = contents(&n);
+		check(n == sizeof text - 1 && memcmp(now + mail, "From ", 5) == 0 &&
+		      memcmp(now + mail + 36, "\nX-Mozilla-Status: 000", 21) == 0, "healed %zu: %s", i, now);
+		free(now);
+	}
+}
+
 int main(void)
 {
 	test_head();
@@ -1695,5 +1732,6 @@ int main(void)
 	test_verify_stops();
 	test_tally_of_what_is_read();
 	test_healed_after_a_kill();
+	test_healed_original();
 	return checked("t_mbox");
 }
