@@ -142,7 +142,7 @@ class Mutant(imapd.Session):
         uid, rest = parts[0], parts[1:]
         if self.hit('items'):
             rest.insert(self.rng.randrange(len(rest) + 1), self.rng.choice(
-                (b'X-GM-MSGID 17', b'X (a (b "c") {2}\r\n))', b'MODSEQ (5)', b'EMAILID (x)', b'BODY[TEXT] "x"', b'X NIL')))
+                (b'X-GM-MSGID 17', b'X (a (b "c") {2}\r\n)))', b'MODSEQ (5)', b'EMAILID (x)', b'BODY[TEXT] "x"', b'X NIL')))
         if self.hit('case'):
             rest = [p if b'{' in p or b'"' in p else p.lower() for p in rest]
         groups = [rest]
