@@ -1975,7 +1975,8 @@ static int verifier_judge(struct verifier *v, struct err *e)
 	char date[16];
 
 	if (!cert_next(&list, &v->leaf))
-		return err_set(e, E_ACCOUNT, "what the server sends as its certificate is none");
+		return err_set(e, E_ACCOUNT, "what the server sends as its certificate is none, or of more than %d kB",
+			       CHAIN_OCTETS >> 10);
 	sha256(hash, v->leaf.whole.at, der_octets(v->leaf.whole));
 	for (int i = 0; i < 32; i++)
 		snprintf(v->fingerprint + 2 * i, 3, "%02x", hash[i]);
@@ -2345,15 +2346,16 @@ static int tls_fail(struct stream *s)
 		{ BR_ERR_WRONG_KEY_USAGE, E_ACCOUNT,
 		  "the certificate's key usage does not allow this cipher" },
 		{ BR_ERR_RECV_FATAL_ALERT + 40, E_ACCOUNT,
-		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, or have an "
-		  "RSA-PSS or Ed25519 key)" },
+		  "no cipher in common with the server (it may speak only TLS 1.0 or 1.1, have an "
+		  "RSA-PSS or Ed25519 key, or want a certificate of ours)" },
 		{ BR_ERR_RECV_FATAL_ALERT + 70, E_ACCOUNT,
 		  "the server speaks only TLS 1.3, or only something older than 1.2; BearSSL speaks 1.2" },
 		{ BR_ERR_RECV_FATAL_ALERT + 80, E_NET, "the server has an internal error" },
 		{ BR_ERR_RECV_FATAL_ALERT + 112, E_ACCOUNT, "the server does not know this host name" },
 	};
 	const struct verifier *v = &s->tls->verifier;
-	const char *host = s->account->host, *pin = s->account->pins == 0 ? v->fingerprint : "";
+	const char *host = s->account->host;
+	const char *pin = s->account->pins == 0 && v->leaf.key != NULL ? v->fingerprint : "";
 	int code = br_ssl_engine_last_error(&s->tls->client.eng);
 
 	if (code == BR_ERR_OK)
@@ -2367,8 +2369,8 @@ static int tls_fail(struct stream *s)
 	for (size_t i = 0; i < sizeof words / sizeof *words; i++)
 		if (words[i].code == code)
 			return stream_fail(s, words[i].grade, "%s: TLS: %s", host, words[i].text);
-	return stream_fail(s, code < 64 ? E_ACCOUNT : E_NET, "%s: TLS failed with BearSSL's error %d", host,
-			   code);
+	return stream_fail(s, code < 64 ? E_ACCOUNT : E_NET, "%s: TLS failed: %s %d", host,
+			   code < BR_ERR_RECV_FATAL_ALERT ? "BearSSL's error" : "the server's alert", code % 256);
 }
 
 /* Say how the line is protected, and by whose certificate. */

@@ -49,6 +49,8 @@ class Certificates:
         'good': (LOCAL, -2, 800, 'ca'),
         'rsa': (LOCAL, -2, 800, 'ca', {'key': 'rsa:2048'}),
         'weak': (LOCAL, -2, 800, 'ca', {'key': 'rsa:1024'}),
+        'large': (LOCAL, -2, 800, 'ca', {'key': 'rsa:4160'}),
+        'names': (LOCAL + ''.join(',DNS:host%05d.example.org' % i for i in range(2000)), -2, 800, 'ca'),
         'sha1': (LOCAL, -2, 800, 'ca', {'hash': 'sha1'}),
         'ed25519': (LOCAL, -2, 800, 'ca', {'key': 'ed25519'}),
         'expired': (LOCAL, -800, -2, 'ca'),

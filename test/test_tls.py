@@ -111,6 +111,12 @@ def test_certificates(t):
         context.load_cert_chain(*self.server.certificate)
         return context
 
+    def wants_one(self):
+        context = Session.context(self)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
     def only_tls11(self):
         context = lax(self)
         context.minimum_version = ssl.TLSVersion.TLSv1
@@ -131,6 +137,8 @@ def test_certificates(t):
         'client': Way('not meant for servers', kind='client'),
         'critical': Way('a restriction that cannot be judged', kind='critical'),
         'weak': Way('RSA key of less than 2048 bits', kind='weak', context=lax),
+        'large': Way(r'more than 4096 bits\)(?!.*fingerprint)', kind='large'),
+        'names': Way('certificate is none, or of more than 32 kB', kind='names'),
         'sha1': Way('a signature that is weak, or unknown', kind='sha1', context=lax),
         'ed25519': Way('no cipher in common .*Ed25519', kind='ed25519'),
         'own-leaf': fine(kind='self_signed', account={'ca_file': t.certs.make('self_signed')[0]}),
@@ -170,6 +178,8 @@ def test_certificates(t):
             b'\x16\3\1\0\x2a\2\0\0\x26\3\1' + bytes(32) + b'\0\0\x2f\0', 1)),
         'only13': Way('speaks only TLS 1.3', context=only_tls13),
         'plain': Way('no TLS is spoken here .143 is the port', kind=None, one=lambda self: self.drop('silence')),
+        'alert': Way("TLS failed: the server's alert 46", start_tls=records(b'\x15\3\3\0\2\2\x2e', 1)),
+        'wants-one': Way('no cipher in common .*or want a certificate of ours', context=wants_one),
         'silent': Way('nothing for 3 seconds', start_tls=lambda self: self.drop('silence')),
         'alerts': Way('nothing for 3 seconds', start_tls=records(b'\x15\3\3\0\2\1\x5a')),
         'alerts-slow': Way('nothing for 3 seconds', start_tls=records(b'\x15\3\3\0\2\1\x5a', .7)),
