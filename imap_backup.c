@@ -351,6 +351,24 @@ static void *allocate_shared(size_t n)
 /* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
 static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
 
+/* Decode a text up to its end, "=" or "-"; out may be the text. Returns how many octets it has. */
+static size_t base64_decode(uint8_t *out, const char *text)
+{
+	uint32_t bits = 0;
+	size_t n = 0;
+
+	for (unsigned digits = 0; *text != '\0' && *text != '=' && *text != '-'; text++) {
+		const char *digit = memchr(base64_digits, *text, 64);
+
+		if (digit == NULL)
+			continue;
+		bits = bits << 6 | (uint32_t)(digit - base64_digits);
+		if (digits++ % 4 != 0)
+			out[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
+	}
+	return n;
+}
+
 static void sha256(uint8_t out[32], const void *octets, size_t n)
 {
 	br_sha256_context context;
@@ -1975,7 +1993,8 @@ static int verifier_judge(struct verifier *v, struct err *e)
 	char date[16];
 
 	if (!cert_next(&list, &v->leaf))
-		return err_set(e, E_ACCOUNT, "what the server sends as its certificate is none, or of more than %d kB",
+		return err_set(e, E_ACCOUNT,
+			       "what the server sends as its certificate is none, or of more than %d kB",
 			       CHAIN_OCTETS >> 10);
 	sha256(hash, v->leaf.whole.at, der_octets(v->leaf.whole));
 	for (int i = 0; i < 32; i++)
@@ -2092,44 +2111,34 @@ static const br_x509_class verifier_class = { sizeof(struct verifier), verifier_
 static void trust_read(struct trust *t, const char *path)
 {
 	FILE *file = fopen(path, "re");
-	size_t n = 0, room;
-	uint32_t bits = 0;
-	unsigned digits = 0;
-	bool inside = false;
 	struct stat st;
-	uint8_t *der;
-	char line[256];
+	size_t room;
+	char *text;
 
 	if (file == NULL || fstat(fileno(file), &st) != 0) {
 		err_errno(&t->err, E_ACCOUNT, "%s: cannot read the CA bundle", path);
 		return;
 	}
 	room = st.st_size < CA_FILE_MAX ? (size_t)st.st_size : CA_FILE_MAX;
-	der = allocate(room);
-	t->anchors = (struct der){ der, der };
-	snprintf(t->path, sizeof t->path, "%s", path);
-	while (fgets(line, sizeof line, file) != NULL) {
-		if (strncmp(line, "-----", 5) == 0) { /* it ends what stood before, and begins something */
-			struct der list = { t->anchors.end, der + n };
-			struct cert c;
-
-			if (inside && cert_next(&list, &c) && der_octets(list) == 0 && cert_decode(&c))
-				t->anchors.end = der + n;
-			inside = strncmp(line, "-----BEGIN ", 11) == 0 && strstr(line, "CERTIFICATE-----");
-			n = der_octets(t->anchors);
-			digits = 0;
-		}
-		for (const char *p = line; inside && *p != '\0' && *p != '=' && *p != '-'; p++) {
-			const char *digit = memchr(base64_digits, *p, 64);
-
-			if (digit == NULL)
-				continue;
-			bits = bits << 6 | (uint32_t)(digit - base64_digits);
-			if (++digits % 4 != 1 && n < room)
-				der[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
-		}
-	}
+	text = allocate(room + 2);
+	t->anchors.at = t->anchors.end = (uint8_t *)text;
+	text[fread(text, 1, room, file)] = '\0';
 	fclose(file);
+	snprintf(t->path, sizeof t->path, "%s", path);
+	while ((text = strstr(text, "-----BEGIN ")) != NULL) {
+		char *label = text, *body = text + strcspn(text, "\r\n");
+		uint8_t *to = (uint8_t *)(uintptr_t)t->anchors.end; /* in front of what is read */
+		struct der list;
+		struct cert c;
+
+		*body++ = '\0';
+		text = body + strcspn(body, "-");
+		if (strstr(label, "CERTIFICATE-----") == NULL)
+			continue;
+		list = (struct der){ to, to + base64_decode(to, body) };
+		if (cert_next(&list, &c) && der_octets(list) == 0 && cert_decode(&c))
+			t->anchors.end = list.end;
+	}
 	if (der_octets(t->anchors) == 0)
 		err_set(&t->err, E_ACCOUNT,
 			"%s: no certificate in it that could be used; expected a PEM file", path);
@@ -2370,7 +2379,8 @@ static int tls_fail(struct stream *s)
 		if (words[i].code == code)
 			return stream_fail(s, words[i].grade, "%s: TLS: %s", host, words[i].text);
 	return stream_fail(s, code < 64 ? E_ACCOUNT : E_NET, "%s: TLS failed: %s %d", host,
-			   code < BR_ERR_RECV_FATAL_ALERT ? "BearSSL's error" : "the server's alert", code % 256);
+			   code < BR_ERR_RECV_FATAL_ALERT ? "BearSSL's error" : "the server's alert",
+			   code % 256);
 }
 
 /* Say how the line is protected, and by whose certificate. */
@@ -3945,21 +3955,6 @@ static char *base64(char *out, const void *octets, size_t n, bool url)
 	return out;
 }
 
-/* Decode a text in place, up to what is no base64. */
-static void base64_decode(char *text)
-{
-	const char *digit;
-	char *out = text;
-	uint32_t bits = 0;
-
-	for (unsigned i = 0; *text != '\0' && (digit = strchr(base64_digits, *text)) != NULL; i++, text++) {
-		bits = bits << 6 | (uint32_t)(digit - base64_digits);
-		if (i % 4 != 0)
-			*out++ = (char)(bits >> (6 - 2 * (i % 4)));
-	}
-	*out = '\0';
-}
-
 /* How to log in, the best first. */
 static const struct mechanism {
 	const char *name;
@@ -4054,7 +4049,7 @@ static void imap_login_refused(struct imap *im, const struct imap_result *result
 		e->code = E_ACCOUNT; /* also where the text says "try again later" */
 	im->refused = token && e->code == E_ACCOUNT;
 	used = strlen(e->text);
-	base64_decode(im->challenge);
+	im->challenge[base64_decode((uint8_t *)im->challenge, im->challenge)] = '\0';
 	imap_scrub(im, im->challenge);
 	if (token && (status = strstr(im->challenge, "\"status\"")) != NULL) {
 		status += 8 + strspn(status + 8, ": \"");
