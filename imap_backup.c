@@ -7585,7 +7585,6 @@ struct slot {                 /* of a worker */
 	struct counts counts; /* of the mailboxes that are over, and of connections */
 	pid_t pid;            /* 0: none. Written by the process that forks it */
 	unsigned tries;       /* in a row: connections that failed */
-	volatile bool place;  /* it holds one */
 	uint32_t hand;        /* hash of the first mailbox in hand, for the case that it dies; or 0 */
 	char name[80];        /* of that, for the progress line */
 };
@@ -7609,7 +7608,7 @@ struct board { /* of an account, in shared memory */
 };
 
 struct shared { /* by all processes of a run */
-	atomic_uint places;         /* that are free */
+	_Atomic(struct slot *) places[CONFIG_PROCESSES_MAX]; /* who holds each; NULL: it is free */
 	atomic_uint full;           /* messages that tell of a full disk: one is enough */
 	volatile unsigned starving; /* accounts that wait for their first place */
 	struct board boards[];
@@ -7689,21 +7688,19 @@ static char *counts_json(char out[400], const struct counts *c, unsigned of)
 	return out;
 }
 
-/* Take a place for this slot, if one is free. */
-static bool place_take(struct run *run, struct slot *slot)
+/*
+ * Hand a place on; NULL holds those that are free. Returns false if the first has none. One step does it, so
+ * that a process that is killed leaves no place in between.
+ */
+static bool place_pass(struct run *run, struct slot *from, struct slot *to)
 {
-	unsigned left = run->shared->places;
+	for (unsigned i = 0; i < run->config->total_processes; i++) {
+		struct slot *holder = from;
 
-	while (!slot->place && left > 0)
-		slot->place = atomic_compare_exchange_weak(&run->shared->places, &left, left - 1);
-	return slot->place;
-}
-
-static void place_give(struct run *run, struct slot *slot)
-{
-	if (slot->place)
-		atomic_fetch_add(&run->shared->places, 1);
-	slot->place = false;
+		if (atomic_compare_exchange_strong(&run->shared->places[i], &holder, to))
+			return true;
+	}
+	return false;
 }
 
 /* Fork the process of a slot that has a place; it ends when this one does. Returns what fork() does. */
@@ -7744,7 +7741,7 @@ static bool slot_reap(struct run *run, struct board *b, struct slot *slot, int h
 	slot->hand = 0;
 	slot->name[0] = '\0';
 	slot->pid = 0;
-	place_give(run, slot);
+	place_pass(run, slot, NULL);
 	return true;
 }
 
@@ -7886,11 +7883,11 @@ static void account_start_helpers(struct worker *w)
 			return;
 		if (slot->pid != 0 || slot->tries > w->run->config->retries) /* at work, or it has given up */
 			continue;
-		if (!place_take(w->run, slot))
+		if (!place_pass(w->run, NULL, slot))
 			return;
 		if ((pid = slot_fork(slot)) < 0) {
 			log_detail("cannot start a helper: %s", strerror(errno));
-			place_give(w->run, slot);
+			place_pass(w->run, slot, NULL);
 			return;
 		}
 		if (pid > 0)
@@ -8287,7 +8284,7 @@ static void worker_run(struct worker *w)
 	}
 	worker_drop(w);
 	worker_hang_up(w);
-	place_give(w->run, w->slot);
+	place_pass(w->run, w->slot, NULL);
 }
 
 /*
@@ -8530,7 +8527,7 @@ static void board_end(struct run *run, struct board *b)
 	slot_reap(run, b, b->slots, 0);
 	for (unsigned k = 1; k < b->account->processes; k++) {
 		b->slots[k].pid = 0;
-		place_give(run, &b->slots[k]);
+		place_pass(run, &b->slots[k], NULL);
 	}
 	if (!b->over && (b->died > 1 || b->blamed == BLAME_MAX)) {
 		log_error("the account's process died again and again");
@@ -8632,12 +8629,12 @@ static void run_start(struct run *run)
 	for (struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
 		if (b->ended_ms != 0 || b->slots->pid != 0 || b->not_before_ms > now_ms())
 			continue;
-		if (!place_take(run, b->slots)) {
+		if (!place_pass(run, NULL, b->slots)) {
 			starving++;
 		} else if (!board_start(run, b)) {
 			log_write(b->slots->tries < run->config->retries ? LOG_WARN : LOG_ERROR,
 				  "%s: cannot start a process: %s", b->account->email, strerror(errno));
-			place_give(run, b->slots);
+			place_pass(run, b->slots, NULL);
 			b->not_before_ms = now_ms() + 1000;
 			if (b->slots->tries++ == run->config->retries) {
 				b->slots->counts.failures++;
@@ -8928,7 +8925,6 @@ static void run_prepare(struct run *run)
 	const struct options *o = run->options;
 
 	run->shared = allocate_shared(sizeof *run->shared + c->n_accounts * sizeof *run->boards);
-	run->shared->places = c->total_processes;
 	run->boards = run->shared->boards;
 	for (struct account *a = c->accounts; a < c->accounts + c->n_accounts; a++) {
 		if (!account_is_wanted(o, a))

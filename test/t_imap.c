@@ -1105,6 +1105,32 @@ static void test_login(void)
 	}
 }
 
+/* A process that is killed at any instruction takes no place with it, and leaves none too many. */
+static void test_places(void)
+{
+	struct config config = { .total_processes = 2 };
+	struct run run = { .config = &config, .shared = allocate_shared(sizeof *run.shared) };
+	struct slot *slots = allocate_shared(3 * sizeof *slots);
+
+	for (unsigned round = 0; round < 300; round++) {
+		pid_t pid = fork();
+
+		while (pid == 0) {
+			place_pass(&run, NULL, slots);
+			place_pass(&run, slots, NULL);
+		}
+		poll(NULL, 0, 1);
+		kill(pid, SIGKILL);
+		waitpid(pid, NULL, 0);
+		place_pass(&run, slots, NULL);
+		check(place_pass(&run, NULL, slots) && place_pass(&run, NULL, slots + 1) &&
+		      !place_pass(&run, NULL, slots + 2), "round %u: two places", round);
+		check(place_pass(&run, slots, NULL) && place_pass(&run, slots + 1, NULL), "round %u: given back", round);
+	}
+	munmap(slots, 3 * sizeof *slots);
+	munmap(run.shared, sizeof *run.shared);
+}
+
 static void test_base64(void)
 {
 	static const struct { const char *text, *coded, *url; } rows[] = {
@@ -1332,6 +1358,7 @@ int main(void)
 	test_beside();
 	test_login();
 	test_base64();
+	test_places();
 	test_scrub();
 	test_names();
 	test_patterns();
