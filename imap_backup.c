@@ -2867,7 +2867,7 @@ static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH
  * An error sticks, in im->s.err.
  */
 
-/* What a server can do, in the order of the words in imap_capabilities(). */
+/* What a server can do, in the order of capability_words. */
 enum { CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8 };
 enum { CAP_LIST_STATUS = 1 << 4, CAP_ESEARCH = 1 << 5, CAP_CONDSTORE = 1 << 6, CAP_LITERAL_PLUS = 1 << 7 };
 enum { CAP_ID = 1 << 8, CAP_STATUS_SIZE = 1 << 9, CAP_COMPRESS = 1 << 10, CAP_LITERAL_MINUS = 1 << 11 };
@@ -3245,19 +3245,20 @@ static void imap_line_end(struct imap *im)
 
 /* -- reading responses -- */
 
+static const char capability_words[] =
+	"STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID STATUS=SIZE "
+	"COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 AUTH=OAUTHBEARER QRESYNC "
+	"IMAP4REV1 IMAP4REV2 UNSELECT";
+
 static void imap_capabilities(struct imap *im)
 {
-	static const char words
-		[] = "STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID "
-		     "STATUS=SIZE COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 "
-		     "AUTH=OAUTHBEARER QRESYNC IMAP4REV1 IMAP4REV2 UNSELECT";
 	char word[IMAP_ATOM_MAX];
 
 	im->capabilities = 0;
 	im->append_limit = 0;
 	im->capabilities_known = true;
 	while (imap_atom(im, word) > 0) {
-		im->capabilities |= word_bit(words, word);
+		im->capabilities |= word_bit(capability_words, word);
 		if (strncmp(word, "APPENDLIMIT=", 12) == 0)
 			im->append_limit = strtoumax(word + 12, NULL, 10);
 	}
@@ -8157,12 +8158,8 @@ static int archive_list(void *context, struct archive *a)
 /* Print what --check found: how the line is protected, what the server can do, and what there is. */
 static void account_print_check(const struct worker *w, unsigned long long mailboxes)
 {
-	static const struct {
-		unsigned capability;
-		const char *word;
-	} matters[] = { { CAP_LIST_STATUS, "LIST-STATUS" }, { CAP_CONDSTORE, "CONDSTORE" },
-			{ CAP_ESEARCH, "ESEARCH" },         { CAP_COMPRESS, "COMPRESS" },
-			{ CAP_LITERAL_PLUS, "LITERAL+" },   { CAP_SPECIAL_USE, "SPECIAL-USE" } };
+	static const char *const matters[] = { "LIST-STATUS",      "CONDSTORE", "ESEARCH",
+					       "COMPRESS=DEFLATE", "LITERAL+",  "SPECIAL-USE" };
 	const struct account *account = w->board->account;
 	unsigned long long mails = 0;
 	char line[600];
@@ -8173,7 +8170,7 @@ static void account_print_check(const struct worker *w, unsigned long long mailb
 	printf("%s: login works by %s at %s, port %u; %s\n   ", account->email, w->im.mechanism,
 	       account->host, account->port, line);
 	for (size_t i = 0; i < sizeof matters / sizeof *matters; i++)
-		printf(" %s%s", w->im.capabilities & matters[i].capability ? "" : "no ", matters[i].word);
+		printf(" %s%s", w->im.capabilities & word_bit(capability_words, matters[i]) ? "" : "no ", matters[i]);
 	for (uint32_t i = 0; i < w->list.n; i++)
 		mails += w->list.boxes[i].wanted ? w->list.boxes[i].status.messages : 0;
 	printf("\n    %llu mailboxes, %llu mails\n", mailboxes, mails);
@@ -8294,16 +8291,13 @@ static void worker_run(struct worker *w)
 static int make_folder(const char *path)
 {
 	char *copy = copy_text(path), *parent = dirname(copy);
-	int result = 0;
+	bool there = strcmp(parent, path) == 0 || /* "/" or "." */
+		     (make_folder(parent) == 0 && (mkdir(path, 0700) == 0 || errno == EEXIST));
 
-	if (strcmp(parent, path) != 0) { /* neither "/" nor "." */
-		if (make_folder(parent) != 0 || (mkdir(path, 0700) != 0 && errno != EEXIST))
-			result = -1;
-		else
-			folder_sync(parent);
-	}
+	if (there)
+		folder_sync(parent);
 	free(copy);
-	return result;
+	return there ? 0 : -1;
 }
 
 /* Create the account's folder and hold its lock: one run at a time. */
@@ -8433,10 +8427,7 @@ static void account_run(struct run *run, struct board *b)
 	uint32_t left = 0;
 	int status = 0;
 
-	w->run = run;
-	w->board = b;
-	w->slot = b->slots;
-	w->im.s.fd = -1;
+	*w = (struct worker){ .run = run, .board = b, .slot = b->slots, .im.s.fd = -1 };
 	snprintf(w->folder, sizeof w->folder, "%s/%s", config->destination, b->account->email);
 	w->list = (struct mailboxes){ .config = config,
 				      .account = b->account,
