@@ -1732,13 +1732,14 @@ static bool cert_decode(struct cert *c)
 static char *cert_name(struct der name, char *out, size_t size)
 {
 	struct der set, pair, value;
+	char text[100];
 	size_t n = 0;
 
 	for (*out = '\0'; der_next(&name, 0x31, &set) && der_next(&set, DER_SEQUENCE, &pair) &&
 			  der_next(&pair, DER_OID, &value) && der_next(&pair, 0, &value);
 	     n = strlen(out))
-		snprintf(out + n, size - n, "%s%.*s", n > 0 ? ", " : "", (int)der_octets(value),
-			 (const char *)value.at);
+		snprintf(out + n, size - n, "%s%s", n > 0 ? ", " : "",
+			 log_visible(text, sizeof text, (const char *)value.at, der_octets(value)));
 	return out;
 }
 

@@ -60,6 +60,7 @@ class Certificates:
         'wildcard': ('DNS:*.example.org', -2, 800, 'ca'),
         'ip': ('IP:127.0.0.1', -2, 800, 'ca'),
         'common': ('', -2, 800, 'ca', {'common': 'localhost'}),
+        'controls': (LOCAL, -2, 800, 'ca', {'common': 'a\033[2Jb\u202ec'}),
         'client': (LOCAL, -2, 800, 'ca', {'more': 'extendedKeyUsage=clientAuth'}),
         'server': (LOCAL, -2, 800, 'ca', {'more': 'extendedKeyUsage=clientAuth,serverAuth'}),
         'critical': (LOCAL, -2, 800, 'ca', {'more': '1.2.3.4=critical,ASN1:NULL'}),
@@ -175,7 +176,7 @@ class Certificates:
                        'basicConstraints=critical,CA:false' + ('\nsubjectAltName=' + names if names else ''), more))
         kind = {'ec': ['ec', '-pkeyopt', 'ec_paramgen_curve:P-256']}.get(key, [key])
         tool('openssl', 'req', '-new', '-config', conf, '-newkey', *kind, '-nodes', '-keyout', private,
-             '-out', request, '-subj', '/O=imap_backup/CN=' + (common or 'test ' + name))
+             '-out', request, '-utf8', '-subj', '/O=imap_backup/CN=' + (common or 'test ' + name))
         when = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(time.time() + 86400 * d)) for d in (begin, end)]
         signer = ['-selfsign', '-keyfile', private] if own else \
             ['-cert', self._path(issuer, 'crt'), '-keyfile', self._path(issuer, 'key')]

@@ -190,6 +190,16 @@ def test_certificates(t):
     assert sorted(map(str, names)) == ['None', 'localhost'], names
 
 
+def test_control_characters_in_a_certificate(t):
+    """They reach no terminal."""
+    server = Server({'INBOX': Mailbox(letters(1))}, certificate=t.certs.make('controls'), tls=True)
+    t.cleanups.append(server.stop)
+    t.config(dict(t.account(server), port=server.port))
+    out = t.backup('--check').out
+    assert 'certificate of imap_backup, a\\x1b[2Jb\\xe2\\x80\\xaec, issued by' in out, out
+    assert not re.search('[\0-\x09\x0b-\x1f\x7f-\x9f\u202e]', out), repr(out)
+
+
 def test_name_constraints(t):
     """What an issuer may certify, critical or not, in the chain or in the CA bundle."""
     root = {'ca_file': t.certs.authority('limited_root')}
