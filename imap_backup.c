@@ -1918,6 +1918,7 @@ static int cert_judge(const struct cert *c, int64_t now_sec, struct err *e)
 	const char *whose = c->below == NULL ? "the certificate" : "an issuer's certificate";
 	const br_x509_decoder_context *d = &c->decoder;
 	int64_t now = now_sec + CERT_1970 * 86400; /* as BearSSL counts */
+	bool early = now < (int64_t)d->notbefore_days * 86400 + d->notbefore_seconds;
 	struct der purposes = c->extension[X_PURPOSES], purpose;
 	bool serves = purposes.at == NULL;
 	char date[16], today[16];
@@ -1932,13 +1933,11 @@ static int cert_judge(const struct cert *c, int64_t now_sec, struct err *e)
 		return err_set(e, E_ACCOUNT, "%s has a restriction that cannot be judged here", whose);
 	if (!serves)
 		return err_set(e, E_ACCOUNT, "%s is not meant for servers (its extended key usage)", whose);
-	if (now < (int64_t)d->notbefore_days * 86400 + d->notbefore_seconds)
-		return err_set(e, E_ACCOUNT, "%s is not valid before %s, and this device's clock says %s",
-			       whose, cert_date(date, d->notbefore_days - CERT_1970),
+	if (early || now > (int64_t)d->notafter_days * 86400 + d->notafter_seconds)
+		return err_set(e, E_ACCOUNT, "%s %s %s, and this device's clock says %s", whose,
+			       early ? "is not valid before" : "expired on",
+			       cert_date(date, (early ? d->notbefore_days : d->notafter_days) - CERT_1970),
 			       cert_date(today, now_sec / 86400));
-	if (now > (int64_t)d->notafter_days * 86400 + d->notafter_seconds)
-		return err_set(e, E_ACCOUNT, "%s expired on %s", whose,
-			       cert_date(date, d->notafter_days - CERT_1970));
 	return 0;
 }
 
