@@ -215,12 +215,10 @@ static char *log_octets(char out[16], uint64_t octets)
 	static const char units[] = "BkMGTPE";
 	double amount = (double)octets;
 	unsigned unit = 0;
-	int decimals;
 
 	for (; amount >= 999.5 && unit < 6; unit++)
 		amount /= 1000;
-	decimals = unit > 1 && amount < 99.5 ? 1 : 0;
-	snprintf(out, 16, "%.*f %c%s", decimals, amount, units[unit], unit == 0 ? "" : "B");
+	snprintf(out, 16, "%.*f %c%s", unit > 1 && amount < 99.5, amount, units[unit], unit == 0 ? "" : "B");
 	return out;
 }
 
@@ -541,8 +539,7 @@ static volatile sig_atomic_t stop_asked;
 
 static void on_stop_signal(int number)
 {
-	(void)number;
-	stop_asked = 1;
+	stop_asked = number;
 }
 
 static pid_t parent_pid; /* the process whose end is ours too; 0: none */
@@ -2563,23 +2560,21 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
-/* Write the numeric address of this end, or of the server's. Returns false if there is none. */
-static bool stream_address(const struct stream *s, bool own, char out[64])
-{
-	struct sockaddr_storage at;
-	struct sockaddr *address = (struct sockaddr *)&at;
-	socklen_t n = sizeof at;
-
-	return (own ? getsockname : getpeername)(s->fd, address, &n) == 0 &&
-	       getnameinfo(address, n, out, 64, NULL, 0, NI_NUMERICHOST) == 0;
-}
-
 /* Return true if the server is on this machine, so that nobody can listen on the way. */
 static bool stream_is_local(const struct stream *s)
 {
-	char own[64], peer[64];
+	char ends[2][64];
 
-	return stream_address(s, true, own) && stream_address(s, false, peer) && strcmp(own, peer) == 0;
+	for (int i = 0; i < 2; i++) {
+		struct sockaddr_storage at;
+		struct sockaddr *address = (struct sockaddr *)&at;
+		socklen_t n = sizeof at;
+
+		if ((i == 0 ? getsockname : getpeername)(s->fd, address, &n) != 0 ||
+		    getnameinfo(address, n, ends[i], sizeof ends[i], NULL, 0, NI_NUMERICHOST) != 0)
+			return false;
+	}
+	return strcmp(ends[0], ends[1]) == 0;
 }
 
 /* At least one octet as it comes over the line, lent until the next call. */
