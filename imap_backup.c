@@ -102,12 +102,13 @@ enum {
 	TOKEN_MAX = 32 << 10,         /* octets of an access token that can be logged in with */
 	IMAP_ATOM_MAX = 128,          /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,         /* octets of a command (RFC 2683 3.2.1.5) */
-	IMAP_FLIGHT_MAX = 48,         /* commands without an answer */
+	IMAP_FLIGHT_MAX = 104,        /* commands without an answer */
 	IMAP_RING = 264,              /* the same where they are mails of a restore */
 	RESTORE_REFUSED_MAX = 1000,   /* mails that a server may refuse in a restore */
 	RESTORE_BADS_MAX = 9,         /* on one connection; the tenth ends it at Exchange */
 	APPEND_AHEAD_MAX = 64 << 10,  /* octets of a mail that is sent before the server takes it */
-	IMAP_FLIGHT_OCTETS = 4 << 10, /* and octets: more could block both sides */
+	IMAP_FLIGHT_OCTETS = 8 << 10, /* and octets: more could block both sides */
+	STATUS_OCTETS = 3 << 10,      /* of STATUS commands, when the next may follow */
 	IMAP_NOISE_MAX = 16 << 20,    /* octets without anything that we asked for */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 100, /* of a command are its UIDs */
@@ -5352,7 +5353,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	for (uint32_t i = 0; !with_status && l->broken[0] < 2 && i < l->n && im->s.err.code == E_NONE; i++) {
 		if (!l->boxes[i].wanted)
 			continue;
-		while (!imap_may_send(im))
+		while (im->in_flight > STATUS_OCTETS || !imap_may_send(im))
 			if (imap_answer(im) == NULL)
 				break;
 		imap_quote(im, quoted, sizeof quoted, l->boxes[i].name);
