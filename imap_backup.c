@@ -2927,7 +2927,6 @@ struct imap {
 	unsigned turned;       /* the one that imap_turn() looked at last */
 	unsigned compress_tag; /* of COMPRESS without an answer: nothing may follow it; or 0 */
 	struct command ring[IMAP_RING];
-	struct range ranges[IMAP_FLIGHT_MAX][BATCH_RANGES]; /* of the last ones of these */
 	unsigned in_flight; /* octets of commands without an answer */
 	bool pipelines;     /* a command that was sent ahead of an answer got its own */
 	unsigned alerts;    /* shown to the person */
@@ -2961,6 +2960,9 @@ struct imap {
 	int (*on_literal)(void *context, const struct imap_fetch *fetch);
 	int (*on_octets)(void *context, const struct imap_fetch *fetch, const void *octets, size_t n);
 	int (*on_fetch)(void *context, const struct imap_fetch *fetch);
+
+	/* The UIDs of the last commands. At the end, as no memory is taken for those that were never asked for. */
+	struct range ranges[IMAP_FLIGHT_MAX][BATCH_RANGES];
 };
 
 static int imap_proto(struct imap *im, const char *found, const char *expected)
@@ -4182,7 +4184,7 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 	unsigned tag;
 	int result;
 
-	memset(im, 0, sizeof *im);
+	memset(im, 0, offsetof(struct imap, ranges));
 	im->trace = log_to.level >= LOG_TRACE;
 	im->mechanism = "PREAUTH";
 	im->flight = IMAP_FLIGHT_MAX - 8;
@@ -7891,7 +7893,8 @@ static void account_start_helpers(struct worker *w)
 			continue;
 		if (w->im.s.fd >= 0)
 			close(w->im.s.fd);
-		w->im = (struct imap){ .s.fd = -1 };
+		memset(&w->im, 0, offsetof(struct imap, ranges));
+		w->im.s.fd = -1;
 		w->slot = slot;
 		w->session.first = NULL;
 		w->cuts = 0;
@@ -8423,7 +8426,10 @@ static void account_run(struct run *run, struct board *b)
 	uint32_t left = 0;
 	int status = 0;
 
-	*w = (struct worker){ .run = run, .board = b, .slot = b->slots, .im.s.fd = -1 };
+	w->run = run;
+	w->board = b;
+	w->slot = b->slots;
+	w->im.s.fd = -1;
 	snprintf(w->folder, sizeof w->folder, "%s/%s", config->destination, b->account->email);
 	w->list = (struct mailboxes){ .config = config,
 				      .account = b->account,
