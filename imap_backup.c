@@ -5318,7 +5318,12 @@ static uint32_t mailboxes_select(struct mailboxes *l)
 static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, struct err *e)
 {
 	char items[100], quoted[2 * MBOX_NAME_MAX + 20];
-	bool with_status = (im->capabilities & CAP_LIST_STATUS) != 0 && l->broken[0] == 0;
+	const bool extended = (im->capabilities & CAP_LIST_STATUS) != 0;
+	bool with_status = extended && l->broken[0] == 0;
+	/* "mailboxes" may name special uses, and the indexes keep them: what breaks the line is hardly this. */
+	const char *uses = extended && im->capabilities & CAP_SPECIAL_USE && l->broken[0] > 0 && l->broken[0] < 3
+				   ? " RETURN (SPECIAL-USE)"
+				   : "";
 	const struct imap_result *result;
 	unsigned tag = 0;
 
@@ -5346,7 +5351,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 			      *mailboxes_find(l, BY_NAME, "INBOX") > 0;
 	}
 	if (!with_status && im->s.err.code == E_NONE)
-		imap_refused(e, imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\"")),
+		imap_refused(e, imap_wait(im, imap_send(im, NULL, "LIST \"\" \"*\"%s", uses)),
 			     "listing the mailboxes");
 	for (uint32_t i = 0; i < l->n; i++)
 		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
@@ -6609,6 +6614,8 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	}
 	if (imap_refused(&y->err, result, "opening the mailbox") != 0)
 		return -1;
+	if (im->exists == UINT32_MAX && im->box.uidvalidity == 0) /* what follows might be of another mailbox */
+		return err_set(&y->err, E_PROTO, "the server tells nothing of the mailbox that it says to have opened");
 	if (sync_is_open(y)) {
 		const uint32_t new = y->claim.uidnext != 0 ? uidnext - y->claim.uidnext : 0;
 
