@@ -5357,7 +5357,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 		if (strncasecmp(l->boxes[i].name, im->prefix, strlen(im->prefix)) == 0)
 			l->boxes[i].prefix = strlen(im->prefix);
 	mailboxes_select(l);
-	for (uint32_t i = 0; !with_status && l->broken[0] < 2 && i < l->n && im->s.err.code == E_NONE; i++) {
+	for (uint32_t i = 0; !with_status && l->broken[0] < 3 && i < l->n && im->s.err.code == E_NONE; i++) {
 		if (!l->boxes[i].wanted)
 			continue;
 		while (im->in_flight > STATUS_OCTETS || !imap_may_send(im))
