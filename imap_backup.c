@@ -6614,8 +6614,6 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	}
 	if (imap_refused(&y->err, result, "opening the mailbox") != 0)
 		return -1;
-	if (im->exists == UINT32_MAX && im->box.uidvalidity == 0) /* what follows might be of another mailbox */
-		return err_set(&y->err, E_PROTO, "the server tells nothing of the mailbox that it says to have opened");
 	if (sync_is_open(y)) {
 		const uint32_t new = y->claim.uidnext != 0 ? uidnext - y->claim.uidnext : 0;
 

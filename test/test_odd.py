@@ -11,7 +11,7 @@ import imapd
 import sample
 import servers
 from imapd import BARE, FULL, Mailbox, Server, Session
-from test_wire import Case, always, answers, drop, few, letters, once, play
+from test_wire import Case, always, answers, drop, few, letters, play
 from torture import held
 
 PLAIN = FULL.replace(' CONDSTORE', '')
@@ -1032,14 +1032,6 @@ def test_what_only_saves_work_breaks_the_server(t):
         'changedsince': case('^UID_FETCH.*CHANGEDSINCE', drop('rst')),
         'namespace': case('^NAMESPACE', drop('close'), capabilities=FULL + ' NAMESPACE'),
     }, retries=3)
-
-
-def test_an_examine_that_opens_nothing(t):
-    """OK, without a word of the mailbox, while the one before is selected: its mails are not taken for this one's."""
-    def lie(session, tag, args=''):
-        session.line(tag + ' OK done')
-    play(t, {'full': Case(boxes={'INBOX': Mailbox(letters()), 'A': few(3), 'B': few(2)}, tries=2, **once('^EXAMINE "?B', lie))},
-         retries=2)
 
 
 def test_special_uses_are_known_after_a_break(t):
