@@ -233,7 +233,9 @@ build() # TARGET
 			die "$name: this needs an FPU"
 		;;
 	esac
-	"$tools-strip" -o "$top/build/imap_backup-$name" "$top/build/$name/imap_backup"
+	# Put there in one step: a test may be about to run it.
+	"$tools-strip" -o "$top/build/$name/stripped" "$top/build/$name/imap_backup"
+	mv "$top/build/$name/stripped" "$top/build/imap_backup-$name"
 }
 
 names()
