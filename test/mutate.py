@@ -89,8 +89,11 @@ class Mutant(imapd.Session):
 
     def refuse(self, session, tag, name, args):
         if self.hit('refuse', 0.3) and name not in ('AUTHENTICATE', 'LOGIN', 'LOGOUT'):
-            self.line(tag + self.rng.choice((' NO not now', ' BAD no', ' NO', ' NO [SERVERBUG] x', ' NO [THROTTLED] x', ' OK',
-                                             ' NO [LIMIT] x', ' BAD [CLIENTBUG] x', ' NO [EXPUNGEISSUED] x', ' MAYBE')))
+            answer = self.rng.choice((' NO not now', ' BAD no', ' NO', ' NO [SERVERBUG] x', ' NO [THROTTLED] x', ' OK',
+                                      ' NO [LIMIT] x', ' BAD [CLIENTBUG] x', ' NO [EXPUNGEISSUED] x', ' MAYBE'))
+            if name == 'EXAMINE' and answer == ' OK':
+                return False   # the mails of another mailbox would follow, and nobody could know it
+            self.line(tag + answer)
             return True
 
     def in_order(self, when):
