@@ -103,12 +103,12 @@ enum {
 	IMAP_ATOM_MAX = 128,          /* an atom we look at; longer ones are cut */
 	IMAP_LINE_MAX = 1000,         /* octets of a command (RFC 2683 3.2.1.5) */
 	IMAP_FLIGHT_MAX = 104,        /* commands without an answer */
-	IMAP_RING = 264,              /* the same where they are mails of a restore */
+	IMAP_RING = 264,              /* the same, in a restore */
 	RESTORE_REFUSED_MAX = 1000,   /* mails that a server may refuse in a restore */
 	RESTORE_BADS_MAX = 9,         /* on one connection; the tenth ends it at Exchange */
 	APPEND_AHEAD_MAX = 64 << 10,  /* octets of a mail that is sent before the server takes it */
 	IMAP_FLIGHT_OCTETS = 8 << 10, /* and octets: more could block both sides */
-	STATUS_OCTETS = 3 << 10,      /* of STATUS commands, when the next may follow */
+	STATUS_OCTETS = 3 << 10,      /* without an answer: then no STATUS follows yet */
 	IMAP_NOISE_MAX = 16 << 20,    /* octets without anything that we asked for */
 	SET_RANGES_MAX = MBOX_MAILS_MAX,
 	SET_TEXT_OCTETS = IMAP_LINE_MAX - 100, /* of a command are its UIDs */
@@ -1123,7 +1123,8 @@ static int quick_load(struct config *c, const struct options *o)
 
 	*c = (struct config){ .path = "command line", .folder = ".", .quick = true };
 	if (strstr(t.at, "\\ufffd") != NULL) /* what json_escape() puts for it would be another folder */
-		log_error("command line: this is not UTF-8");
+		log_error("command line: found octets that are no UTF-8 in --to, --user, --host or "
+			  "--password-command, expected UTF-8");
 	else
 		result = config_take(c, t.at, t.n);
 	string_free(&t);
@@ -4362,9 +4363,8 @@ struct oauth_job { /* what all functions here work on */
 	const struct oauth *oauth;
 	const struct trust *trust;
 	struct err *e;
-	const char *secrets
-		[2];    /* in the form at hand, or NULL; if the provider repeats them they are not told */
-	char error[40]; /* the provider's word for what was wrong with the last request, or "" */
+	const char *secrets[2]; /* of the form at hand, or NULL: overwritten in what the provider says */
+	char error[40];         /* the provider's word for what was wrong with the last request, or "" */
 	char path[PATH_MAX_OCTETS], aside[PATH_MAX_OCTETS + 8]; /* of the token file */
 	int lock, fd;                        /* -1: not locked; what is written aside is not open */
 	bool waited;                         /* for another process, until it was locked */

@@ -2,7 +2,7 @@
  * json.c - a JSON parser (RFC 8259), for configurations and the answers of web services
  *
  * It knows the grammar and UTF-8; nothing of files, and nothing of what a value is for. It stands on
- * nothing of ours, so what all three sources need stands here first: errors, wiping, UTF-8.
+ * nothing of ours, so what all three sources need stands here first: errors, wiping, chance, UTF-8, calendar.
  *
  * A first pass counts what can become a value or a name, so that the whole tree is one piece of
  * memory, wiped and freed in one go. The second is a recursive descent, JSON_DEPTH_MAX deep.
