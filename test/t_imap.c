@@ -405,7 +405,7 @@ static void test_quick(void)
 		{ "--host h --user u@x --to ~/d", "command line: destination: found \"~/d\", expected a path" },
 		{ "--host h --user u@x --to d --port 65536", "accounts[0].port: found 65536, expected a whole" },
 		{ "--host h --user u@x --to d --port 0", "accounts[0].port: found 0" },
-		{ "--host h --user u@x --to d\xE9", "command line: this is not UTF-8" },
+		{ "--host h --user u@x --to d\xE9", "command line: found octets that are no UTF-8 in --to" },
 	};
 	struct options o;
 	struct config c;
