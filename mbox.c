@@ -57,6 +57,7 @@ enum {
 	STATE_AT = 1536,
 	STATE_OCTETS = 80,
 	UIDVALIDITY_AT = 20, /* in the state */
+	MIX_AT = 64,
 	RECORDS_AT = 2048,
 	RECORD_OCTETS = 64,
 	RECORDS_READ = 64,                       /* records read at once */
@@ -471,7 +472,7 @@ struct mbox {
 	int fd, index;      /* -1: not open */
 	bool index_void;    /* it does not fit the mbox: to be removed */
 	bool index_rekeyed; /* every UID changed, and the index on disk has the old ones */
-	bool data_dirty, records_dirty;
+	bool data_dirty;
 	bool marked;      /* we have brought "writing" to the disk; what was read may not be there */
 	bool stuck;       /* a write or sync failed: what is on disk is not known */
 	struct state now; /* the index's header as it should be, ... */
@@ -681,7 +682,7 @@ static void state_pack(const struct state *s, uint8_t p[STATE_OCTETS])
 	put_number(p + 40, 8, s->claim.highestmodseq);
 	put_number(p + 48, 8, (uint64_t)s->claim.when_sec);
 	put_number(p + 56, 8, (uint64_t)s->octets);
-	put_number(p + 64, 8, s->mix);
+	put_number(p + MIX_AT, 8, s->mix);
 	put_number(p + 72, 8, sum_of(p, 72));
 }
 
@@ -699,7 +700,7 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 			     .gone = n[3],
 			     .others = n[4],
 			     .octets = (off_t)get_number(p + 56, 8),
-			     .mix = get_number(p + 64, 8) };
+			     .mix = get_number(p + MIX_AT, 8) };
 	s->claim = (struct mbox_claim){ .uidvalidity = n[5],
 					.uidnext = n[6],
 					.messages = n[7],
@@ -864,7 +865,7 @@ static int record_put(struct mbox *m, uint32_t i, const struct record *r, struct
 /* Write what differs from the disk into the records there. Not synced. */
 static int records_update(struct mbox *m, struct err *e)
 {
-	for (uint32_t i = 0; m->records_dirty && i < m->now.records; i++) {
+	for (uint32_t i = 0; i < m->now.records; i++) {
 		struct entry *entry = &m->entries[i];
 		struct record r;
 		uint8_t before[RECORD_OCTETS];
@@ -881,7 +882,6 @@ static int records_update(struct mbox *m, struct err *e)
 			return -1;
 		entry->bits &= ~(uint32_t)ENTRY_DIRTY;
 	}
-	m->records_dirty = false;
 	return 0;
 }
 
@@ -950,7 +950,6 @@ static void set_uid(struct mbox *m, uint32_t i, uint32_t uid)
 	if (m->entries[i].bits & ENTRY_OTHER)
 		m->now.others += uid != 0 ? 1 : UINT32_MAX;
 	m->entries[i].bits |= ENTRY_DIRTY;
-	m->records_dirty = true;
 }
 
 /*
@@ -1153,7 +1152,6 @@ static int record_append(struct mbox *m, struct record *r, struct err *e)
 
 	if (record_put(m, i, r, e) != 0 || record_add(m, r, e) <= 0)
 		return -1;
-	m->records_dirty = true;
 	if (r->uid != 0)
 		order_insert(m, i, r->uid);
 	return 0;
@@ -1603,7 +1601,6 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	m->now.gone -= (entry->bits & ENTRY_GONE) != 0;
 	entry->bits &= ~(uint32_t)(31 * ENTRY_STATE);
 	entry->bits |= entry_state(state) | ENTRY_DIRTY;
-	m->records_dirty = true;
 	return 0;
 }
 
@@ -1618,7 +1615,6 @@ static int tear(struct mbox *m, uint32_t i, struct err *e)
 {
 	m->entries[i].bits &= ~(uint32_t)(ENTRY_SUSPECT | ENTRY_LEFT);
 	m->entries[i].bits |= ENTRY_TORN | ENTRY_DIRTY;
-	m->records_dirty = true;
 	return set_state(m, i, state_of(&m->entries[i]) | MBOX_GONE, e);
 }
 
@@ -1703,15 +1699,12 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 	if (good <= 0 || (good = record_add(m, r, e)) <= 0)
 		return good;
 	m->now.octets += r->octets;
-	if (entry_state(r->state) != entry_state(before)) {
+	if (entry_state(r->state) != entry_state(before))
 		m->entries[i].bits |= ENTRY_DIRTY;
-		m->records_dirty = true;
-	}
 	/* A run that died had found out that its UID had left. */
 	if (rank_of(m, i) == RANK_BOUND && r->state & MBOX_GONE) {
 		m->entries[i].uid = 0;
 		m->entries[i].bits |= ENTRY_LEFT | ENTRY_DIRTY;
-		m->records_dirty = true;
 	}
 	return 1;
 }
@@ -1810,7 +1803,6 @@ static int rebuild(struct mbox *m, const char *why, struct err *e)
 	int good = 1;
 
 	m->now = (struct state){ .claim.unseen = UINT32_MAX };
-	m->records_dirty = false;
 	memset(m->table, 0, m->table_room * sizeof *m->table);
 	if (m->flushed > 0 && (good = from_at(m, 0, e)) == 0)
 		err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"", m->path);
@@ -1983,7 +1975,6 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 void mbox_forget_uids(struct mbox *m, const struct mbox_claim *claim)
 {
 	mbox_drop_uids(m, NULL, NULL);
-	m->records_dirty = true;
 	for (uint32_t i = 0; i < m->now.records; i++)
 		if (m->entries[i].bits & ENTRY_LEFT) {
 			m->entries[i].bits &= ~(uint32_t)ENTRY_LEFT;
@@ -2523,7 +2514,8 @@ void mbox_abort(struct mbox *m)
 
 int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
-	bool data = m->data_dirty || m->buffered > 0, marking = m->now.writing && !m->marked, records;
+	const bool marking = m->now.writing && !m->marked;
+	bool lasting;
 	uint8_t state[STATE_OCTETS];
 	struct stat st, named;
 
@@ -2542,7 +2534,6 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	m->now.octets = m->flushed;
 	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
-	records = data || m->records_dirty || marking || m->now.writing != m->disk[0];
 	/*
 	 * The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these: the old one is off it
 	 * before the first record changes, and the new one comes when all have.
@@ -2562,13 +2553,14 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	if (marking && ftruncate(m->index, record_at(m->now.records)) != 0)
 		return err_errno(e, E_SYSTEM, "%s.index: cannot cut off what it does not count", m->path);
 	state_pack(&m->now, state);
-	if (!records && memcmp(state, m->disk, sizeof state) == 0)
+	if (!marking && memcmp(state, m->disk, sizeof state) == 0)
 		return 0;
+	/* A mere claim may be lost with the power: the old one only asks again. */
+	lasting = marking || state[0] != m->disk[0] || memcmp(state + MIX_AT, m->disk + MIX_AT, 8) != 0;
 	if (write_all(m, m->index, state, sizeof state, STATE_AT, e) != 0)
 		return -1;
 	memcpy(m->disk, state, sizeof state);
-	/* A mere claim may be lost with the power: the old one only asks again. */
-	if (records && sync_file(m, m->index, e) != 0)
+	if (lasting && sync_file(m, m->index, e) != 0)
 		return -1;
 	if (marking && sync_folder(m, e) != 0)
 		return -1;

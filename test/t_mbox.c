@@ -1197,7 +1197,6 @@ static void test_twice(void)
 	bound(m, 3, "<a@x>");
 	m->entries[2].uid = 1;
 	m->entries[2].bits |= ENTRY_DIRTY;
-	m->records_dirty = true;
 	closed(m);
 	m = opened(0);
 	check(m->known == 2 && m->now.others == (m->entries[2].uid != 0) && mbox_next_uid(m, 1) == 1 &&
