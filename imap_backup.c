@@ -7086,12 +7086,10 @@ struct restore {
 	struct err err;      /* why the whole cannot go on; E_NET: it can, on another connection */
 	char delimiter;      /* the target's */
 	bool strip;          /* every archive but INBOX's lay below INBOX: the source's prefix */
-	struct mbox_id *ids; /* owned: what the target's mailbox has, sorted */
-	uint8_t *used;       /* owned: one for each of these: a mail of ours has met it */
+	struct holding *held; /* owned: what the target's mailbox has, sorted */
 	size_t n, room;
-	struct set nameless; /* UIDs of mails without a Message-ID */
 	struct mbox_header header;
-	bool asks_made, created;
+	bool created;
 	unsigned done, at; /* archives that are over, also on connections before; the one in hand */
 	unsigned bads;     /* on this connection */
 	struct archive *a; /* in hand; of its mails: */
@@ -7129,12 +7127,17 @@ static bool restore_is_refused(const struct restore *r, off_t at)
 
 /* -- what the target has -- */
 
+struct holding { /* compared by what stands first */
+	struct mbox_id id;
+	uint32_t mails; /* that have it, but for those that mails of ours have met */
+};
+
 static int restore_on_literal(void *context, const struct imap_fetch *fetch)
 {
 	struct restore *r = context;
 
 	mbox_header_init(&r->header);
-	return fetch->section == (r->asks_made ? SECTION_MADE : SECTION_ID);
+	return fetch->section != SECTION_MAIL;
 }
 
 static int restore_on_octets(void *context, const struct imap_fetch *fetch, const void *octets, size_t n)
@@ -7150,39 +7153,40 @@ static int restore_on_fetch(void *context, const struct imap_fetch *fetch)
 {
 	struct restore *r = context;
 
-	if (fetch->section != (r->asks_made ? SECTION_MADE : SECTION_ID) || r->n == r->room)
+	if (fetch->section == SECTION_NONE || fetch->section == SECTION_MAIL || r->n == r->room)
 		return 0;
 	r->im->noise = 0;
-	if (!mbox_header_end(&r->header, &r->ids[r->n]) && !r->asks_made)
-		return set_add(&r->nameless, fetch->uid, fetch->uid) ? 0 : -1;
-	r->n++;
+	mbox_header_end(&r->header, &r->held[r->n].id);
+	r->held[r->n++].mails = 1;
 	return 0;
 }
 
-static int id_compare(const void *a, const void *b)
+static int holding_compare(const void *a, const void *b)
 {
 	return memcmp(a, b, sizeof(struct mbox_id));
+}
+
+/* Put what the target's mailbox has in order, a holding for each identity. */
+static void restore_sort(struct restore *r)
+{
+	size_t n = 0;
+
+	if (r->n > 0)
+		qsort(r->held, r->n, sizeof *r->held, holding_compare);
+	for (size_t i = 0; i < r->n; i++)
+		if (n > 0 && holding_compare(&r->held[n - 1], &r->held[i]) == 0)
+			r->held[n - 1].mails++;
+		else
+			r->held[n++] = r->held[i];
+	r->n = n;
 }
 
 /* Return true if the target's mailbox has this mail; it is used up then, as there may be several. */
 static bool restore_has(struct restore *r, const struct mbox_id *id)
 {
-	size_t low = 0, high = r->n;
+	struct holding *held = r->n > 0 ? bsearch(id, r->held, r->n, sizeof *held, holding_compare) : NULL;
 
-	while (low < high) {
-		size_t middle = (low + high) / 2;
-
-		if (id_compare(&r->ids[middle], id) < 0)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	for (; low < r->n && id_compare(&r->ids[low], id) == 0; low++)
-		if (!r->used[low]) {
-			r->used[low] = 1;
-			return true;
-		}
-	return false;
+	return held != NULL && held->mails > 0 && held->mails-- > 0;
 }
 
 /*
@@ -7207,13 +7211,11 @@ static int restore_listed(struct restore *r, struct err *e)
 /* Open the target's mailbox and list what it has. Returns 0, or -1 with *e: E_REFUSED, or r->err is filled, too. */
 static int restore_look(struct restore *r, struct err *e)
 {
-	static const char *const fields[] = { "Message-ID", "From To Cc Date Subject" }; /* as in a backup */
+	static const char fields[] = "Message-ID From To Cc Date Subject"; /* spelt as in a backup */
 	struct imap *im = r->im;
 	const struct imap_result *result;
-	struct range ranges[BATCH_RANGES];
-	struct set ask = { 0 };
+	const size_t most = r->session->config->header_batch;
 	struct err refused = { 0 };
-	char uids[SET_TEXT_OCTETS];
 	unsigned tag;
 
 	im->takes_forwarded = false;
@@ -7232,36 +7234,26 @@ static int restore_look(struct restore *r, struct err *e)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	r->n = 0;
 	r->room = im->exists;
-	free(r->ids);
-	free(r->used);
-	r->ids = allocate((r->room + 1) * sizeof *r->ids);
-	r->used = allocate(r->room + 1);
-	/* Numbers, at first; nobody shifts them between two commands that are FETCH. */
-	if (im->exists > 0 && !set_add(&ask, 1, im->exists))
-		return -1;
-	for (int made = 0; made < 2; made++) {
-		r->asks_made = made > 0;
-		while (set_take(&ask, r->session->config->header_batch, ranges, uids) > 0) {
-			while (!imap_may_send(im))
-				if (restore_listed(r, &refused) != 0)
-					return -1;
-			if (imap_send(im, NULL, "%sFETCH %s (UID BODY.PEEK[HEADER.FIELDS (%s)])",
-				      made > 0 ? "UID " : "", uids, fields[made]) == 0)
-				return -1;
-		}
-		while (im->taken < im->tag)
+	free(r->held);
+	r->held = allocate(r->room * sizeof *r->held);
+	/* By numbers: nobody shifts them between two commands that are FETCH. */
+	for (size_t first = 1, last; first <= r->room; first = last + 1) {
+		last = r->room - first < most ? r->room : first + most - 1;
+		while (!imap_may_send(im))
 			if (restore_listed(r, &refused) != 0)
 				return -1;
-		set_free(&ask);
-		ask = r->nameless;
-		r->nameless = (struct set){ 0 };
+		if (imap_send(im, NULL, "FETCH %zu:%zu (BODY.PEEK[HEADER.FIELDS (%s)])", first, last, fields) ==
+		    0)
+			return -1;
 	}
+	while (im->taken < im->tag)
+		if (restore_listed(r, &refused) != 0)
+			return -1;
 	if (refused.code != E_NONE) {
 		*e = refused; /* whatever it tells of CREATE */
 		return -1;
 	}
-	if (r->n > 0)
-		qsort(r->ids, r->n, sizeof *r->ids, id_compare);
+	restore_sort(r);
 	/* GNU's imap4d says OK to what is appended to the mailbox that is selected, and drops it in the end. */
 	return r->session->dry || !(im->capabilities & CAP_UNSELECT) ||
 	       imap_wait(im, imap_send(im, NULL, "UNSELECT")) != NULL ? 0 : -1;
@@ -7562,7 +7554,6 @@ static int restore_run(struct restore *r, struct err *e)
 	if (status == 0)
 		status = archives_walk(list->config, r->options, list->account, archive_restore, r);
 	log_context(list->account->email, "");
-	set_free(&r->nameless);
 	r->im->on_literal = NULL;
 	r->im->on_octets = NULL;
 	r->im->on_fetch = NULL;

@@ -341,12 +341,11 @@ def test_restore_where_the_listing_is_refused(t):
     t.backup()
     boxes = {'INBOX': imapd.Mailbox(), 'Other': imapd.Mailbox()}
     restore_to(t, boxes)
-    for command, answer in (('FETCH', 'NO no'), ('UID_FETCH', 'BAD no'), ('FETCH', 'NO Server Unavailable. 15'),
-                            ('FETCH', 'OK [MESSAGELIMIT 10 20] more')):
+    for answer in 'NO no', 'BAD no', 'NO Server Unavailable. 15', 'OK [MESSAGELIMIT 10 20] more':
         refused = []
 
         def hook(session, tag, name, args):
-            if name != command or not session.box or len(session.box.mails) < 60 or refused:
+            if name != 'FETCH' or not session.box or len(session.box.mails) < 60 or refused:
                 return None
             refused.append(args)
             return session.line(tag + ' ' + answer) or True
