@@ -5909,10 +5909,8 @@ struct attempt {
 
 /* What a FETCH response has brought so far, and how it is taken in. */
 struct incoming {
-	enum { GETS_NOTHING, GETS_LITERAL, GETS_SAMPLE, GOT_MAIL } gets;
+	enum { GETS_NOTHING, GETS_LITERAL, GOT_MAIL } gets;
 	struct mbox_header header; /* of the literal in hand */
-	br_sha256_context hash;    /* GETS_SAMPLE: of the mail with LF for CRLF, as it is archived ... */
-	uint8_t last;              /* ... and its last octet */
 	struct imap_fetch apart[APART_MAX]; /* by UID, of responses without a mail: all else may come so */
 	struct imap_fetch mail;    /* GOT_MAIL: it is whole, but its INTERNALDATE may yet come */
 	uint32_t told;             /* flags of known mails */
@@ -6030,7 +6028,9 @@ static int on_uids(void *context, uint32_t from, uint32_t to)
 
 static bool sync_wants(const struct sync *y, uint32_t uid)
 {
-	return uid != 0 && (y->sampled || mbox_next_uid(y->m, uid) != uid) && sync_asked(y, uid);
+	bool wanted = y->sampled ? mbox_place(y->m, uid) >= 0 : mbox_next_uid(y->m, uid) != uid;
+
+	return uid != 0 && wanted && sync_asked(y, uid);
 }
 
 /* A mail, or its header, has come: the line is not broken by it, nor by those before it. */
@@ -6058,7 +6058,27 @@ static void fetch_merge(struct imap_fetch *to, const struct imap_fetch *from)
 	to->has_size = to->has_size || from->has_size;
 }
 
-/* Store the mail that has come as a whole, if there is one. */
+/* A mail of the sample has come: is it what is stored? */
+static int sample_end(struct sync *y, uint32_t uid, bool differs)
+{
+	off_t at = mbox_place(y->m, uid);
+	struct err unnoted = { 0 };
+	struct mbox_mail mail;
+
+	y->counts.compared++;
+	y->counts.failures += differs;
+	if (!differs)
+		return 0;
+	if (mbox_walk(y->m, &at, &mail, &y->err) < 0)
+		return -1;
+	log_error("damaged: at %lld, %s: it differs from the server's, UID %lu", (long long)mail.offset,
+		  mail.name, (unsigned long)uid);
+	if (mbox_note(y->m, mail.offset, &unnoted) != 0)
+		log_warn("%s: the next backup will not heal it", unnoted.text);
+	return 0;
+}
+
+/* Store the mail that has come as a whole, if there is one, or compare it. */
 static int sync_store(struct sync *y)
 {
 	struct imap_fetch *mail = &y->in.mail;
@@ -6070,9 +6090,9 @@ static int sync_store(struct sync *y)
 	if (!mail->has_date && !parse_date(mbox_date(y->m), &mail->date_sec))
 		mail->date_sec = 0;
 	stored = mbox_end(y->m, mail->uid, mail->date_sec, mail->flags, &y->err);
-	if (stored < 0)
+	if (stored < 0 || (y->sampled && sample_end(y, mail->uid, stored > 0) != 0))
 		return -1;
-	y->counts.stored += (unsigned)stored;
+	y->counts.stored += y->sampled ? 0 : (unsigned)stored;
 	y->session->mails++;
 	if (!mail->has_flags && sync_add(y, &y->todo[KIND_FLAGS], mail->uid, mail->uid) != 0)
 		return -1;
@@ -6082,92 +6102,6 @@ static int sync_store(struct sync *y)
 	y->attempt.vague = 0;
 	y->session->progress(y->session->context, (unsigned)stored, 0);
 	return stop_due() ? err_set(&y->err, E_STOPPED, "stopped by a signal") : 0;
-}
-
-/* -- comparing with the server -- */
-
-static void sample_begin(struct incoming *in)
-{
-	br_sha256_init(&in->hash);
-	in->last = '\n';
-}
-
-/* Take in octets of a mail that is compared; the CR that may belong to a line end is held back. */
-static void sample_feed(struct incoming *in, const uint8_t *p, size_t n)
-{
-	for (; n > 0; p++, n--) {
-		if (in->last == '\r' && *p != '\n')
-			br_sha256_update(&in->hash, "\r", 1);
-		if (*p != '\r')
-			br_sha256_update(&in->hash, p, 1);
-		in->last = *p;
-	}
-}
-
-/* A mail of the sample has come: is it what is stored? Which is which of those without a Message-ID nobody knows. */
-static int sample_end(struct sync *y, uint32_t uid)
-{
-	struct incoming *in = &y->in;
-	uint8_t theirs[br_sha256_SIZE], ours[br_sha256_SIZE];
-	off_t at = mbox_place(y->m, uid);
-	struct err unnoted = { 0 };
-	br_sha256_context hash;
-	struct mbox_mail mail;
-
-	in->gets = GETS_NOTHING;
-	if (!sync_wants(y, uid) || at < 0)
-		return 0;
-	sync_passed(y, uid, true);
-	br_sha256_init(&hash);
-	if (mbox_walk(y->m, &at, &mail, &y->err) < 0 ||
-	    mbox_read(y->m, &mail, MBOX_LF, take_hash, &hash, &y->err) != 0)
-		return -1;
-	br_sha256_out(&hash, ours);
-	if (in->last == '\r')
-		br_sha256_update(&in->hash, "\r", 1);
-	if (in->last != '\n')
-		br_sha256_update(&in->hash, "\n", 1);
-	br_sha256_out(&in->hash, theirs);
-	y->counts.compared += !mail.made;
-	if (!mail.made && memcmp(ours, theirs, sizeof ours) != 0) {
-		y->counts.failures++;
-		log_error("damaged: at %lld, %s: it differs from the server's, UID %lu",
-			  (long long)mail.offset, mail.name, (unsigned long)uid);
-		if (mbox_note(y->m, mail.offset, &unnoted) != 0)
-			log_warn("%s: the next backup will not heal it", unnoted.text);
-	}
-	if (stop_due())
-		err_set(&y->err, E_STOPPED, "stopped by a signal");
-	return y->err.code != E_NONE ? -1 : 0;
-}
-
-/*
- * All that is stored was found at the server by its Message-ID, or is gone; what only the server has is due as a mail.
- * Of that, what the last complete backup should have is damage. Then choose at random what to compare.
- */
-static int sync_sample(struct sync *y)
-{
-	const uint32_t should = y->claim.uidvalidity == y->old.uidvalidity ? y->old.uidnext : 0;
-	uint32_t left = 0, due, uid;
-
-	for (uid = 1; (uid = set_next(&y->todo[KIND_MAILS], uid)) != 0 && uid < UINT32_MAX; uid++) {
-		y->counts.stored += uid >= should;
-		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid, uid) != 0)
-			return -1;
-	}
-	set_clear(&y->todo[KIND_MAILS]);
-	y->sampled = true;
-	for (uid = 1; (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++)
-		left += mbox_place(y->m, uid) >= 0;
-	due = left / SAMPLE_PART > SAMPLE_MIN ? left / SAMPLE_PART : SAMPLE_MIN;
-	for (uid = 1; due > 0 && (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++) {
-		if (mbox_place(y->m, uid) < 0 || (uint32_t)rand() % left-- >= due)
-			continue;
-		due--;
-		if (sync_add(y, &y->todo[KIND_MAILS], uid, uid) != 0)
-			return -1;
-	}
-	return 0;
 }
 
 static int on_literal(void *context, const struct imap_fetch *fetch)
@@ -6184,11 +6118,9 @@ static int on_literal(void *context, const struct imap_fetch *fetch)
 		mbox_header_init(&y->in.header);
 	else if (y->session->dry && !y->sampled)
 		return 0;
-	else if (y->sampled)
-		sample_begin(&y->in);
 	else if (mbox_begin(y->m, &y->err) != 0)
 		return -1;
-	y->in.gets = fetch->section == SECTION_MAIL && y->sampled ? GETS_SAMPLE : GETS_LITERAL;
+	y->in.gets = GETS_LITERAL;
 	return 1;
 }
 
@@ -6200,12 +6132,9 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
 		y->counts.octets += n;
 		y->session->octets += n;
 		y->session->progress(y->session->context, 0, n);
-		if (!y->sampled)
-			return mbox_write(y->m, octets, n, &y->err);
-		sample_feed(&y->in, octets, n);
-	} else {
-		mbox_header_feed(&y->in.header, octets, n);
+		return mbox_write(y->m, octets, n, &y->err);
 	}
+	mbox_header_feed(&y->in.header, octets, n);
 	return 0;
 }
 
@@ -6248,13 +6177,9 @@ static int on_fetch(void *context, const struct imap_fetch *fetch)
 	fetch_merge(&all, &y->in.apart[fetch->uid % APART_MAX]);
 	if (y->in.gets == GETS_LITERAL && fetch->section != SECTION_MAIL)
 		return sync_bind(y, &all);
-	/* One that is really empty has a size that says so: else it will be asked for by itself. */
-	whole = all.octets > 0 || (all.has_size && all.size == 0);
-	if (y->in.gets == GETS_SAMPLE && whole)
-		return sample_end(y, fetch->uid);
-	if (y->in.gets == GETS_SAMPLE)
-		y->in.gets = GETS_NOTHING;
 	if (y->in.gets == GETS_LITERAL) {
+		/* One that is really empty has a size that says so: else it will be asked for by itself. */
+		whole = all.octets > 0 || (all.has_size && all.size == 0);
 		y->in.gets = whole && sync_wants(y, fetch->uid) ? GOT_MAIL : GETS_NOTHING;
 		if (y->in.gets == GETS_NOTHING) {
 			mbox_abort(y->m);
@@ -6423,6 +6348,35 @@ static int sync_plan(struct sync *y)
 	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
 		log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
 	y->stage = y->rekeyed ? SYNC_BIND : SYNC_FETCH;
+	return 0;
+}
+
+/*
+ * All that is stored was found at the server by its Message-ID, or is gone; what only the server has is due as a mail.
+ * Of that, what the last complete backup should have is damage. Then choose at random what to compare.
+ */
+static int sync_sample(struct sync *y)
+{
+	const uint32_t should = y->claim.uidvalidity == y->old.uidvalidity ? y->old.uidnext : 0;
+	uint32_t left = 0, due, uid;
+
+	for (uid = 1; (uid = set_next(&y->todo[KIND_MAILS], uid)) != 0 && uid < UINT32_MAX; uid++) {
+		y->counts.stored += uid >= should;
+		if (uid < should && sync_add(y, &y->todo[KIND_STILL_LISTED], uid, uid) != 0)
+			return -1;
+	}
+	set_clear(&y->todo[KIND_MAILS]);
+	y->sampled = true;
+	for (uid = 1; (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++)
+		left += mbox_place(y->m, uid) >= 0;
+	due = left / SAMPLE_PART > SAMPLE_MIN ? left / SAMPLE_PART : SAMPLE_MIN;
+	for (uid = 1; due > 0 && (uid = mbox_next_uid(y->m, uid)) != 0 && uid < UINT32_MAX; uid++) {
+		if (mbox_place(y->m, uid) < 0 || (uint32_t)rand() % left-- >= due)
+			continue;
+		due--;
+		if (sync_add(y, &y->todo[KIND_MAILS], uid, uid) != 0)
+			return -1;
+	}
 	return 0;
 }
 

@@ -330,6 +330,7 @@ const char *mbox_date(const struct mbox *m);
  * Returns 1 if it is stored, 0 if its Message-ID turned out to be known (nothing is kept then but
  * the UID), -1 with E_SYSTEM or E_FORMAT (nothing is kept). May commit. A mail that replaces another
  * under its Message-ID is stored unless it is octet by octet the same; the other is gone for good.
+ * With MBOX_LOOK nothing is stored: returns 1 if the mail differs from the one that has this UID, else 0, or -1.
  */
 int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, struct err *e);
 
@@ -377,7 +378,10 @@ struct mbox_mail {
 /* The mailbox's name on the wire, or "" if the index does not tell it. */
 const char *mbox_name(const struct mbox *m);
 
-/* Return where the mail with this UID stands in the mbox, or -1; for an archive of mbox_open(), too. */
+/*
+ * Return where the mail with this UID stands in the mbox, or -1, also for one without a Message-ID, which may be
+ * another of its kind. For an archive of mbox_open(), too.
+ */
 off_t mbox_place(struct mbox *m, uint32_t uid);
 
 /* Find the mail at *at, and move *at behind it. Returns 1, 0 at the end, or -1. */

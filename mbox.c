@@ -1511,9 +1511,9 @@ static int flush(struct mbox *m, struct err *e)
 	}
 	if (n == 0)
 		return 0;
-	if (untouched(m, e) != 0)
+	if ((m->how & MBOX_LOOK) == 0 && untouched(m, e) != 0)
 		return -1;
-	if (write_all(m, m->fd, m->buffer, n, m->flushed, e) != 0) {
+	if ((m->how & MBOX_LOOK) == 0 && write_all(m, m->fd, m->buffer, n, m->flushed, e) != 0) {
 		/* Leave no part of a mail. Whole ones are lost too, whose records stand: mbox_open() sees it. */
 		if (ftruncate(m->fd, m->whole) == 0)
 			m->flushed = m->whole;
@@ -1666,7 +1666,7 @@ off_t mbox_place(struct mbox *m, uint32_t uid)
 	struct record r;
 
 	if (i == NULL || m->entries[*i].bits & ENTRY_OTHER ||
-	    record_get(m, *i, &r, &(struct err){ 0 }) != 0)
+	    record_get(m, *i, &r, &(struct err){ 0 }) != 0 || id_is_made(&r.id))
 		return -1;
 	return r.offset;
 }
@@ -2194,7 +2194,7 @@ int mbox_begin(struct mbox *m, struct err *e)
 {
 	if (m->stuck)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
-	if (mark_writing(m, e) != 0)
+	if ((m->how & MBOX_LOOK) == 0 && mark_writing(m, e) != 0)
 		return -1;
 	m->start = m->flushed + (off_t)m->buffered;
 	if (m->buffered == 0)
@@ -2298,12 +2298,14 @@ static int header_over(struct mbox *m, struct err *e)
 	bool own;
 
 	own = mbox_header_end(&m->header, &id);
-	if (ring_find(m, &id, &place, &last, e) != 0)
-		return -1;
-	if (*place != 0)
-		find_stored(m, place);
-	if (!own && !m->known_already && insert_made_id(m, place, e) != 0)
-		return -1;
+	if ((m->how & MBOX_LOOK) == 0) { /* else it is only compared */
+		if (ring_find(m, &id, &place, &last, e) != 0)
+			return -1;
+		if (*place != 0)
+			find_stored(m, place);
+		if (!own && !m->known_already && insert_made_id(m, place, e) != 0)
+			return -1;
+	}
 	m->header_over = true;
 	m->whole_header = false;
 	return 0;
@@ -2443,7 +2445,9 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 			    .state = flags & MBOX_FLAGS,
 			    .offset = m->start,
 			    .head = BODY_AT,
-			    .digits = DIGITS_AT };
+			    .digits = DIGITS_AT },
+		      stored;
+	const uint32_t *known;
 	struct sum from = { 0 };
 	char head[BODY_AT];
 	int new = 1;
@@ -2451,7 +2455,8 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	if (!m->header_over && header_over(m, e) != 0)
 		goto fail;
 	r.id = m->header.id[0];
-	if (m->known_already || record_by_uid(m, uid) != NULL) {
+	known = record_by_uid(m, uid);
+	if (m->known_already || (known != NULL && (m->how & MBOX_LOOK) == 0)) {
 		mbox_abort(m);
 		return mbox_bind(m, uid, &r.id, m->wire, e) < 0 ? -1 : 0;
 	}
@@ -2466,6 +2471,12 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	r.octets = m->flushed + (off_t)m->buffered - m->start;
 	r.sum = sum_end(&m->sum);
 	r.wire = m->wire < UINT32_MAX ? (uint32_t)m->wire : UINT32_MAX;
+	if (m->how & MBOX_LOOK) {
+		mbox_abort(m);
+		if (known == NULL || record_get(m, *known, &stored, e) != 0)
+			return -1;
+		return !is_alike(&r, &stored);
+	}
 	if (m->compare && (new = compare(m, &r, e)) <= 0) {
 		if (new < 0)
 			goto fail;
@@ -2504,8 +2515,8 @@ void mbox_abort(struct mbox *m)
 		m->buffered = 0;
 	}
 	/* Also what a failed write left behind; only if it is ours to cut, as flush() found it. */
-	if (!m->index_void && fstat(m->fd, &st) == 0 && st.st_size > m->flushed &&
-	    ftruncate(m->fd, m->flushed) != 0)
+	if ((m->how & MBOX_LOOK) == 0 && !m->index_void && fstat(m->fd, &st) == 0 &&
+	    st.st_size > m->flushed && ftruncate(m->fd, m->flushed) != 0)
 		m->stuck = true;
 	m->start = -1;
 }

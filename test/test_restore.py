@@ -507,8 +507,11 @@ def test_damage_is_told_where_nothing_can_be_noted(t):
     got = t.backup('--verify', status=1)
     assert got.err.count('damaged: at ') == 3 and got.err.count('cannot create: Is a directory') == 3, got.err
     assert ', 3 damaged' in got.out, got.out
+    os.unlink(path + '.index')
+    t.backup()   # from here on only the server knows
     got = t.backup('--verify', '--online', status=1)
     assert 'cannot create: Is a directory: the next backup will not heal it' in got.err, got.err
+    assert '3 compared octet by octet, 3 damaged' in got.err, got.err
 
 
 def test_damage_heals(t):
