@@ -5736,15 +5736,9 @@ struct export {
 	char name[2][1200];   /* its Message-ID likewise, which tells those without one of their own apart */
 	unsigned found;
 	bool differs, write; /* the second pass writes the first mail that was found, and is done */
-	uint8_t hash[br_sha256_SIZE];
+	uint64_t sum;        /* of that mail */
 	char place[PATH_MAX_OCTETS + 400];
 };
-
-static int take_hash(void *context, const void *octets, size_t n)
-{
-	br_sha256_update(context, octets, n);
-	return 0;
-}
 
 static int take_output(void *context, const void *octets, size_t n)
 {
@@ -5761,27 +5755,20 @@ static bool export_wants(const struct export *x, const struct mbox_mail *mail)
 }
 
 /* Take in that the mail was found here: is it the same as elsewhere? */
-static int export_compare(struct export *x, struct archive *a, const struct mbox_mail *mail, struct err *e)
+static void export_compare(struct export *x, const struct archive *a, const struct mbox_mail *mail)
 {
-	uint8_t hash[br_sha256_SIZE];
-	br_sha256_context context;
 	char place[sizeof x->place];
 
-	br_sha256_init(&context);
-	if (mbox_read(a->m, mail, MBOX_LF, take_hash, &context, e) != 0)
-		return -1;
-	br_sha256_out(&context, hash);
 	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
 	if (x->found++ == 0) {
-		memcpy(x->hash, hash, sizeof hash);
+		x->sum = mail->sum;
 		memcpy(x->place, place, sizeof place);
-	} else if (memcmp(x->hash, hash, sizeof hash) != 0) {
+	} else if (mail->sum != x->sum) {
 		if (!x->differs)
 			log_error("mails with this Message-ID differ: %s", x->place);
 		log_error("and: %s", place);
 		x->differs = true;
 	}
-	return 0;
 }
 
 static int archive_export(void *context, struct archive *a)
@@ -5798,7 +5785,7 @@ static int archive_export(void *context, struct archive *a)
 				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &e);
 		} else if (export_wants(x, &mail)) {
 			if (!x->write)
-				failed = export_compare(x, a, &mail, &e);
+				export_compare(x, a, &mail);
 			else if (x->found > 0)
 				failed = mbox_read(a->m, &mail, MBOX_LF, take_output, NULL, &e);
 			x->found = x->write ? 0 : x->found;

@@ -369,6 +369,7 @@ struct mbox_mail {
 	uint32_t digits;      /* ... in these, where the state's digits are; or 0 */
 	unsigned state;       /* MBOX_SEEN ... */
 	int64_t when_sec;     /* its INTERNALDATE, or INT64_MIN */
+	uint64_t sum;         /* a checksum of what stands behind our lines, and of its length */
 	struct mbox_id id;
 	bool made;      /* it has no Message-ID of its own */
 	char name[129]; /* its Message-ID, also a made one; "" if that is longer */

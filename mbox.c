@@ -1381,6 +1381,7 @@ static int mail_read(struct mbox *m, off_t at, off_t end, struct record *r, stru
 				    .digits = r->digits,
 				    .state = r->state,
 				    .when_sec = when_sec,
+				    .sum = r->sum,
 				    .id = r->id,
 				    .made = second || memcmp(&made, &h.id[0], sizeof made) == 0 };
 	memcpy(mail->date, h.date, sizeof mail->date);
