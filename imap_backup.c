@@ -5882,7 +5882,7 @@ enum listing_way { LISTING_ESEARCH, LISTING_SEARCH, LISTING_FETCH };
 struct attempt {
 	uint32_t careful_uid;        /* the line broke: one mail at a time now, up to this one; or 0 */
 	bool careful_asks;           /* it broke at a header: those too */
-	uint32_t broken_uid;         /* the first that had not come when it broke */
+	uint32_t broken_uid;         /* the mail that was asked for alone when it broke, or 0 */
 	bool doubtful;               /* mails were refused with a request to wait; it may be one of them */
 	bool reopened;               /* the archive did not fit, and was put in order */
 	bool literal;                /* the server does not take the name as a quoted string ... */
@@ -6715,39 +6715,31 @@ static int sync_answered(struct sync *y, const struct command *c)
 
 /*
  * The line broke at this command of the mailbox's. A line may break at any place; the mail that breaks
- * it twice, the second time alone, is left out.
+ * it twice, alone, is left out.
  */
 static void sync_broken(struct sync *y, const struct command *c)
 {
 	struct attempt *a = &y->attempt;
-	uint32_t low = c->ranges[0].low, high;
-	uint64_t uid = low;
+	uint32_t low, high;
 
 	if (c->kind == KIND_LISTING && a->way < LISTING_FETCH)
 		a->way++;
 	a->plain = a->plain || c->kind == KIND_EXAMINE || c->kind == KIND_FLAGS;
 	if (fetches[c->kind].then == KIND_NONE)
 		return;
+	low = c->ranges[0].low;
 	high = c->ranges[c->n - 1].high;
-	for (unsigned i = 0; i < c->n; i++) {
-		uid = c->ranges[i].low;
-		while (uid <= c->ranges[i].high && mbox_next_uid(y->m, (uint32_t)uid) == uid)
-			uid++;
-		if (uid <= c->ranges[i].high)
-			break;
-	}
-	if (a->careful_uid != 0 && low == high && low == a->broken_uid && y->session->mails == 0 &&
+	if (low == high && low == a->broken_uid && y->session->mails == 0 &&
 	    a->poisons < POISON_MAX) { /* as the first mail of its connection, too */
 		log_error(
 			"the mail with UID %lu breaks the connection again and again: left out in this run",
 			(unsigned long)low);
 		a->poison[a->poisons++] = low;
-		y->session->steps += ++a->row <= POISON_ROW;
-		a->careful_uid = 0;
+		y->session->steps += !y->session->dry && ++a->row <= POISON_ROW;
 	} else {
 		a->careful_uid = high;
 		a->careful_asks = fetches[c->kind].then == KIND_MAILS;
-		a->broken_uid = (uint32_t)uid;
+		a->broken_uid = low == high ? low : 0;
 	}
 }
 
