@@ -5890,8 +5890,8 @@ struct attempt {
 	enum listing_way way;        /* the first that did not break the line */
 	unsigned rekeys;             /* how often UIDVALIDITY was new */
 	unsigned vague;              /* single mails in a row that were refused with a request to wait */
-	unsigned poisons, row;       /* how many; of them, since a mail came */
-	uint32_t poison[POISON_MAX]; /* mails that broke the line twice: not asked for again */
+	struct set poison;           /* owned: mails that broke the line twice, not asked for again */
+	unsigned row;                /* how many of them since a mail came */
 };
 
 /* What a FETCH response has brought so far, and how it is taken in. */
@@ -6268,7 +6268,7 @@ static uint32_t sync_foresees(const struct sync *y)
 	const struct imap_status *status = &y->box->status;
 
 	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time ||
-	    y->attempt.careful_uid != 0 || y->attempt.poisons > 0)
+	    y->attempt.careful_uid != 0 || y->attempt.poison.n > 0)
 		return 0;
 	if (!y->empty && y->old.uidvalidity == status->uidvalidity)
 		return y->old.uidnext < status->uidnext ? y->old.uidnext : 0;
@@ -6295,14 +6295,6 @@ static bool sync_has_window(const struct sync *y)
 	return n == 1000 || n == 2000 || n == 5000 || n == 10000;
 }
 
-static bool sync_is_poison(const struct sync *y, uint32_t uid)
-{
-	for (unsigned i = 0; i < y->attempt.poisons; i++)
-		if (y->attempt.poison[i] == uid)
-			return true;
-	return false;
-}
-
 /* mbox_drop_uids()' question. Below a window that the server shows nothing is proved. */
 static bool sync_lives(void *context, uint32_t uid)
 {
@@ -6314,7 +6306,7 @@ static bool sync_lives(void *context, uint32_t uid)
 /* The listing and the flags are known: what is not stored is to be asked about, or at once to be fetched. */
 static int sync_plan(struct sync *y)
 {
-	enum sync_kind unknown = sync_fetches_all(y) ? KIND_MAILS : KIND_IDS;
+	enum sync_kind unknown = sync_fetches_all(y) ? KIND_MAILS : KIND_IDS, kind;
 	uint32_t known;
 
 	y->foresee = 0;
@@ -6327,9 +6319,10 @@ static int sync_plan(struct sync *y)
 
 			if (known != 0 && known < uid)
 				known = mbox_next_uid(y->m, uid);
-			if (uid != known && !sync_asked(y, uid) &&
-			    sync_add(y, &y->todo[sync_is_poison(y, uid) ? KIND_STILL_LISTED : unknown], uid,
-				     uid) != 0)
+			if (uid == known || sync_asked(y, uid))
+				continue;
+			kind = set_next(&y->attempt.poison, uid) == uid ? KIND_STILL_LISTED : unknown;
+			if (sync_add(y, &y->todo[kind], uid, uid) != 0)
 				return -1;
 		}
 	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
@@ -6730,11 +6723,11 @@ static void sync_broken(struct sync *y, const struct command *c)
 	low = c->ranges[0].low;
 	high = c->ranges[c->n - 1].high;
 	if (low == high && low == a->broken_uid && y->session->mails == 0 &&
-	    a->poisons < POISON_MAX) { /* as the first mail of its connection, too */
+	    set_count(&a->poison) < POISON_MAX) { /* as the first mail of its connection, too */
 		log_error(
 			"the mail with UID %lu breaks the connection again and again: left out in this run",
 			(unsigned long)low);
-		a->poison[a->poisons++] = low;
+		set_add(&a->poison, low, low);
 		y->session->steps += !y->session->dry && ++a->row <= POISON_ROW;
 	} else {
 		a->careful_uid = high;
@@ -6882,6 +6875,7 @@ static void session_finish(struct session *s, struct sync *y)
 	*link = y->next;
 	s->over(s->context, y);
 	session_speak(s, NULL);
+	set_free(&y->attempt.poison);
 	free(y);
 }
 
@@ -7761,6 +7755,7 @@ static void worker_drop(struct worker *w)
 		w->slot->counts.gone += y->counts.gone;
 		w->slot->counts.octets += y->counts.octets;
 		w->states[y->box - w->list.boxes] = BOX_FREE;
+		set_free(&y->attempt.poison);
 		free(y);
 	}
 	w->next = 0;
