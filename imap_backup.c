@@ -25,7 +25,7 @@
  * file. It is never held in memory as a whole.
  *
  * The server is never changed by a backup: EXAMINE, BODY.PEEK. RFC 3501 (IMAP4rev1) with, where the
- * server offers them, 2595 (STARTTLS), 2971 (ID), 4315 (UIDPLUS' UID sets), 4731 (ESEARCH), 4959
+ * server offers them, 2595 (STARTTLS), 2971 (ID), 4731 (ESEARCH), 4959
  * (SASL-IR), 4978 (COMPRESS, with 1951), 5530 (response codes), 5819 (LIST-STATUS), 6154 (SPECIAL-USE),
  * 7162 (CONDSTORE), 7628 (OAUTHBEARER, with 6749, 7636 and 8628), 7888 (LITERAL+), 7889 (APPENDLIMIT),
  * 8438 (STATUS=SIZE), 9738 (MESSAGELIMIT); of 9051 (IMAP4rev2) what a server speaks that speaks no other.
@@ -2868,12 +2868,11 @@ static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH
 enum { CAP_STARTTLS = 1, CAP_LOGINDISABLED = 2, CAP_AUTH_PLAIN = 4, CAP_SASL_IR = 8 };
 enum { CAP_LIST_STATUS = 1 << 4, CAP_ESEARCH = 1 << 5, CAP_CONDSTORE = 1 << 6, CAP_LITERAL_PLUS = 1 << 7 };
 enum { CAP_ID = 1 << 8, CAP_STATUS_SIZE = 1 << 9, CAP_COMPRESS = 1 << 10, CAP_LITERAL_MINUS = 1 << 11 };
-enum { CAP_SPECIAL_USE = 1 << 12, CAP_NAMESPACE = 1 << 13, CAP_UIDPLUS = 1 << 14, CAP_XOAUTH2 = 1 << 15 };
+enum { CAP_SPECIAL_USE = 1 << 12, CAP_NAMESPACE = 1 << 13, CAP_UNSELECT = 1 << 14, CAP_XOAUTH2 = 1 << 15 };
 enum { CAP_OAUTHBEARER = 1 << 16, CAP_QRESYNC = 1 << 17, CAP_REV1 = 1 << 18, CAP_REV2 = 1 << 19 };
-enum { CAP_UNSELECT = 1 << 20 };
 enum { /* RFC 9051 appendix E */
        CAP_IN_REV2 = CAP_SASL_IR | CAP_LIST_STATUS | CAP_ESEARCH | CAP_LITERAL_MINUS | CAP_SPECIAL_USE |
-		     CAP_NAMESPACE | CAP_UIDPLUS | CAP_STATUS_SIZE | CAP_UNSELECT
+		     CAP_NAMESPACE | CAP_STATUS_SIZE | CAP_UNSELECT
 };
 
 enum imap_condition { IMAP_PENDING, IMAP_OK, IMAP_NO, IMAP_BAD };
@@ -3246,8 +3245,8 @@ static void imap_line_end(struct imap *im)
 
 static const char capability_words[] =
 	"STARTTLS LOGINDISABLED AUTH=PLAIN SASL-IR LIST-STATUS ESEARCH CONDSTORE LITERAL+ ID STATUS=SIZE "
-	"COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UIDPLUS AUTH=XOAUTH2 AUTH=OAUTHBEARER QRESYNC "
-	"IMAP4REV1 IMAP4REV2 UNSELECT";
+	"COMPRESS=DEFLATE LITERAL- SPECIAL-USE NAMESPACE UNSELECT AUTH=XOAUTH2 AUTH=OAUTHBEARER QRESYNC "
+	"IMAP4REV1 IMAP4REV2";
 
 static void imap_capabilities(struct imap *im)
 {
