@@ -5589,10 +5589,14 @@ struct archive {
 /* Say which mailbox the archive is of: what the index keeps, or the name that name_file() made a file's of. */
 static void archive_name(struct archive *a, const char *file)
 {
-	const uint32_t traits = a->m != NULL ? mbox_claimed(a->m)->traits : 0;
+	struct mbox_info info = { 0 };
+	uint32_t traits;
 	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
 	char part[NAME_OCTETS];
 
+	if (a->m != NULL)
+		mbox_tally(a->m, &info);
+	traits = info.claim.traits;
 	a->box = (struct mailbox){ .name = a->name,
 				   .delimiter = traits != 0 ? (char)(traits >> 8 & 0xFF) : '/',
 				   .special = traits & 0xFF,
@@ -6809,8 +6813,8 @@ static int sync_open(struct sync *y)
 			return -1;
 		log_warn("%d damaged mails are marked as gone; what the server still has is fetched anew", healed);
 	}
-	y->old = *mbox_claimed(y->m);
 	mbox_tally(y->m, &info);
+	y->old = info.claim;
 	y->counts.others = info.others;
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? y->old.highestmodseq : 0;

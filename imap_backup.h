@@ -257,12 +257,10 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 /* What mbox_open() had to mend, in words for the person, or "". */
 const char *mbox_mended(const struct mbox *m);
 
-const struct mbox_claim *mbox_claimed(const struct mbox *m);
-
 /* Mails and other names in the archive; 0: nothing can be known already. */
 uint32_t mbox_count(const struct mbox *m);
 
-/* The counts of struct mbox_info as they are now. */
+/* The claim, and the counts of struct mbox_info as they are now. */
 void mbox_tally(const struct mbox *m, struct mbox_info *info);
 
 /* The smallest known UID that is at least 'uid', or 0. */
@@ -358,7 +356,7 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const cha
  * -- reading mails back: for export, verify and restore --
  *
  * An archive opened with MBOX_READ has no name to be checked; mbox_open() mends nothing, and says by
- * mbox_mended() if the index is missing or damaged. Of the functions above only mbox_claimed() and
+ * mbox_mended() if the index is missing or damaged. Of the functions above only mbox_tally() and
  * mbox_close() are for it.
  */
 

@@ -513,7 +513,6 @@ struct mbox {
 	bool cr;                /* the last octet was a CR, held back: a LF may follow */
 	int prefix;             /* -1: within a line; else so much of "From " stands at its start ... */
 	bool quotes;            /* ... behind any number of '>' */
-	off_t committed_octets; /* of the mbox, at the last sync or when it was opened */
 	time_t committed_sec;
 	off_t read_at; /* of what the file has here, 'read_octets' are in 'buffer' */
 	size_t read_octets;
@@ -615,9 +614,9 @@ static int sync_file(struct mbox *m, int fd, struct err *e)
 	m->stuck = true;
 	err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
 	/* Read again, these mails may look well, and a second fsync() succeed, though they are not on disk. */
-	if (fd == m->fd && m->flushed > m->committed_octets && fstat(fd, &st) == 0 &&
-	    st.st_size == m->flushed && ftruncate(m->fd, m->committed_octets) == 0)
-		m->flushed = m->whole = m->committed_octets;
+	if (fd == m->fd && m->flushed > m->now.octets && fstat(fd, &st) == 0 && st.st_size == m->flushed &&
+	    ftruncate(m->fd, m->now.octets) == 0)
+		m->flushed = m->whole = m->now.octets;
 	return -1;
 }
 
@@ -1788,6 +1787,7 @@ static int take_over(struct mbox *m, struct err *e)
 	if (write_all(m, m->fd, "\n\n", missing, m->flushed, e) != 0)
 		return -1;
 	m->flushed += (off_t)missing;
+	m->now.octets = m->flushed; /* they stay, whatever cannot be synced */
 	m->data_dirty = true;
 	if (scan(m, from, m->flushed, e) != 0)
 		return -1;
@@ -1890,7 +1890,7 @@ static int open_locked(struct mbox *m, struct err *e)
 		return err_errno(e, E_SYSTEM, "%s: cannot look at it", m->path);
 	if (st.st_ino != named.st_ino || st.st_dev != named.st_dev)
 		return err_set(e, E_LOCKED, "%s: another program is replacing it", m->path);
-	m->flushed = m->whole = m->committed_octets = st.st_size;
+	m->flushed = m->whole = st.st_size;
 	return 0;
 }
 
@@ -1925,7 +1925,6 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 				set_uid(m, i, 0);
 	order_make(m);
 	rings_sort(m);
-	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
 	*out = m;
 	return 0;
@@ -1938,11 +1937,6 @@ fail:
 const char *mbox_mended(const struct mbox *m)
 {
 	return m->mended;
-}
-
-const struct mbox_claim *mbox_claimed(const struct mbox *m)
-{
-	return &m->now.claim;
 }
 
 uint32_t mbox_count(const struct mbox *m)
@@ -2495,7 +2489,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	if (m->counted != NULL)
 		m->counted->mails++;
 	m->start = -1;
-	if (m->flushed - m->committed_octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
+	if (m->flushed - m->now.octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
 	return 1;
 fail:
@@ -2544,7 +2538,6 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		return -1;
 	m->data_dirty = false;
 	m->now.octets = m->flushed;
-	m->committed_octets = m->flushed;
 	m->committed_sec = now_sec();
 	/*
 	 * The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these: the old one is off it

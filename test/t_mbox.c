@@ -1029,11 +1029,11 @@ static void test_rekeyed(void)
 		mbox_close(m, NULL, &e);
 		writes_left = -1;
 		m = opened(0);
-		if (mbox_claimed(m)->uidvalidity == old.uidvalidity)
+		if (m->now.claim.uidvalidity == old.uidvalidity)
 			check(record_by_uid(m, 1) != NULL && *record_by_uid(m, 1) == 0, "%d writes: old UIDs", writes);
-		else if (mbox_claimed(m)->uidvalidity == new.uidvalidity)
+		else if (m->now.claim.uidvalidity == new.uidvalidity)
 			check(*record_by_uid(m, 1) == 1, "%d writes: new UIDs", writes);
-		check(writes < 8 || mbox_claimed(m)->uidvalidity == new.uidvalidity, "%d writes suffice", writes);
+		check(writes < 8 || m->now.claim.uidvalidity == new.uidvalidity, "%d writes suffice", writes);
 		closed(m);
 	}
 }
