@@ -4928,7 +4928,6 @@ struct mailbox {
 	unsigned special; /* bits of special_uses */
 	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
-	bool noted; /* damage in its archive is */
 	bool alike; /* another one spells the same name differently: see name_file() */
 	struct imap_status status;
 	uint32_t weight; /* mails that are probably new */
@@ -5452,29 +5451,16 @@ static int is_archive(const struct dirent *entry)
 	return n > 5 && strcmp(entry->d_name + n - 5, ".mbox") == 0;
 }
 
-/* Look through the folder: for notes of damage, and, to tell of them, for archives that no mailbox has. */
-static void mailboxes_walk(const struct mailboxes *l, bool tell)
+/* Tell of archives in the folder that no mailbox has. */
+static void mailboxes_tell_left(const struct mailboxes *l)
 {
-	static const char note[] = ".index.damaged";
 	DIR *folder = opendir(l->folder);
 	struct dirent *entry;
 
-	while (folder != NULL && (entry = readdir(folder)) != NULL) {
-		char *file = entry->d_name;
-		size_t n = strlen(file), suffix = sizeof note - 1;
-		bool noted = n > suffix && strcmp(file + n - suffix, note) == 0;
-		uint32_t i;
-
-		file[n - (noted ? suffix : 0)] = '\0';
-		if (!is_archive(entry))
-			continue;
-		i = *mailboxes_find(l, BY_FILE, file);
-		if (noted && i > 0)
-			l->boxes[i - 1].noted = true;
-		else if (i == 0 && !noted && tell)
+	while (folder != NULL && (entry = readdir(folder)) != NULL)
+		if (is_archive(entry) && *mailboxes_find(l, BY_FILE, entry->d_name) == 0)
 			log_info("%s: the server has no such mailbox any more; the archive stays as it is",
-				 file);
-	}
+				 entry->d_name);
 	if (folder != NULL)
 		closedir(folder);
 }
@@ -5545,8 +5531,8 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 	for (uint32_t i = 0; i < l->n && !dry; i++)
 		if (l->boxes[i].wanted)
 			mailbox_adopt_original(l, &l->boxes[i]);
-	if (l->n > 0)
-		mailboxes_walk(l, !dry && l->only == NULL);
+	if (l->n > 0 && !dry && l->only == NULL)
+		mailboxes_tell_left(l);
 	for (uint32_t i = 0; i < l->n; i++) {
 		struct mailbox *box = &l->boxes[i];
 		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
@@ -5559,7 +5545,7 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
 		mbox_peek(path, box->name, &info);
-		if (!l->all && !box->noted && !mailbox_has_news(box, &info, l->config->keep_duplicates)) {
+		if (!l->all && !mailbox_has_news(box, &info, l->config->keep_duplicates)) {
 			counts->unchanged++;
 			counts->others += info.others;
 			continue;

@@ -228,7 +228,7 @@ struct mbox_info {
 	 * and of all. */
 	uint32_t unbound, came_back, different, all_different;
 	bool exists; /* the mbox file does */
-	bool fits;   /* an index is there, at rest, for this name and this mbox */
+	bool fits;   /* an index is there, at rest, for this name and this mbox, and no damage is noted */
 };
 
 /* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. name NULL: of any mailbox. */

@@ -659,12 +659,12 @@ static void index_path(const char *path, const char *suffix, char out[PATH_OCTET
 }
 
 /* Return true if --verify has noted damage in the mbox. */
-static bool is_noted(const struct mbox *m)
+static bool is_noted(const char *path)
 {
-	char path[PATH_OCTETS + 16];
+	char note[PATH_OCTETS + 16];
 
-	index_path(m->path, ".damaged", path);
-	return access(path, F_OK) == 0;
+	index_path(path, ".damaged", note);
+	return access(note, F_OK) == 0;
 }
 
 /* ======== the index's header ======== */
@@ -781,7 +781,8 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 		info->others = state.others;
 		info->fits = info->exists && !state.writing && info->octets == state.octets &&
 			     fstat(fd, &st) == 0 &&
-			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS;
+			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS &&
+			     !is_noted(path);
 	}
 	close(fd);
 }
@@ -1694,7 +1695,7 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 			good = verify(m, r, &mail, &wrong, e) != 0 ? -1 : wrong == NULL;
 		else if ((state->writing || m->flushed > state->octets) &&
 			 (good = reread_state(m, r, e)) == 0)
-			good = is_noted(m); /* it will be healed */
+			good = is_noted(m->path); /* it will be healed */
 	}
 	if (good <= 0 || (good = record_add(m, r, e)) <= 0)
 		return good;
@@ -1734,7 +1735,7 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 			if (m->now.octets != state->octets || m->now.stored != state->stored ||
 			    (!state->writing && m->now.mix != state->mix))
 				return 0;
-			if (m->now.octets > 0 && !is_noted(m) && (good = from_at(m, 0, e)) > 0)
+			if (m->now.octets > 0 && !is_noted(m->path) && (good = from_at(m, 0, e)) > 0)
 				good = from_at(m, last, e);
 			if (good <= 0 || !state->writing)
 				return good;
