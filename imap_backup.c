@@ -5857,10 +5857,8 @@ static const struct {
 enum sync_stage {
 	SYNC_CLOSED,  /* its turn has not come, or the line broke */
 	SYNC_LIST,    /* listing, flags, and what STATUS lets expect: the answers decide how it goes on */
-	SYNC_BIND,    /* UIDVALIDITY is new: all UIDs are bound to stored mails first */
-	SYNC_FETCH,   /* what is not stored is asked for */
+	SYNC_FETCH,   /* what is not known is asked for, and told by its Message-ID or stored */
 	SYNC_RECHECK, /* is what did not come still there? Then what the server has no more is marked */
-	SYNC_MOVED,   /* mails that live on under another UID get its flags */
 	SYNC_OVER
 };
 
@@ -5902,7 +5900,7 @@ struct sync {
 	enum sync_stage stage;
 	struct mbox *m;
 	bool empty;                   /* the archive was: nothing can be known already */
-	bool rekeyed;                 /* UIDVALIDITY is new: all UIDs are bound first */
+	bool rekeyed;                 /* UIDVALIDITY is new: no UID of the archive was known */
 	bool sampled;                 /* what is fetched now is compared with what is stored */
 	bool complete;                /* the listing was: what is not in it has gone */
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
@@ -6316,7 +6314,7 @@ static int sync_plan(struct sync *y)
 		}
 	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
 		log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
-	y->stage = y->rekeyed ? SYNC_BIND : SYNC_FETCH;
+	y->stage = SYNC_FETCH;
 	return 0;
 }
 
@@ -6382,9 +6380,9 @@ static int sync_mark(struct sync *y)
 		if (live >= 100 && gone > live / 2)
 			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
 				 (unsigned long)live);
-		if (moved[1] != 0) {
+		if (moved[1] != 0) { /* these live on under another UID, and get its flags */
 			y->since = y->below[1] = 0;
-			y->stage = SYNC_MOVED;
+			y->stage = SYNC_RECHECK;
 			return sync_add(y, &y->todo[KIND_FLAGS], moved[0], moved[1]);
 		}
 	}
@@ -6403,24 +6401,15 @@ static enum sync_kind sync_first_todo(const struct sync *y, enum sync_kind last)
 /* No command of the stage is left, sent or to be sent: begin the next one. */
 static void sync_next_stage(struct sync *y)
 {
-	switch (y->stage) {
-	case SYNC_BIND:
-		y->rekeyed = false;
-		y->stage = SYNC_FETCH;
-		if (y->session->compare)
-			sync_sample(y);
-		break;
-	case SYNC_FETCH:
+	if (y->stage == SYNC_RECHECK) {
+		sync_count_failures(y);
+		sync_mark(y);
+	} else if (y->session->compare && !y->sampled) {
+		sync_sample(y);
+	} else {
 		y->counts.stored += y->session->dry ? set_count(&y->todo[KIND_MAILS]) : 0;
 		set_clear(&y->listing);
 		y->stage = SYNC_RECHECK;
-		break;
-	case SYNC_RECHECK:
-		sync_count_failures(y);
-		sync_mark(y);
-		break;
-	default:
-		y->stage = SYNC_OVER;
 	}
 }
 
@@ -6431,10 +6420,8 @@ static void sync_next_stage(struct sync *y)
 static enum sync_kind sync_due(struct sync *y)
 {
 	static const enum sync_kind last[] = { [SYNC_LIST] = KIND_FLAGS,
-					       [SYNC_BIND] = KIND_MADE_IDS,
 					       [SYNC_FETCH] = KIND_MAIL,
-					       [SYNC_RECHECK] = KIND_STILL_LISTED,
-					       [SYNC_MOVED] = KIND_FLAGS };
+					       [SYNC_RECHECK] = KIND_STILL_LISTED };
 	const struct session *s = y->session;
 	const bool careful = y->attempt.careful_uid != 0;
 
