@@ -2711,29 +2711,25 @@ int mbox_heal(struct mbox *m, struct err *e)
 
 size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const char *also)
 {
-	size_t length = 0;
+	size_t length = 0, octets;
 
-	for (size_t i = 0; i < n;) {
+	for (size_t i = 0; i < n; i += octets) {
 		const uint8_t *p = (const uint8_t *)part + i;
-		size_t octets = utf8_char(p, n - i, NULL);
-		bool edge = i == 0 || i == n - 1;
+		bool edge = i == 0 || i == n - 1, unsafe;
 
-		if (length + 4 >= size)
-			return 0;
-		if (octets == 0 || *p < 0x20 || *p == 0x7F || strchr("/\\:*?\"<>|%", *p) != NULL ||
-		    strchr(also, *p) != NULL || ((*p == '.' || *p == ' ') && edge) ||
-		    (*p == 0xC2 && p[1] < 0xA0)) { /* C1 controls too */
-			octets = octets == 0 ? 1 : octets;
-			for (size_t k = 0; k < octets; k++) {
-				if (length + 4 >= size)
-					return 0;
-				length += (size_t)snprintf(out + length, 4, "%%%02X", p[k]);
-			}
-		} else {
-			memcpy(out + length, p, octets);
-			length += octets;
+		octets = utf8_char(p, n - i, NULL);
+		unsafe = octets == 0 || *p < 0x20 || *p == 0x7F || strchr("/\\:*?\"<>|%", *p) != NULL ||
+			 strchr(also, *p) != NULL || ((*p == '.' || *p == ' ') && edge) ||
+			 (*p == 0xC2 && p[1] < 0xA0); /* C1 controls too */
+		octets = octets == 0 ? 1 : octets;
+		for (size_t k = 0; k < octets; k++) {
+			if (length + 4 >= size)
+				return 0;
+			if (unsafe)
+				length += (size_t)sprintf(out + length, "%%%02X", p[k]);
+			else
+				out[length++] = (char)p[k];
 		}
-		i += octets;
 	}
 	out[length] = '\0';
 	return length;
