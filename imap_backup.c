@@ -5900,7 +5900,6 @@ struct sync {
 	enum sync_stage stage;
 	struct mbox *m;
 	bool empty;                   /* the archive was: nothing can be known already */
-	bool rekeyed;                 /* UIDVALIDITY is new: no UID of the archive was known */
 	bool sampled;                 /* what is fetched now is compared with what is stored */
 	bool complete;                /* the listing was: what is not in it has gone */
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
@@ -6297,7 +6296,7 @@ static int sync_plan(struct sync *y)
 	uint32_t known;
 
 	y->foresee = 0;
-	if (!y->rekeyed && y->complete)
+	if (y->complete)
 		mbox_drop_uids(y->m, sync_lives, y);
 	known = mbox_next_uid(y->m, 1);
 	for (size_t i = 0; i < y->listing.n; i++)
@@ -6312,8 +6311,6 @@ static int sync_plan(struct sync *y)
 			if (sync_add(y, &y->todo[kind], uid, uid) != 0)
 				return -1;
 		}
-	if (y->rekeyed && y->old.uidvalidity != 0 && !y->session->compare)
-		log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
 	y->stage = SYNC_FETCH;
 	return 0;
 }
@@ -6491,7 +6488,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 		most = 1;
 	from = kind == KIND_MAIL && y->todo[KIND_MAILS].n > 0 ? KIND_MAILS : kind;
 	n = set_take(&y->todo[from], most, ranges, uids);
-	if (kind == KIND_FLAGS && y->since > 0 && y->stage == SYNC_LIST && !y->rekeyed)
+	if (kind == KIND_FLAGS && y->since > 0 && y->stage == SYNC_LIST)
 		snprintf(changed, sizeof changed, " (CHANGEDSINCE %llu)", (unsigned long long)y->since);
 	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
 		tag = sync_send_listing(y, uids);
@@ -6547,7 +6544,9 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 		mbox_forget_uids(y->m, &(struct mbox_claim){ .uidvalidity = uidvalidity,
 							     .unseen = UINT32_MAX,
 							     .traits = y->claim.traits });
-		y->rekeyed = !y->empty;
+		if (y->old.uidvalidity != 0 && !y->empty && !y->session->compare)
+			log_info("UIDVALIDITY is new: the mails are told by their Message-IDs");
+		y->since = 0;
 		y->attempt.rekeys++;
 		set_clear(&y->todo[KIND_FLAGS]);
 	}
@@ -6774,7 +6773,7 @@ static int sync_open(struct sync *y)
 
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
-	y->rekeyed = y->complete = false;
+	y->complete = false;
 	y->below[0] = y->below[1] = y->windows = 0;
 	y->claim.when_sec = 0;
 	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
@@ -6795,7 +6794,6 @@ static int sync_open(struct sync *y)
 	y->sampled = false;
 	if (s->compare) {
 		mbox_forget_uids(y->m, NULL);
-		y->rekeyed = !y->empty;
 		y->counts = (struct counts){ 0 };
 	}
 	y->stage = SYNC_LIST;
