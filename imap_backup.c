@@ -4928,7 +4928,7 @@ struct mailbox {
 	unsigned special; /* bits of special_uses */
 	size_t prefix;    /* octets of the name that are the account's namespace prefix */
 	bool selectable, wanted, has_news;
-	bool alike; /* another one spells the same name differently: see name_file() */
+	bool alike; /* another one spells the same name differently: see mailbox_file() */
 	struct imap_status status;
 	uint32_t weight; /* mails that are probably new */
 	uint32_t held;   /* and in its archive */
@@ -5071,12 +5071,12 @@ static void name_text(char out[NAME_OCTETS], const char *name, char delimiter)
 }
 
 /*
- * The archive's file name by the rule of DESIGN section 5, with ".mbox". 'alike': another mailbox spells
- * the same name differently; a hash of the spelling keeps them apart, as it does where a name is too long.
+ * The archive's file name by the rule of DESIGN section 5, with ".mbox". Where another mailbox spells the same
+ * name differently, a hash of the spelling keeps them apart, as it does where a name is too long.
  */
-static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimiter, bool alike)
+static void mailbox_file(const struct mailbox *box, char out[MBOX_FILE_MAX + 8])
 {
-	struct name w = { .rest = name, .delimiter = delimiter };
+	struct name w = { .rest = box->name, .delimiter = box->delimiter };
 	char escaped[NAME_OCTETS * 3] = "";
 	size_t length = 0, cut = 0;
 
@@ -5084,12 +5084,12 @@ static void name_file(char out[MBOX_FILE_MAX + 8], const char *name, char delimi
 		if (w.parts > 1) /* after an empty part it would hide the file */
 			length += (size_t)sprintf(escaped + length, length > 0 ? "." : "%%2E");
 		length += mbox_escape(escaped + length, sizeof escaped - length, w.part, w.n,
-				      (char[3]){ delimiter != '\0' ? '.' : '/', w.raw ? '&' : '/' });
+				      (char[3]){ w.delimiter != '\0' ? '.' : '/', w.raw ? '&' : '/' });
 	}
-	if (length > MBOX_FILE_MAX || alike) {
+	if (length > MBOX_FILE_MAX || box->alike) {
 		uint8_t hash[br_sha256_SIZE];
 
-		sha256(hash, alike ? name : escaped, alike ? strlen(name) : length);
+		sha256(hash, box->alike ? box->name : escaped, box->alike ? strlen(box->name) : length);
 		/* at a character, or an escape */
 		for (size_t i = 0; i <= MBOX_FILE_MAX - 9 && i <= length;
 		     i += escaped[i] == '%' ? 3 : text_step(escaped + i))
@@ -5174,12 +5174,6 @@ static void mailboxes_free(struct mailboxes *l)
 static void mailbox_path(const struct mailboxes *l, const char *file, char out[PATH_MAX_OCTETS + 300])
 {
 	snprintf(out, PATH_MAX_OCTETS + 300, "%s/%s", l->folder, file);
-}
-
-/* The archive's file. Where another mailbox has the same name in another spelling, a hash tells them apart. */
-static void mailbox_file(const struct mailbox *box, char out[MBOX_FILE_MAX + 8])
-{
-	name_file(out, box->name, box->delimiter, box->alike);
 }
 
 /* What a mailbox can be found by: its name on the wire, and its file. */
@@ -5572,7 +5566,7 @@ struct archive {
 	struct mbox *m;
 };
 
-/* Say which mailbox the archive is of: what the index keeps, or the name that name_file() made a file's of. */
+/* Say which mailbox the archive is of: what the index keeps, or the name that mailbox_file() made a file's of. */
 static void archive_name(struct archive *a, const char *file)
 {
 	struct mbox_info info = { 0 };

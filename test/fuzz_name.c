@@ -93,7 +93,7 @@ static void check_file(const char *name, char delimiter)
 	size_t n;
 
 	memset(file, 'x', sizeof file);
-	name_file(file, name, delimiter, false);
+	mailbox_file(&(struct mailbox){ .name = (char *)(uintptr_t)name, .delimiter = delimiter }, file);
 	must(memchr(file, '\0', sizeof file) != NULL);
 	end = file + strlen(file) - 5;
 	must(end >= file && end - file <= MBOX_FILE_MAX && strcmp(end, ".mbox") == 0);

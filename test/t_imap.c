@@ -1193,9 +1193,10 @@ static void test_names(void)
 	};
 	static char name[MBOX_NAME_MAX + 1], file[MBOX_NAME_MAX + 8], other[MBOX_FILE_MAX + 8];
 	char text[NAME_OCTETS], decoded[NAME_OCTETS];
+	const struct mailbox box = { .name = name, .delimiter = '/' };
 
 	for (size_t i = 0; i < N(rows); i++) {
-		name_file(file, rows[i].name, rows[i].delimiter, false);
+		mailbox_file(&(struct mailbox){ .name = (char *)(uintptr_t)rows[i].name, .delimiter = rows[i].delimiter }, file);
 		check(strncmp(file, rows[i].file, strlen(rows[i].file)) == 0 &&
 		      strcmp(file + strlen(rows[i].file), ".mbox") == 0, "file of %s: %s", rows[i].name, file);
 		name_text(text, rows[i].name, rows[i].delimiter);
@@ -1215,7 +1216,7 @@ static void test_names(void)
 			for (size_t i = 0; i < n; i++)
 				name[i] = forms[form][i % octets];
 			name[n] = '\0';
-			name_file(file, name, '/', false);
+			mailbox_file(&box, file);
 			length = strlen(file);
 			check(length <= MBOX_FILE_MAX + 5, "%zu octets make %zu", n, length);
 			for (size_t i = 0, part; i < length; i += part)
@@ -1225,7 +1226,7 @@ static void test_names(void)
 			if (form == 0 && n > MBOX_FILE_MAX) {
 				check(length == MBOX_FILE_MAX + 5 && file[131] == '~', "cut: %s", file);
 				name[n - 1] = 'y';
-				name_file(other, name, '/', false);
+				mailbox_file(&box, other);
 				check(strcmp(other, file) != 0, "two long names meet");
 			}
 		}
