@@ -5598,7 +5598,7 @@ static void archive_name(struct archive *a, const char *file)
 	}
 	a->name[length] = '\0';
 	if (traits != 0)
-		snprintf(a->name, sizeof a->name, "%s", mbox_name(a->m));
+		snprintf(a->name, sizeof a->name, "%s", info.name);
 	name_text(a->text, a->name, a->box.delimiter);
 }
 

@@ -227,8 +227,9 @@ struct mbox_info {
 	 * mbox_open(); mails left out as duplicates though their size tells that they are other mails: since then,
 	 * and of all. */
 	uint32_t unbound, came_back, different, all_different;
-	bool exists; /* the mbox file does */
-	bool fits;   /* an index is there, at rest, for this name and this mbox, and no damage is noted */
+	const char *name; /* by mbox_tally(), too: the mailbox's on the wire, or "" if the index does not tell it */
+	bool exists;      /* the mbox file does */
+	bool fits;        /* an index is there, at rest, for this name and this mbox, and no damage is noted */
 };
 
 /* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. name NULL: of any mailbox. */
@@ -373,9 +374,6 @@ struct mbox_mail {
 	char name[129]; /* its Message-ID, also a made one; "" if that is longer */
 	char date[64];  /* the text of its Date field */
 };
-
-/* The mailbox's name on the wire, or "" if the index does not tell it. */
-const char *mbox_name(const struct mbox *m);
 
 /*
  * Return where the mail with this UID stands in the mbox, or -1, also for one without a Message-ID, which may be

@@ -1954,6 +1954,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .others = m->now.others,
 				    .came_back = m->came_back,
 				    .different = m->different,
+				    .name = m->name,
 				    .exists = true,
 				    .fits = true };
 	/* All records with a UID, but for other names, are mails that are not gone: mostly nothing is left to count. */
@@ -2736,11 +2737,6 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const cha
 }
 
 /* ======== reading mails back ======== */
-
-const char *mbox_name(const struct mbox *m)
-{
-	return m->name;
-}
 
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 {
