@@ -298,15 +298,6 @@ static void log_context(const char *account, const char *mailbox)
 		 visible, *mailbox != '\0' ? ": " : "");
 }
 
-/* Milliseconds of a clock that nobody sets. */
-static int64_t now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
 /*
  * The clock by which certificates are judged. A router without a battery wakes up in 1970: then the
  * latest date that is known to be past serves.
@@ -375,17 +366,6 @@ static void sha256(uint8_t out[32], const void *octets, size_t n)
 	br_sha256_init(&context);
 	br_sha256_update(&context, octets, n);
 	br_sha256_out(&context, out);
-}
-
-/* Have what a folder lists outlast a power cut, where it can be had. */
-static void folder_sync(const char *path)
-{
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-
-	if (fd >= 0) {
-		fsync(fd);
-		close(fd);
-	}
 }
 
 static char *copy_text(const char *text)

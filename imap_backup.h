@@ -23,7 +23,7 @@
 
 #include <bearssl.h>
 
-/* ======== for all: errors, wiping, chance, UTF-8, calendar (in json.c) ======== */
+/* ======== for all: errors, wiping, chance, folders, UTF-8, clock, calendar (in json.c) ======== */
 
 /* What is lost, and whether to come back. The table of exit statuses is in imap_backup.c. */
 enum err_code {
@@ -64,6 +64,9 @@ void wipe(void *p, size_t n);
 /* Have random octets. Returns false if there are none. */
 bool random_octets(void *out, size_t n);
 
+/* Have what a folder lists outlast a power cut. Returns 0, or -1 with errno. */
+int folder_sync(const char *path);
+
 /*
  * The octets of the UTF-8 character at p, of which n >= 1 can be read, or 0 if there is none
  * (RFC 3629 4). *code (NULL: not wanted) receives its code point if there is one.
@@ -72,6 +75,9 @@ size_t utf8_char(const uint8_t *p, size_t n, uint32_t *code);
 
 /* Write a code point, no surrogate, as UTF-8. Returns the octets, 1 to 4; no NUL follows. */
 size_t utf8_put(char *out, uint32_t code);
+
+/* Milliseconds of a clock that nobody sets. */
+int64_t now_ms(void);
 
 /* The days since 1 January 1970, in the civil calendar. Months from 1. */
 int64_t days_of(int64_t year, unsigned month, unsigned day);

@@ -2,7 +2,8 @@
  * json.c - a JSON parser (RFC 8259), for configurations and the answers of web services
  *
  * It knows the grammar and UTF-8; nothing of files, and nothing of what a value is for. It stands on
- * nothing of ours, so what all three sources need stands here first: errors, wiping, chance, UTF-8, calendar.
+ * nothing of ours, so what the other sources need, too, stands here first: errors, wiping, folders, UTF-8,
+ * clock, calendar.
  *
  * A first pass counts what can become a value or a name, so that the whole tree is one piece of
  * memory, wiped and freed in one go. The second is a recursive descent, JSON_DEPTH_MAX deep.
@@ -18,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "imap_backup.h"
@@ -77,6 +79,17 @@ bool random_octets(void *out, size_t n)
 	return done;
 }
 
+int folder_sync(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC), r;
+
+	/* EINVAL: a file system (CIFS, FUSE) that does not sync folders does so by itself or never. */
+	r = fd < 0 || (fsync(fd) != 0 && errno != EINVAL) ? -1 : 0;
+	if (fd >= 0)
+		close(fd);
+	return r;
+}
+
 /* UTF-8 by a character's length: the bits that mark its first octet, the least code. */
 static const struct {
 	uint32_t mark, least;
@@ -111,6 +124,14 @@ size_t utf8_put(char *out, uint32_t code)
 		out[i] = (char)(0x80 | (code & 0x3F));
 	out[0] = (char)(utf8[octets].mark | code);
 	return octets;
+}
+
+int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 int64_t days_of(int64_t year, unsigned month, unsigned day)

@@ -34,6 +34,7 @@
  *
  * The state and each record lie within a sector: a power cut leaves them old or new, never mixed.
  */
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -51,7 +52,7 @@ enum {
 	BUFFER_OCTETS = 64 << 10, /* between us and the mbox file, both ways */
 	HEADER_OCTETS = 48 << 10, /* of a header are held there; quoted, they are up to 56 << 10 */
 	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
-	COMMIT_SEC = 20,          /* ... or for so long */
+	COMMIT_MS = 20000,        /* ... or for so long */
 	PATH_OCTETS = 4096,       /* of a path, with ".index.damaged" */
 	NAME_AT = 24,             /* places in the index: */
 	STATE_AT = 1536,
@@ -105,11 +106,6 @@ static void put_digits(char *p, unsigned n, unsigned base, unsigned number)
 {
 	for (; n-- > 0; number /= base)
 		p[n] = "0123456789abcdef"[number % base];
-}
-
-static bool is_space(uint8_t c)
-{
-	return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
 /*
@@ -241,7 +237,7 @@ static void header_made_hash(struct mbox_header *h, const uint8_t *p, size_t n)
 {
 	size_t last = n;
 
-	while (last > 0 && is_space(p[last - 1]))
+	while (last > 0 && isspace(p[last - 1]))
 		last--;
 	if (last > 0) {
 		br_sha1_update(&h->ahead, p, last);
@@ -317,7 +313,7 @@ static void header_name_end(struct mbox_header *h)
 
 	if (h->quoted && n > 5 && memcmp(name, ">From ", 6) == 0) /* "From :" */
 		name++, n--;
-	while (n > 0 && is_space((uint8_t)name[n - 1]))
+	while (n > 0 && isspace((unsigned char)name[n - 1]))
 		n--;
 	h->at = MBOX_AT_OTHER;
 	h->dating = n == 4 && strncasecmp(name, "date", n) == 0 && h->date_octets == 0;
@@ -387,7 +383,7 @@ bool mbox_header_feed(struct mbox_header *h, const void *octets, size_t n)
 			h->date_octets += room;
 		} else if (h->at == MBOX_AT_ID) {
 			for (size_t i = 0; i < run; i++) {
-				if (is_space(p[i])) {
+				if (isspace(p[i])) {
 					h->space = true;
 					continue;
 				}
@@ -513,7 +509,7 @@ struct mbox {
 	bool cr;                /* the last octet was a CR, held back: a LF may follow */
 	int prefix;             /* -1: within a line; else so much of "From " stands at its start ... */
 	bool quotes;            /* ... behind any number of '>' */
-	time_t committed_sec;
+	int64_t committed_ms;
 	off_t read_at; /* of what the file has here, 'read_octets' are in 'buffer' */
 	size_t read_octets;
 	uint8_t buffer[BUFFER_OCTETS];
@@ -554,14 +550,6 @@ static enum rank rank_of(const struct mbox *m, uint32_t i)
 	if (entry->bits & (ENTRY_OTHER | ENTRY_TORN))
 		return entry->bits & ENTRY_OTHER ? RANK_NAME : RANK_TORN;
 	return entry->bits & ENTRY_GONE ? RANK_GONE : RANK_LIVE;
-}
-
-static time_t now_sec(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec;
 }
 
 /* pread() and pwrite() of everything; *got may be less than n only at the end of the file. */
@@ -624,18 +612,11 @@ static int sync_folder(struct mbox *m, struct err *e)
 {
 	char folder[PATH_OCTETS];
 	char *slash;
-	int fd, r = 0;
 
 	memcpy(folder, m->path, sizeof folder);
 	slash = strrchr(folder, '/');
 	memcpy(slash != NULL ? slash + 1 : folder, ".", 2);
-	fd = open(folder, O_RDONLY | O_CLOEXEC);
-	/* EINVAL: a file system (CIFS, FUSE) that does not sync folders does so by itself or never. */
-	if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL))
-		r = err_errno(e, E_SYSTEM, "%s: cannot sync the folder", folder);
-	if (fd >= 0)
-		close(fd);
-	return r;
+	return folder_sync(folder) == 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot sync the folder", folder);
 }
 
 /* Open a file of ours: a link is not followed, a FIFO not waited for, a device not used. */
@@ -1926,7 +1907,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 				set_uid(m, i, 0);
 	order_make(m);
 	rings_sort(m);
-	m->committed_sec = now_sec();
+	m->committed_ms = now_ms();
 	*out = m;
 	return 0;
 fail:
@@ -2491,7 +2472,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	if (m->counted != NULL)
 		m->counted->mails++;
 	m->start = -1;
-	if (m->flushed - m->now.octets >= COMMIT_OCTETS || now_sec() - m->committed_sec >= COMMIT_SEC)
+	if (m->flushed - m->now.octets >= COMMIT_OCTETS || now_ms() - m->committed_ms >= COMMIT_MS)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
 	return 1;
 fail:
@@ -2540,7 +2521,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		return -1;
 	m->data_dirty = false;
 	m->now.octets = m->flushed;
-	m->committed_sec = now_sec();
+	m->committed_ms = now_ms();
 	/*
 	 * The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these: the old one is off it
 	 * before the first record changes, and the new one comes when all have.
