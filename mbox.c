@@ -2081,8 +2081,7 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 			       .state = different ? MBOX_FLAGGED : 0, /* as ENTRY_DIFFERENT */
 			       .kind = ENTRY_OTHER | (last->kind & RECORD_SCANNED),
 			       .id = last->id,
-			       .wire = last->wire },
-		      found;
+			       .wire = last->wire };
 	uint32_t i = first_of(m, place);
 
 	m->different += different;
@@ -2092,14 +2091,12 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 	}
 	if ((m->how & MBOX_LOOK) == 0)
 		return record_append(m, &name, e);
-	/* It stands in memory only: it must not be the ring's last, which is read. */
-	if (records_room(m, m->now.records + 1, e) != 0 || ring_find(m, &name.id, &place, &found, e) != 0)
+	/* It stands in memory only, and in no ring, for the records of these are read. */
+	if (records_room(m, m->now.records + 1, e) != 0)
 		return -1;
-	i = *place;
-	if (record_add(m, &name, e) < 0)
-		return -1;
-	*place = i;
-	order_insert(m, m->now.records - 1, uid);
+	i = m->now.records++;
+	m->entries[i] = (struct entry){ .bits = ENTRY_OTHER | (different ? ENTRY_DIFFERENT : 0), .next = i };
+	set_uid(m, i, uid);
 	return 0;
 }
 
