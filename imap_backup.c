@@ -6267,19 +6267,15 @@ static bool sync_lives(void *context, uint32_t uid)
 static int sync_plan(struct sync *y)
 {
 	enum sync_kind unknown = sync_fetches_all(y) ? KIND_MAILS : KIND_IDS, kind;
-	uint32_t known;
 
 	y->foresee = 0;
 	if (y->complete)
 		mbox_drop_uids(y->m, sync_lives, y);
-	known = mbox_next_uid(y->m, 1);
 	for (size_t i = 0; i < y->listing.n; i++)
 		for (uint64_t u = y->listing.ranges[i].low; u <= y->listing.ranges[i].high; u++) {
 			uint32_t uid = (uint32_t)u;
 
-			if (known != 0 && known < uid)
-				known = mbox_next_uid(y->m, uid);
-			if (uid == known || sync_asked(y, uid))
+			if (mbox_next_uid(y->m, uid) == uid || sync_asked(y, uid))
 				continue;
 			kind = set_next(&y->attempt.poison, uid) == uid ? KIND_STILL_LISTED : unknown;
 			if (sync_add(y, &y->todo[kind], uid, uid) != 0)
