@@ -5879,8 +5879,7 @@ struct sync {
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
 	uint64_t since;               /* HIGHESTMODSEQ for CHANGEDSINCE, while it lists; 0: all flags are */
 	unsigned pending, awaited;    /* commands on the wire; of these listings and flags */
-	uint32_t below[2];            /* MESSAGELIMIT: what is still to be listed, and its flags; or 0 */
-	unsigned windows;             /* of which that was told */
+	unsigned windows;             /* how often not all was looked at: MESSAGELIMIT */
 	uint32_t foresee;             /* the next UID to be asked for before the listing is known, or 0 */
 	struct set listing, todo[KINDS]; /* UIDs: which there are, and of which each kind is to be asked */
 	struct incoming in;
@@ -5944,7 +5943,7 @@ static bool sync_asked(const struct sync *y, uint32_t uid)
 	for (unsigned tag = im->taken + 1; y->pending > 0 && tag <= im->tag; tag++) {
 		const struct command *c = &im->ring[tag % IMAP_RING];
 
-		for (unsigned k = 0; c->owner == y && k < c->n; k++)
+		for (unsigned k = 0; c->owner == y && c->kind > KIND_FLAGS && k < c->n; k++)
 			if (uid >= c->ranges[k].low && uid <= c->ranges[k].high)
 				return true;
 	}
@@ -6348,7 +6347,7 @@ static int sync_mark(struct sync *y)
 			log_warn("%lu of %lu mails have gone from the server at once", (unsigned long)gone,
 				 (unsigned long)live);
 		if (moved[1] != 0) { /* these live on under another UID, and get its flags */
-			y->since = y->below[1] = 0;
+			y->since = 0;
 			y->stage = SYNC_RECHECK;
 			return sync_add(y, &y->todo[KIND_FLAGS], moved[0], moved[1]);
 		}
@@ -6467,7 +6466,7 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 	if (sync_sent(y, kind, tag) != 0)
 		return -1;
 	c = &im->ring[tag % IMAP_RING];
-	c->n = kind == KIND_LISTING || kind == KIND_FLAGS ? 0 : n; /* of these any UID may come */
+	c->n = n;
 	memcpy(c->ranges, ranges, n * sizeof *ranges);
 	return 0;
 }
@@ -6523,21 +6522,21 @@ static int sync_examined(struct sync *y, const struct imap_result *result)
 	return 0;
 }
 
-/* Not all was looked at (MESSAGELIMIT, RFC 9738): ask for the rest, unless it was asked for just now. */
-static int sync_go_below(struct sync *y, enum sync_kind kind, uint32_t below)
+/* Not all was looked at (MESSAGELIMIT, RFC 9738): ask for the rest, unless just that was asked for. */
+static int sync_go_below(struct sync *y, const struct command *c)
 {
-	uint32_t *before = &y->below[kind == KIND_FLAGS];
+	const uint32_t below = c->result.below;
 
-	if ((*before != 0 && below >= *before) || ++y->windows > WINDOWS_MAX)
+	if (below > c->ranges[c->n - 1].high || ++y->windows > WINDOWS_MAX)
 		return err_set(&y->err, E_REFUSED, "the server tells nothing of UIDs below %lu",
 			       (unsigned long)below);
-	*before = below;
-	return sync_add(y, &y->todo[kind], 1, below - 1);
+	return sync_add(y, &y->todo[c->kind], 1, below - 1);
 }
 
 /* The listing has come. It is asked for again, more simply, where it cannot be right. */
-static int sync_listed(struct sync *y, const struct imap_result *result)
+static int sync_listed(struct sync *y, const struct command *c)
 {
+	const struct imap_result *result = &c->result;
 	const struct imap *im = y->session->im;
 	bool refused = result->condition != IMAP_OK;
 
@@ -6550,14 +6549,13 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
 	if (refused && (imap_wait_asked(result) > 0 || y->attempt.way == LISTING_FETCH))
 		return imap_refused(&y->err, result, "listing the mails");
 	if (!refused && result->below > 0) /* go on below them, keeping what we have */
-		return sync_go_below(y, KIND_LISTING, result->below);
+		return sync_go_below(y, c);
 	if (set_count(&y->listing) > MBOX_MAILS_MAX)
 		return sync_out_of_room(y);
 	y->complete = !refused && set_count(&y->listing) == im->exists;
 	/* Mail came or went meanwhile, or what is offered does not work (iCloud). */
 	if (refused || (!y->complete && im->exists != UINT32_MAX && y->attempt.way < LISTING_FETCH)) {
 		y->attempt.way++;
-		y->below[0] = 0;
 		set_clear(&y->listing);
 		return sync_add(y, &y->todo[KIND_LISTING], 1, UINT32_MAX);
 	}
@@ -6573,17 +6571,18 @@ static int sync_listed(struct sync *y, const struct imap_result *result)
  * Flags have come: all of them, or the new HIGHESTMODSEQ would be a lie. One that went back began anew, and
  * does not tell what changed.
  */
-static int sync_flagged(struct sync *y, const struct imap_result *result)
+static int sync_flagged(struct sync *y, const struct command *c)
 {
+	const struct imap_result *result = &c->result;
 	const bool refused = result->condition != IMAP_OK;
 
 	if (!refused && y->since <= y->claim.highestmodseq)
-		return result->below > 0 ? sync_go_below(y, KIND_FLAGS, result->below) : 0;
+		return result->below > 0 ? sync_go_below(y, c) : 0;
 	if (y->session->im->exists == 0 || mbox_last_uid(y->m) == 0)
 		return 0; /* some take no UIDs of an empty mailbox; where UIDVALIDITY is new, none is known */
 	if (refused && (y->since == 0 || imap_wait_asked(result) > 0))
 		return imap_refused(&y->err, result, "asking for flags");
-	y->since = y->below[1] = 0; /* what it offers, it does not have */
+	y->since = 0; /* what it offers, it does not have */
 	return sync_add(y, &y->todo[KIND_FLAGS], 1, mbox_last_uid(y->m));
 }
 
@@ -6635,8 +6634,7 @@ static int sync_answered(struct sync *y, const struct command *c)
 		return sync_examined(y, &c->result);
 	case KIND_LISTING:
 	case KIND_FLAGS:
-		if ((c->kind == KIND_LISTING ? sync_listed(y, &c->result) : sync_flagged(y, &c->result)) !=
-		    0)
+		if ((c->kind == KIND_LISTING ? sync_listed(y, c) : sync_flagged(y, c)) != 0)
 			return -1;
 		/* Before the batches that were foreseen are looked at: what these leave undone is then known. */
 		if (y->stage == SYNC_LIST && y->awaited == 0 && sync_first_todo(y, KIND_FLAGS) == KIND_NONE)
@@ -6744,7 +6742,7 @@ static int sync_open(struct sync *y)
 	mailbox_file(y->box, file);
 	mailbox_path(s->list, file, path);
 	y->complete = false;
-	y->below[0] = y->below[1] = y->windows = 0;
+	y->windows = 0;
 	y->claim.when_sec = 0;
 	if (mbox_open(&y->m, path, y->box->name, how, &y->err) != 0)
 		return -1;
