@@ -190,20 +190,6 @@ static void id_end(struct mbox_id *id, const br_sha256_context *hash, bool made)
 	id->octets[0] = (uint8_t)((id->octets[0] & ~1) | made);
 }
 
-/* Writes <key.k@...>, or <key@...> for the first, and returns its length. */
-static size_t made_text(char out[MBOX_MADE_MAX], const uint8_t key[20], unsigned k)
-{
-	size_t n = 0;
-
-	out[n++] = '<';
-	for (int i = 0; i < 20; i++, n += 2)
-		put_digits(out + n, 2, 16, key[i]);
-	if (k > 1)
-		n += (size_t)snprintf(out + n, 12, ".%u", k);
-	memcpy(out + n, made_domain, sizeof made_domain);
-	return n + sizeof made_domain - 1;
-}
-
 /* The identity of all mails with this key, by one of their made IDs. */
 static void made_id(struct mbox_id *id, const char *text)
 {
@@ -214,7 +200,7 @@ static void made_id(struct mbox_id *id, const char *text)
 	id_end(id, &hash, true);
 }
 
-/* Return true if made_text() makes such a text, or the original did. */
+/* Return true if header_made() makes such a text, or the original did. */
 static bool is_made(const char *text, size_t n)
 {
 	const size_t domain = sizeof made_domain - 1, end = n - domain; /* of key and number */
@@ -261,18 +247,26 @@ static void header_made_octets(struct mbox_header *h, const void *octets, size_t
 	}
 }
 
-/* The identity and the made ID, the k-th, of a mail with this header, should it have no other. Returns its length. */
+/*
+ * The identity and the made ID of a mail with this header, should it have no other: <key@...>, <key.k@...> for the
+ * k-th. Returns its length.
+ */
 static size_t header_made(struct mbox_header *h, struct mbox_id *id, char text[MBOX_MADE_MAX], unsigned k)
 {
 	uint8_t key[br_sha1_SIZE];
-	size_t n;
+	size_t n = 1;
 
 	header_made_hash(h, h->made, h->made_octets);
 	h->made_octets = 0;
 	br_sha1_out(&h->trimmed, key);
-	n = made_text(text, key, k);
+	text[0] = '<';
+	for (int i = 0; i < 20; i++, n += 2)
+		put_digits(text + n, 2, 16, key[i]);
+	if (k > 1)
+		n += (size_t)snprintf(text + n, 12, ".%u", k);
+	memcpy(text + n, made_domain, sizeof made_domain);
 	made_id(id, text);
-	return n;
+	return n + sizeof made_domain - 1;
 }
 
 /* One octet of a Message-ID in its normal form. */
