@@ -234,8 +234,7 @@ struct mbox_info {
 	 * and of all. */
 	uint32_t unbound, came_back, different, all_different;
 	const char *name; /* by mbox_tally(), too: the mailbox's on the wire, or "" if the index does not tell it */
-	bool exists;      /* the mbox file does */
-	bool fits;        /* an index is there, at rest, for this name and this mbox, and no damage is noted */
+	bool fits;        /* by mbox_peek() only: an index is there, at rest, of this mailbox, without a note of damage */
 };
 
 /* Look at an archive by its index's header and a stat() of the mbox; opens no mbox. name NULL: of any mailbox. */

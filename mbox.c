@@ -740,12 +740,12 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 	struct err ignored = { 0 };
 	struct state state;
 	struct stat st;
+	bool exists;
 	int fd;
 
 	memset(info, 0, sizeof *info);
-	info->exists = lstat(path, &st) == 0 && S_ISREG(st.st_mode);
-	if (info->exists)
-		info->octets = st.st_size;
+	exists = lstat(path, &st) == 0 && S_ISREG(st.st_mode);
+	info->octets = exists ? st.st_size : 0;
 	index_path(path, "", index);
 	if ((fd = open_file(index, O_RDONLY, &ignored)) < 0)
 		return;
@@ -754,7 +754,7 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 		info->stored = state.stored;
 		info->gone = state.gone;
 		info->others = state.others;
-		info->fits = info->exists && !state.writing && info->octets == state.octets &&
+		info->fits = exists && !state.writing && info->octets == state.octets &&
 			     fstat(fd, &st) == 0 &&
 			     st.st_size >= RECORDS_AT + (off_t)state.records * RECORD_OCTETS &&
 			     !is_noted(path);
@@ -1929,9 +1929,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .others = m->now.others,
 				    .came_back = m->came_back,
 				    .different = m->different,
-				    .name = m->name,
-				    .exists = true,
-				    .fits = true };
+				    .name = m->name };
 	/* All records with a UID, but for other names, are mails that are not gone: mostly nothing is left to count. */
 	if (m->how & MBOX_READ || (m->now.others == 0 && m->known == m->now.stored - m->now.gone))
 		return;
