@@ -1393,7 +1393,7 @@ static int scan(struct mbox *m, off_t from, off_t end, struct err *e)
 
 /*
  * Read the mail of a record, with its state as it is by now. *wrong receives what is wrong with the mail,
- * or NULL; then *mail may tell less.
+ * or NULL; then *mail (NULL: not wanted) may tell less.
  */
 static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, const char **wrong,
 		  struct err *e)
@@ -1658,7 +1658,6 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 {
 	uint32_t i = m->now.records;
 	unsigned before = r->state;
-	struct mbox_mail mail;
 	const char *wrong = NULL;
 	int good = 1;
 
@@ -1667,7 +1666,7 @@ static int record_load(struct mbox *m, struct record *r, const struct state *sta
 			return 0;
 		/* A run died, or the index is of an older day: where they differ, the mbox is right. */
 		if (i >= state->records)
-			good = verify(m, r, &mail, &wrong, e) != 0 ? -1 : wrong == NULL;
+			good = verify(m, r, NULL, &wrong, e) != 0 ? -1 : wrong == NULL;
 		else if ((state->writing || m->flushed > state->octets) &&
 			 (good = reread_state(m, r, e)) == 0)
 			good = is_noted(m->path); /* it will be healed */
