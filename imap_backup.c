@@ -4506,6 +4506,7 @@ static void oauth_close(struct oauth_job *k)
 	if (k->lock >= 0)
 		close(k->lock);
 	k->root = NULL;
+	k->refresh = k->access = NULL; /* which were in there */
 	k->fd = k->lock = -1;
 }
 
