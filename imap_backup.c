@@ -9077,7 +9077,7 @@ int main(int argc, char **argv)
 
 	run.began_ms = now_ms();
 	for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++)
-		if (strcmp(argv[i], "--json") == 0) /* what is wrong with the options is told so, too */
+		if (strncmp(argv[i], "--j", 3) == 0) /* what is wrong with the options is told so, too */
 			log_to.errors = &errors;
 	status = run_main(&run, &options, argc, argv);
 	if (log_to.errors == NULL)

@@ -41,6 +41,7 @@ def test_json(t):
         assert sorted((b['messages'], b['archived']) for b in said['accounts'][0]['boxes']) == [
             (2, 2), (3, 3), (20, 20)], said
         told(t.run('--json', '--check').out, 0, 'check')
+        told(t.run('--js', '--list').out, 0, 'list')   # as any option may be cut
     t.config(t.account(server, mode='plain', ssl=False), retries=0)
     said = told(t.run('--json').out, 1)   # nobody listens any more
     assert said['accounts'][0]['failures'] == 1 and 'refused' in said['accounts'][0]['errors'][0], said
