@@ -832,25 +832,16 @@ static void config_store(struct config *c, const struct json *object, const stru
 			   words != NULL ? words : "");
 }
 
-/*
- * Count the letters that must be put in, taken out or changed to make one word of the other, in any case.
- * Returns one more than 'limit' if they are more than that.
- */
-static unsigned config_distance(const char *word, const char *known, unsigned limit)
+/* Return true if so many letters, put in, taken out or changed, make one word of the other, in any case. */
+static bool config_near(const char *word, const char *known, unsigned letters)
 {
-	unsigned best = 0, other;
-
-	while (*word != '\0' && tolower((unsigned char)*word) == *known) {
-		word++;
-		known++;
-	}
-	if (*word == *known || limit == 0)
-		return *word != *known;
-	best = *known != '\0' ? config_distance(word, known + 1, limit - 1) : limit;
-	other = *word != '\0' ? config_distance(word + 1, known, limit - 1) : limit;
-	best = other < best ? other : best;
-	other = *word != '\0' && *known != '\0' ? config_distance(word + 1, known + 1, limit - 1) : limit;
-	return 1 + (other < best ? other : best);
+	for (; tolower((unsigned char)*word) == *known; word++, known++)
+		if (*known == '\0')
+			return true;
+	return letters > 0 &&
+	       ((*known != '\0' && config_near(word, known + 1, letters - 1)) ||
+		(*word != '\0' && config_near(word + 1, known, letters - 1)) ||
+		(*word != '\0' && *known != '\0' && config_near(word + 1, known + 1, letters - 1)));
 }
 
 /* Tell of a key that is not known at this place, and of one that may have been meant. */
@@ -865,17 +856,18 @@ static void config_unknown(struct config *c, const struct json *value, enum conf
 
 	for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++) {
 		const struct config_key *key = &config_keys[i];
-		unsigned distance = config_distance(value->key, key->name, 2),
-			 far = 2 * distance + (key->in != in);
+		unsigned letters = 0;
 
 		if (key->in == in && strcmp(value->key, key->name) == 0)
 			return;
-		if (distance > 2 || distance >= strlen(value->key) ||
+		while (letters < 3 && !config_near(value->key, key->name, letters))
+			letters++;
+		if (letters > 2 || letters >= strlen(value->key) ||
 		    (key->in != in && !(key->flags & KEY_GUARDS)))
 			continue;
 		guards = guards || key->flags & KEY_GUARDS;
-		if (far < best) {
-			best = far;
+		if (2 * letters + (key->in != in) < best) {
+			best = 2 * letters + (key->in != in);
 			near = key;
 		}
 	}

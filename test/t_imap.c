@@ -293,8 +293,9 @@ static void test_config(void)
 	check(strstr(complaints(&c, text), "expected a path in full (~ is not expanded), not so long") != NULL, "a long path");
 	config_free(&c);
 	for (size_t i = 0; i < N(words); i++)
-		check(config_distance(words[i].a, words[i].b, 2) == words[i].distance, "distance of %s and %s: %u",
-		      words[i].a, words[i].b, config_distance(words[i].a, words[i].b, 2));
+		for (unsigned letters = 0; letters < 3; letters++)
+			check(config_near(words[i].a, words[i].b, letters) == (words[i].distance <= letters),
+			      "%s and %s: %u", words[i].a, words[i].b, letters);
 }
 
 static void test_paths(void)
