@@ -1008,43 +1008,35 @@ static int config_take(struct config *c, const char *text, size_t n)
 	return c->complaints > 0 ? -1 : 0;
 }
 
-/*
- * Read a file, at most 'size' octets, and close it. Returns the text (the caller wipes and frees it), or NULL;
- * *n: its octets.
- */
-static char *file_text(int fd, size_t size, size_t *n)
+/* Read a file, at most 'size' octets, and close it. Returns -1 if that failed; the caller frees *t in any case. */
+static int file_text(int fd, size_t size, struct string *t)
 {
-	char *text = allocate(size); /* of which the system gives what is used */
 	ssize_t got;
 
-	for (*n = 0; (got = read(fd, text + *n, size - *n)) > 0;)
-		*n += (size_t)got;
+	*t = string_new(size); /* of which the system gives what is used */
+	while ((got = read(fd, t->at + t->n, size - t->n)) > 0)
+		t->n += (size_t)got;
 	close(fd);
-	if (got == 0)
-		return text;
-	wipe(text, *n);
-	free(text);
-	return NULL;
+	t->size = t->n;
+	return (int)got;
 }
 
 /* Read and check the configuration file. Returns 0, or -1 after each complaint has been printed. */
 static int config_load(struct config *c, const char *path)
 {
 	int result, fd = open(path, O_RDONLY | O_CLOEXEC);
+	struct string t;
 	struct stat st;
-	char *text;
-	size_t n;
 
 	*c = (struct config){ .path = path };
 	c->folder = strchr(path, '/') != NULL ? dirname(copy_text(path)) : ".";
-	if (fd < 0 || fstat(fd, &st) != 0 || (text = file_text(fd, JSON_OCTETS_MAX + 1, &n)) == NULL) {
+	if (fd < 0 || fstat(fd, &st) != 0 || file_text(fd, JSON_OCTETS_MAX + 1, &t) != 0) {
 		log_error("%s: cannot read the configuration: %s%s", path, strerror(errno),
 			  errno == ENOENT ? " (copy config.json.example and fill it in)" : "");
 		return -1;
 	}
-	result = config_take(c, text, n);
-	wipe(text, n);
-	free(text);
+	result = config_take(c, t.at, t.n);
+	string_free(&t);
 	if (c->secret && st.st_mode & (S_IRGRP | S_IROTH))
 		log_warn("%s holds a secret and others may read it; try: chmod 600 %s", path, path);
 	return result;
@@ -4509,7 +4501,7 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	static const char *const types[] = { "o365", "google", "custom" };
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
 	struct err wrong = { .text = " no object" };
-	char *text;
+	struct string t = { 0 };
 	int fd;
 
 	*k = (struct oauth_job){ .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1 };
@@ -4528,17 +4520,16 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 		k->waited = true;
 	}
 	fd = open(k->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-	text = fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &k->octets) : errno == ENOENT ? allocate(1) : NULL;
-	if (text == NULL)
-		return err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
-	k->root = k->octets > 0 ? json_parse(text, k->octets, &wrong) : json_parse("{}", 2, &wrong);
-	wipe(text, k->octets);
-	free(text);
+	if (fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &t) != 0 : errno != ENOENT)
+		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
+	k->octets = t.n;
+	k->root = t.n > 0 ? json_parse(t.at, t.n, &wrong) : json_parse("{}", 2, &wrong);
+	string_free(&t);
 	if (k->root == NULL || k->root->type != JSON_OBJECT)
 		return err_set(e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
 	k->refresh = oauth_newest(k, "RefreshToken", "last_modification_time");
 	k->access = oauth_newest(k, "AccessToken", "expires_on");
-	return 0;
+	return e->code == E_NONE ? 0 : -1;
 }
 
 /*
