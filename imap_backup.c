@@ -98,6 +98,7 @@ enum {
 	HTTP_ANSWER_MAX = 64 << 10,   /* octets of an answer to a form */
 	FORM_MAX = 192 << 10,         /* of a form: a token of an answer with each octet as %XX */
 	OAUTH_FILE_MAX = 256 << 10,   /* of a token file */
+	OAUTH_MORE = 8 << 10,         /* by which it may grow: there has to be room for them */
 	OAUTH_LEFT_SEC = 300,         /* a token that is good for less is replaced */
 	TOKEN_MAX = 32 << 10,         /* octets of an access token that can be logged in with */
 	IMAP_ATOM_MAX = 128,          /* an atom we look at; longer ones are cut */
@@ -3932,26 +3933,30 @@ static const struct mechanism {
 };
 
 /*
- * Write what SASL's mechanism wants to hear: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where the name is a
- * "saslname" (RFC 5801 4). Returns its length.
+ * Return what a SASL mechanism wants to hear, in base64: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where the name
+ * is a "saslname" (RFC 5801 4). The caller frees it.
  */
-static size_t sasl_response(char *out, size_t size, const struct mechanism *m,
-			    const struct account *account, const char *user, const char *secret)
+static struct string sasl_response(const struct mechanism *m, const struct account *account, const char *user,
+				   const char *secret)
 {
-	char name[1510], *to = name;
-	int n;
+	struct string t = string_new(3 * strlen(user) + strlen(account->host) + strlen(secret) + 100);
+	struct string coded = string_new(t.size / 3 * 4 + 8);
+	char port[8];
 
-	for (const char *p = user; *p != '\0'; p++)
-		to += sprintf(to, *p == ',' || *p == '=' ? "=%02X" : "%c", *p);
-	*to = '\0';
-	if (m->capability == CAP_XOAUTH2)
-		n = snprintf(out, size, "user=%s\1auth=Bearer %s\1\1", user, secret);
-	else if (m->capability == CAP_OAUTHBEARER)
-		n = snprintf(out, size, "n,a=%s,\1host=%s\1port=%u\1auth=Bearer %s\1\1", name,
-			     account->host, account->port, secret);
-	else
-		n = snprintf(out, size, "%c%s%c%s", 0, user, 0, secret);
-	return (size_t)n;
+	snprintf(port, sizeof port, "%u", account->port);
+	if (m->capability == CAP_XOAUTH2) {
+		string_add(&t, "user=%s\1auth=Bearer %s\1\1", user, secret);
+	} else if (m->capability == CAP_OAUTHBEARER) {
+		string_add(&t, "n,a=");
+		for (const char *p = user; *p != '\0'; p++)
+			string_add(&t, *p == ',' ? "=2C" : *p == '=' ? "=3D" : "%s", (char[]){ *p, '\0' });
+		string_add(&t, ",\1host=%s\1port=%s\1auth=Bearer %s\1\1", account->host, port, secret);
+	} else {
+		t.n = (size_t)snprintf(t.at, t.size, "%c%s%c%s", 0, user, 0, secret);
+	}
+	base64(coded.at, t.at, t.n, false);
+	string_free(&t);
+	return coded;
 }
 
 /* Send LOGIN, with literals for what cannot be quoted. Returns the tag, 0 at an error. */
@@ -4030,12 +4035,12 @@ static void imap_login_refused(struct imap *im, const struct imap_result *result
  */
 static int imap_login(struct imap *im, const char *user, const char *secret, bool token)
 {
-	const size_t size = 3 * strlen(user) + strlen(secret) + strlen(im->s.account->host) + 100;
 	const struct mechanism *m = mechanisms, *login = &mechanisms[3];
 	const struct imap_result *result = NULL;
 	struct imap_result first = { .condition = IMAP_PENDING };
-	char *plain, *coded, quoted[1510] = "";
 	struct err *e = &im->s.err;
+	char quoted[1510] = "";
+	struct string coded;
 
 	while (m < login && (m->token != token || !(im->capabilities & m->capability)))
 		m++;
@@ -4049,15 +4054,13 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	if (strlen(user) > 500 || strlen(secret) > (token ? TOKEN_MAX : 500))
 		return stream_fail(&im->s, E_ACCOUNT, "user name or %s is longer than %d octets",
 				   token ? "token" : "password", token ? TOKEN_MAX : 500);
-	plain = allocate(size);
-	coded = allocate(size / 3 * 4 + 8);
-	base64(coded, plain, sasl_response(plain, size, m, im->s.account, user, secret), false);
+	coded = sasl_response(m, im->s.account, user, secret);
 	im->capabilities_known = false; /* others will hold; many servers tell them at once */
 	im->secret[0] = secret;
-	im->secret[1] = coded;
+	im->secret[1] = coded.at;
 	im->secret[2] = token ? NULL : quoted;
 	if (m < login) {
-		result = imap_wait(im, imap_authenticate(im, m, coded));
+		result = imap_wait(im, imap_authenticate(im, m, coded.at));
 		if (result != NULL && !token && imap_is_unwilling(im, result)) {
 			first = *result;
 			m = login;
@@ -4076,11 +4079,8 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	else if (result->condition != IMAP_OK)
 		imap_login_refused(im, result, token);
 	memset(im->secret, 0, sizeof im->secret);
-	wipe(plain, size);
-	wipe(coded, size / 3 * 4 + 8);
+	string_free(&coded);
 	wipe(quoted, sizeof quoted);
-	free(plain);
-	free(coded);
 	return e->code != E_NONE ? -1 : imap_know_capabilities(im);
 }
 
@@ -4115,10 +4115,8 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	if (!local && (account->never_clear || account->ssl != SSL_OFF))
 		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; %s", account->host,
 				   account->port,
-				   account->pins > 0
-					   ? "with \"tls_fingerprint\" nothing is sent in the clear"
-				   : account->never_clear
-					   ? "port 993 speaks TLS at once"
+				   account->never_clear
+					   ? "nothing is sent in the clear here; port 993 speaks TLS at once"
 					   : "set \"ssl\": true for TLS on port 993, or \"ssl\": false to "
 					     "send the password in the clear");
 	if (!local)
@@ -4205,12 +4203,10 @@ static size_t http_keep(char *octets, size_t size, size_t n, void *context)
 	struct http *h = context;
 
 	n *= size;
-	if (h->form == NULL)
-		return n;
 	if (n > HTTP_ANSWER_MAX - h->octets)
 		return 0;
 	memcpy(h->text + h->octets, octets, n);
-	h->octets += n;
+	h->octets += h->form != NULL ? n : 0;
 	return n;
 }
 
@@ -4533,25 +4529,22 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 }
 
 /*
- * Write the file anew, aside. t NULL: only see to it that there is room, before anything is asked for: a token
- * that a provider has given and that cannot be kept may be the last one.
+ * Write the file anew, aside, and free the text. An empty one only sees to it that there is room, before anything
+ * is asked for: a token that a provider has given and that cannot be kept may be the last one.
  */
-static int oauth_write(struct oauth_job *k, const struct string *t)
+static int oauth_write(struct oauth_job *k, struct string t)
 {
-	struct string room = t != NULL ? *t : string_new(k->octets + (8 << 10));
+	size_t n = t.n > 0 ? t.n : t.size;
 
-	room.n = t != NULL ? t->n : room.size;
 	snprintf(k->aside, sizeof k->aside, "%s.new", k->path);
 	if (k->fd < 0) {
 		unlink(k->aside);
 		k->fd = open(k->aside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
 	}
 	errno = k->fd >= 0 ? ENOSPC : errno; /* where fewer octets are written than were to be */
-	if (k->fd < 0 || pwrite(k->fd, room.at, room.n, 0) != (ssize_t)room.n ||
-	    ftruncate(k->fd, (off_t)room.n) != 0)
+	if (k->fd < 0 || pwrite(k->fd, t.at, n, 0) != (ssize_t)n || ftruncate(k->fd, (off_t)n) != 0)
 		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->aside);
-	if (t == NULL)
-		string_free(&room);
+	string_free(&t);
 	return k->e->code == E_NONE ? 0 : -1;
 }
 
@@ -4630,10 +4623,9 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
 	oauth_merge(k, answer, &t);
 	if (t.full)
 		err_set(k->e, E_ACCOUNT, "%s: the tokens are too long", k->path);
-	else if (oauth_write(k, &t) == 0 && (fsync(k->fd) != 0 || rename(k->aside, k->path) != 0))
+	if (oauth_write(k, t) == 0 && (fsync(k->fd) != 0 || rename(k->aside, k->path) != 0))
 		err_errno(k->e, E_ACCOUNT, "%s: cannot write", k->path);
 	folder_sync(k->config->oauth2_cache);
-	string_free(&t);
 	return k->e->code == E_NONE ? 0 : -1;
 }
 
@@ -4669,7 +4661,7 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 			strcpy(k.error, "none");
 			err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"",
 				o->name);
-		} else if (oauth_write(&k, NULL) == 0 && (answer = oauth_refresh(&k)) != NULL &&
+		} else if (oauth_write(&k, string_new(k.octets + OAUTH_MORE)) == 0 && (answer = oauth_refresh(&k)) != NULL &&
 			   oauth_keep(&k, answer) == 0) {
 			found = oauth_text(answer, "access_token");
 		}
@@ -4838,7 +4830,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 	if (log_to.level < LOG_INFO) /* -q: there is something that must be said */
 		log_to.level = LOG_INFO;
 	if (oauth_open(&k, c, o, trust, e) == 0)
-		oauth_write(&k, NULL); /* could a token be kept? */
+		oauth_write(&k, string_new(k.octets + OAUTH_MORE)); /* could a token be kept? */
 	oauth_close(&k);
 	if (e->code == E_NONE && o->client_credentials) {
 		answer = oauth_refresh(&k);

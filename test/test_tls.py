@@ -281,7 +281,7 @@ def test_starttls(t):
         'preauth-late': Way('offers no STARTTLS', **far,
                             cmd_CAPABILITY=lambda self, tag, args: self.put(
                                 '* PREAUTH in\r\n* CAPABILITY IMAP4rev1\r\n%s OK\r\n' % tag)),
-        'pinned': Way('with "tls_fingerprint" nothing is sent in the clear', kind=None, tls=False,
+        'pinned': Way('nothing is sent in the clear', kind=None, tls=False,
                       account={'ssl': False, 'host': '127.0.0.1', 'tls_fingerprint': 'ab' * 32}),
         'pinned-preauth': Way('PREAUTH', kind=None, tls=False, greeting='* PREAUTH in\r\n', user='u',
                               account={'host': '127.0.0.1', 'tls_fingerprint': 'ab' * 32}),
