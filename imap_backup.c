@@ -4322,8 +4322,7 @@ struct oauth_job { /* what all functions here work on */
 	const struct oauth *oauth;
 	const struct trust *trust;
 	struct err *e;
-	const char *secrets[2]; /* of the form at hand, or NULL: overwritten in what the provider says */
-	char error[40];         /* the provider's word for what was wrong with the last request, or "" */
+	char error[40]; /* the provider's word for what was wrong with the last request, or "" */
 	char path[PATH_MAX_OCTETS], aside[PATH_MAX_OCTETS + 8]; /* of the token file */
 	int lock, fd;                        /* -1: not locked; what is written aside is not open */
 	bool waited;                         /* for another process, until it was locked */
@@ -4386,8 +4385,6 @@ static int oauth_refused(struct oauth_job *k, const char *words, long status)
 			hint = hints[i][1];
 	snprintf(own, sizeof own, "%.*s", trace != NULL ? (int)(trace - words) : 999, words);
 	own[strcspn(own, "\r\n")] = '\0';
-	text_scrub(own, k->secrets[0]);
-	text_scrub(own, k->secrets[1]);
 	if (status >= 500 || status == 429 || status == 408 ||
 	    word_place("temporarily_unavailable server_error slow_down authorization_pending", k->error) >=
 		    0)
@@ -4413,6 +4410,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	struct json *answer = NULL;
 	struct err no_json = { 0 };
 	struct http *h;
+	char *words;
 	va_list values;
 
 	va_start(values, format);
@@ -4423,8 +4421,6 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 		own = secret_show(o->client_secret);
 		string_add(&form, "&client_secret=%f", own.at);
 	}
-	k->secrets[0] = secret;
-	k->secrets[1] = own.at;
 	*k->error = '\0';
 	h = http_post(url, form.at, k->trust);
 	if (h->err.code != E_NONE) {
@@ -4434,7 +4430,10 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 		if (h->status != 200 ||
 		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
 			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
-			oauth_refused(k, oauth_text(answer, "error_description"), h->status);
+			words = (char *)(uintptr_t)oauth_text(answer, "error_description");
+			text_scrub(words, secret);
+			text_scrub(words, own.at);
+			oauth_refused(k, words, h->status);
 			json_free(answer);
 			answer = NULL;
 		}
@@ -4443,7 +4442,6 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	munmap(h, sizeof *h);
 	string_free(&form);
 	string_free(&own);
-	k->secrets[0] = k->secrets[1] = NULL;
 	return answer;
 }
 
@@ -4548,35 +4546,29 @@ static int oauth_write(struct oauth_job *k, struct string t)
 	return k->e->code == E_NONE ? 0 : -1;
 }
 
-/* Write a value. */
-static void oauth_print(struct string *t, const struct json *v)
+/*
+ * Write what an array or object has, NULL: nothing, each with a comma in front, the first with this. 'but' and
+ * 'nor': it is an object, and members with these names are left out.
+ */
+static void oauth_print(struct string *t, const char *comma, const struct json *in, const char *but,
+			const char *nor)
 {
-	const char *comma = "";
-
-	if (v->type != JSON_ARRAY && v->type != JSON_OBJECT) {
-		string_add(t, v->type == JSON_STRING ? "%j" : "%s",
-			   v->text != NULL        ? v->text
-			   : v->type == JSON_NULL ? "null"
-			   : v->number != 0       ? "true"
-						  : "false");
-		return;
-	}
-	string_add(t, v->type == JSON_ARRAY ? "[" : "{");
-	for (const struct json *in = v->child; in != NULL; in = in->next, comma = ",") {
-		string_add(t, in->key != NULL ? "%s%j:" : "%s", comma, in->key);
-		oauth_print(t, in);
-	}
-	string_add(t, v->type == JSON_ARRAY ? "]" : "}");
-}
-
-/* Write the members of an object, or of NULL, behind others, but these two. */
-static void oauth_others(struct string *t, const struct json *object, const char *but, const char *nor)
-{
-	for (const struct json *v = object != NULL ? object->child : NULL; v != NULL; v = v->next)
-		if (v->key != NULL && strcmp(v->key, but) != 0 && strcmp(v->key, nor) != 0) {
-			string_add(t, ",%j:", v->key);
-			oauth_print(t, v);
+	for (const struct json *v = in != NULL ? in->child : NULL; v != NULL; v = v->next, comma = ",") {
+		if (but != NULL && (v->key == NULL || strcmp(v->key, but) == 0 || strcmp(v->key, nor) == 0))
+			continue;
+		string_add(t, v->key != NULL ? "%s%j:" : "%s", comma, v->key);
+		if (v->type == JSON_ARRAY || v->type == JSON_OBJECT) {
+			string_add(t, v->type == JSON_ARRAY ? "[" : "{");
+			oauth_print(t, "", v, NULL, NULL);
+			string_add(t, v->type == JSON_ARRAY ? "]" : "}");
+		} else {
+			string_add(t, v->type == JSON_STRING ? "%j" : "%s",
+				   v->text != NULL        ? v->text
+				   : v->type == JSON_NULL ? "null"
+				   : v->number != 0       ? "true"
+							  : "false");
 		}
+	}
 }
 
 /*
@@ -4608,10 +4600,10 @@ static void oauth_merge(const struct oauth_job *k, const struct json *answer, st
 		string_add(t, ",\"RefreshToken\":{");
 		string_add(t, entry, key, "RefreshToken", refresh, "last_modification_time", begin, home,
 			   where, client, scope);
-		oauth_others(t, json_get(k->root, "RefreshToken"), key, "");
+		oauth_print(t, ",", json_get(k->root, "RefreshToken"), key, "");
 		string_add(t, "}");
 	}
-	oauth_others(t, k->root, "AccessToken", *refresh != '\0' ? "RefreshToken" : "");
+	oauth_print(t, ",", k->root, "AccessToken", *refresh != '\0' ? "RefreshToken" : "");
 	string_add(t, "}");
 }
 
