@@ -558,6 +558,7 @@ struct account {
 	const struct oauth *oauth;               /* ... and with none a person is asked */
 	unsigned ssl, compress;                  /* enum ssl_mode, enum compress_mode */
 	bool never_clear;                        /* without TLS from the start: STARTTLS or nothing */
+	bool wanted;                             /* -a names it, or nothing is named */
 	unsigned port, processes;
 	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
@@ -1054,9 +1055,7 @@ struct options {
 	const char *into;        /* RUN_RESTORE: the mailbox above all, or NULL */
 	const char *config_path; /* NULL: the quick form, which has these: */
 	const char *host, *port, *user, *to, *password_command;
-	const struct json *mailboxes; /* -m: patterns, or NULL */
-	unsigned accounts;            /* -a: how many of these: */
-	const char **account;
+	const struct json *accounts, *mailboxes; /* -a, -m (patterns): lists, or NULL */
 };
 
 /* Return the configuration that the quick form stands for; the caller frees it. */
@@ -5550,16 +5549,6 @@ static void archive_name(struct archive *a, const char *file)
 	name_text(a->text, a->name, a->box.delimiter);
 }
 
-/* Return true if -a names the account, or nothing is named. */
-static bool account_is_wanted(const struct options *o, const struct account *account)
-{
-	bool wanted = o->accounts == 0;
-
-	for (unsigned k = 0; k < o->accounts; k++)
-		wanted = wanted || strcasecmp(o->account[k], account->email) == 0;
-	return wanted;
-}
-
 /*
  * Open each archive of an account that -m does not exclude, in the order of their names, and hand it to
  * take(). Returns the status: 1 if one cannot be read, or take() returned it, 3 if one is locked.
@@ -5745,7 +5734,7 @@ static int archives_export(const struct config *c, const struct options *o)
 	}
 	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
 		for (unsigned i = 0; i < c->n_accounts; i++) {
-			if (!account_is_wanted(o, &c->accounts[i]))
+			if (!c->accounts[i].wanted)
 				continue;
 			one = archives_walk(c, o, &c->accounts[i], archive_export, &x);
 			status = status == 1 || one == 0 ? status : one;
@@ -8527,10 +8516,10 @@ enum { /* modes that an option goes with, as bits; 0: all */
 
 /* In the order of the help, which is printed from it. */
 static const struct option_row {
-	enum { TAKE_MODE, TAKE_FLAG, TAKE_TEXT, TAKE_ACCOUNT, TAKE_MAILBOX, TAKE_LEVEL, TAKE_HELP } how;
+	enum { TAKE_MODE, TAKE_FLAG, TAKE_TEXT, TAKE_LIST, TAKE_LEVEL, TAKE_HELP } how;
 	char letter; /* '\0': none */
 	const char *name, *argument;
-	size_t at; /* the mode; or the place of a flag (int) or text in struct options */
+	size_t at; /* the mode; or the place of a flag (int), text or list in struct options */
 	unsigned modes;
 	const char *help;
 } option_rows[] = {
@@ -8548,8 +8537,8 @@ static const struct option_row {
 	{ TAKE_MODE, 0, "authorize", "NAME", RUN_AUTHORIZE, 0, "sign in for an entry of \"oauth2\" ..." },
 	{ TAKE_FLAG, 0, "paste", NULL, TO(paste), AUTHORIZE, "... with an address that is pasted" },
 	{ .help = "" },
-	{ TAKE_ACCOUNT, 'a', "account", "EMAIL", 0, WITH_ACCOUNTS, "only this account (may be repeated)" },
-	{ TAKE_MAILBOX, 'm', "mailbox", "NAME", 0, WITH_ACCOUNTS, "only this mailbox (wildcards * and ?)" },
+	{ TAKE_LIST, 'a', "account", "EMAIL", TO(accounts), WITH_ACCOUNTS, "only this account (may be repeated)" },
+	{ TAKE_LIST, 'm', "mailbox", "NAME", TO(mailboxes), WITH_ACCOUNTS, "only this mailbox (wildcards * and ?)" },
 	{ TAKE_FLAG, 'n', "dry-run", NULL, TO(dry), WITH_NEWS, "say what would be done" },
 	{ TAKE_LEVEL, 'q', "quiet", NULL, 0, 0, "warnings and errors only (for cron)" },
 	{ TAKE_LEVEL, 'v', "verbose", NULL, 0, 0, "more; -vv shows the protocol, never secrets" },
@@ -8614,10 +8603,11 @@ static int options_check(const struct options *o, const struct option_row *mode,
 /* Take the options. Returns -1 to go on, else the exit status. */
 static int options_parse(struct options *o, int argc, char **argv)
 {
-	struct json *patterns = NULL;
 	struct option words[OPTION_ROWS + 1] = { { 0 } };
 	char letters[2 * OPTION_ROWS + 2] = ":", *end = letters + 1;
 	const struct option_row *row, *mode = NULL;
+	const struct json **list;
+	struct json *more;
 	unsigned given = 0, n = 0;
 	int status, letter, found = 0;
 
@@ -8628,7 +8618,6 @@ static int options_parse(struct options *o, int argc, char **argv)
 		if (row->letter != 0)
 			end += sprintf(end, "%c%s", row->letter, row->argument != NULL ? ":" : "");
 	}
-	o->account = allocate((size_t)argc * sizeof *o->account);
 	opterr = 0;
 	while ((letter = getopt_long(argc, argv, letters, words, NULL)) != -1) {
 		if (letter == ':' || letter == '?')
@@ -8655,16 +8644,13 @@ static int options_parse(struct options *o, int argc, char **argv)
 		case TAKE_TEXT:
 			*(const char **)(void *)((char *)o + row->at) = optarg;
 			break;
-		case TAKE_ACCOUNT:
-			o->account[o->accounts++] = optarg;
-			break;
-		case TAKE_MAILBOX:
-			if (patterns == NULL)
-				o->mailboxes = patterns = allocate((size_t)(argc + 1) * sizeof *patterns);
-			patterns->count++;
-			patterns[patterns->count] = (struct json){ .type = JSON_STRING, .text = optarg };
-			patterns[patterns->count - 1].next = patterns + patterns->count;
-			patterns->child = patterns->next;
+		case TAKE_LIST:
+			list = (const struct json **)(void *)((char *)o + row->at);
+			more = allocate(2 * sizeof *more); /* the list as it was, behind one entry more */
+			more[0] = (struct json){ .type = JSON_ARRAY, .child = more + 1 };
+			more[1] = (struct json){ .type = JSON_STRING, .text = optarg };
+			more[1].next = *list != NULL ? (*list)->child : NULL;
+			*list = more;
 			break;
 		case TAKE_LEVEL:
 			log_to.level = row->letter == 'q'          ? LOG_WARN
@@ -8731,16 +8717,20 @@ static bool destination_describe(const struct config *c, char line[PATH_MAX_OCTE
 	return wrong == NULL;
 }
 
-/* Return 0 if all accounts that -a names are in the configuration, else the exit status. */
-static int accounts_check(const struct config *c, const struct options *o)
+/* Find the accounts that are wanted. Returns 0, or the exit status if -a names one that is not there. */
+static int accounts_choose(const struct config *c, const struct options *o)
 {
-	for (unsigned k = 0; k < o->accounts; k++) {
-		unsigned i = 0;
+	const struct json *named = o->accounts != NULL ? o->accounts->child : NULL;
+	unsigned i;
 
-		while (i < c->n_accounts && strcasecmp(o->account[k], c->accounts[i].email) != 0)
+	for (i = 0; i < c->n_accounts; i++)
+		c->accounts[i].wanted = named == NULL;
+	for (; named != NULL; named = named->next) {
+		for (i = 0; i < c->n_accounts && strcasecmp(named->text, c->accounts[i].email) != 0;)
 			i++;
 		if (i == c->n_accounts)
-			return usage_error("no such account in the configuration: %s", o->account[k]);
+			return usage_error("no such account in the configuration: %s", named->text);
+		c->accounts[i].wanted = true;
 	}
 	return 0;
 }
@@ -8754,7 +8744,7 @@ static void run_prepare(struct run *run)
 	run->shared = allocate_shared(sizeof *run->shared + c->n_accounts * sizeof *run->boards);
 	run->boards = run->shared->boards;
 	for (struct account *a = c->accounts; a < c->accounts + c->n_accounts; a++) {
-		if (!account_is_wanted(o, a))
+		if (!a->wanted)
 			continue;
 		run->boards[run->n_boards++].account = a;
 		if (o->mode != RUN_BACKUP)
@@ -8859,7 +8849,7 @@ static void run_tell(struct run *run, const char *url)
 	struct http *h;
 	char site[300];
 
-	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts > 0 ||
+	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts != NULL ||
 	    stop_asked)
 		return;
 	h = allocate(sizeof *h);
@@ -8898,7 +8888,7 @@ static bool restore_confirmed(const struct config *c, const struct options *o)
 		return false;
 	}
 	for (unsigned i = 0; i < c->n_accounts; i++)
-		if (account_is_wanted(o, &c->accounts[i])) {
+		if (c->accounts[i].wanted) {
 			archives_walk(c, o, &c->accounts[i], archive_count, sums);
 			log_context("", "");
 			log_info("%s goes to %s at %s", c->accounts[i].email, c->accounts[i].username,
@@ -9020,7 +9010,7 @@ static int run_main(struct run *run, struct options *o, int argc, char **argv)
 		return status;
 	if (o->config_path != NULL ? config_load(&config, o->config_path) != 0 : quick_load(&config, o) != 0)
 		return 2;
-	if ((status = accounts_check(&config, o)) != 0)
+	if ((status = accounts_choose(&config, o)) != 0)
 		return status;
 	if (o->mode == RUN_EXPORT)
 		return archives_export(&config, o);

@@ -335,10 +335,20 @@ static int take_options(struct options *o, const char *line, char words[400])
 	return options_parse(o, argc, argv);
 }
 
+static void free_list(const struct json *list)
+{
+	const struct json *entry = list != NULL ? list->child : NULL, *next;
+
+	for (; entry != NULL; entry = next) {
+		next = entry->next;
+		free((void *)(uintptr_t)(entry - 1));
+	}
+}
+
 static void free_options(struct options *o)
 {
-	free(o->account);
-	free((void *)(uintptr_t)o->mailboxes);
+	free_list(o->accounts);
+	free_list(o->mailboxes);
 }
 
 static void test_options(void)
@@ -385,9 +395,9 @@ static void test_options(void)
 	      "no options");
 	free_options(&o);
 	check(take_options(&o, "c.json -nqa a@x --account=b@x -mINBOX --mailbox A/* -vvv", words) == -1 && o.dry &&
-	      strcmp(o.config_path, "c.json") == 0 && log_to.level == LOG_TRACE && o.accounts == 2 &&
-	      strcmp(o.account[1], "b@x") == 0 && strcmp(o.mailboxes->child->text, "INBOX") == 0 &&
-	      strcmp(o.mailboxes->child->next->text, "A/*") == 0 && o.mailboxes->child->next->next == NULL, "options");
+	      strcmp(o.config_path, "c.json") == 0 && log_to.level == LOG_TRACE && strcmp(o.accounts->child->text, "b@x") == 0 &&
+	      strcmp(o.accounts->child->next->text, "a@x") == 0 && strcmp(o.mailboxes->child->text, "A/*") == 0 &&
+	      strcmp(o.mailboxes->child->next->text, "INBOX") == 0 && o.mailboxes->child->next->next == NULL, "options");
 	free_options(&o);
 	check(take_options(&o, "--export <a@x> -q -- -c.json", words) == -1 && o.mode == RUN_EXPORT && !o.all &&
 	      strcmp(o.what, "<a@x>") == 0 && strcmp(o.config_path, "-c.json") == 0 && log_to.level == LOG_WARN,
