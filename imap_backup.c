@@ -8182,16 +8182,14 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 	setpgid(pid, pid); /* whoever of the two is first */
 	close(pair[1]);
 	while (!ended && !stop_due() && now_ms() < deadline) {
-		struct pollfd fd = { .fd = pair[0], .events = POLLIN };
+		struct pollfd fd = { .fd = got > 0 ? pair[0] : -1, .events = POLLIN };
 
-		if (got <= 0) {
-			ended = waitpid(pid, &status, WNOHANG) == pid;
-			poll(NULL, 0, ended ? 0 : 10);
-		} else if (poll(&fd, 1, 500) > 0) {
+		if (poll(&fd, 1, got > 0 ? 500 : 10) > 0) {
 			got = read(pair[0], text + n, sizeof text - 1 - n);
 			n += got > 0 ? (size_t)got : 0;
 			n = n < sizeof text / 2 ? n : sizeof text / 2; /* what is more is overwritten */
 		}
+		ended = got <= 0 && waitpid(pid, &status, WNOHANG) == pid;
 	}
 	close(pair[0]);
 	if (!ended) {
