@@ -3935,8 +3935,8 @@ static const struct mechanism {
  * Return what a SASL mechanism wants to hear, in base64: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where the name
  * is a "saslname" (RFC 5801 4). The caller frees it.
  */
-static struct string sasl_response(const struct mechanism *m, const struct account *account, const char *user,
-				   const char *secret)
+static struct string sasl_response(const struct mechanism *m, const struct account *account,
+				   const char *user, const char *secret)
 {
 	struct string t = string_new(3 * strlen(user) + strlen(account->host) + strlen(secret) + 100);
 	struct string coded = string_new(t.size / 3 * 4 + 8);
@@ -4115,7 +4115,7 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 		return stream_fail(&im->s, E_ACCOUNT, "%s, port %u, offers no STARTTLS; %s", account->host,
 				   account->port,
 				   account->never_clear
-					   ? "nothing is sent in the clear here; port 993 speaks TLS at once"
+					   ? "nothing is sent in the clear; port 993 speaks TLS at once"
 					   : "set \"ssl\": true for TLS on port 993, or \"ssl\": false to "
 					     "send the password in the clear");
 	if (!local)
@@ -4652,8 +4652,8 @@ static int oauth_token(const struct config *c, const struct oauth *o, const stru
 			strcpy(k.error, "none");
 			err_set(e, E_ACCOUNT, "nobody has signed in yet for \"oauth2\": \"%.60s\"",
 				o->name);
-		} else if (oauth_write(&k, string_new(k.octets + OAUTH_MORE)) == 0 && (answer = oauth_refresh(&k)) != NULL &&
-			   oauth_keep(&k, answer) == 0) {
+		} else if (oauth_write(&k, string_new(k.octets + OAUTH_MORE)) == 0 &&
+			   (answer = oauth_refresh(&k)) != NULL && oauth_keep(&k, answer) == 0) {
 			found = oauth_text(answer, "access_token");
 		}
 	}
@@ -8535,8 +8535,8 @@ static const struct option_row {
 	{ TAKE_MODE, 0, "authorize", "NAME", RUN_AUTHORIZE, 0, "sign in for an entry of \"oauth2\" ..." },
 	{ TAKE_FLAG, 0, "paste", NULL, TO(paste), AUTHORIZE, "... with an address that is pasted" },
 	{ .help = "" },
-	{ TAKE_LIST, 'a', "account", "EMAIL", TO(accounts), WITH_ACCOUNTS, "only this account (may be repeated)" },
-	{ TAKE_LIST, 'm', "mailbox", "NAME", TO(mailboxes), WITH_ACCOUNTS, "only this mailbox (wildcards * and ?)" },
+	{ TAKE_LIST, 'a', "account", "EMAIL", TO(accounts), WITH_ACCOUNTS, "only this one (repeatable)" },
+	{ TAKE_LIST, 'm', "mailbox", "NAME", TO(mailboxes), WITH_ACCOUNTS, "only this one (with * and ?)" },
 	{ TAKE_FLAG, 'n', "dry-run", NULL, TO(dry), WITH_NEWS, "say what would be done" },
 	{ TAKE_LEVEL, 'q', "quiet", NULL, 0, 0, "warnings and errors only (for cron)" },
 	{ TAKE_LEVEL, 'v', "verbose", NULL, 0, 0, "more; -vv shows the protocol, never secrets" },
