@@ -3981,7 +3981,6 @@ static unsigned imap_authenticate(struct imap *im, const struct mechanism *m, co
 	char shown[40];
 	unsigned tag;
 
-	im->mechanism = m->name;
 	snprintf(shown, sizeof shown, "AUTHENTICATE %s ***", m->name);
 	if (im->capabilities & CAP_SASL_IR && strlen(response) < IMAP_LINE_MAX * 4) {
 		tag = imap_send(im, shown, "AUTHENTICATE %s %s", m->name, response);
@@ -4035,7 +4034,7 @@ static void imap_login_refused(struct imap *im, const struct imap_result *result
 static int imap_login(struct imap *im, const char *user, const char *secret, bool token)
 {
 	const struct mechanism *m = mechanisms, *login = &mechanisms[3];
-	const struct imap_result *result = NULL;
+	const struct imap_result *result;
 	struct imap_result first = { .condition = IMAP_PENDING };
 	struct err *e = &im->s.err;
 	char quoted[1510] = "";
@@ -4058,20 +4057,17 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	im->secret[0] = secret;
 	im->secret[1] = coded.at;
 	im->secret[2] = token ? NULL : quoted;
-	if (m < login) {
-		result = imap_wait(im, imap_authenticate(im, m, coded.at));
-		if (result != NULL && !token && imap_is_unwilling(im, result)) {
-			first = *result;
-			m = login;
-		}
-	}
-	if (m == login) {
+	for (;; m = login) {
 		im->mechanism = m->name;
-		result = imap_wait(im, imap_login_plainly(im, user, secret, quoted));
-		if (result == NULL && first.condition != IMAP_PENDING && e->code == E_NET) {
-			*e = (struct err){ 0 }; /* it had enough: the first answer counts */
-			result = &first;
-		}
+		result = imap_wait(im, m < login ? imap_authenticate(im, m, coded.at)
+						 : imap_login_plainly(im, user, secret, quoted));
+		if (result == NULL || m == login || token || !imap_is_unwilling(im, result))
+			break;
+		first = *result;
+	}
+	if (result == NULL && first.condition != IMAP_PENDING && e->code == E_NET) {
+		*e = (struct err){ 0 }; /* it had enough: the first answer counts */
+		result = &first;
 	}
 	if (result == NULL)
 		imap_scrub(im, e->text);
