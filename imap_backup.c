@@ -856,23 +856,20 @@ static void config_unknown(struct config *c, const struct json *value, enum conf
 	unsigned best = 6;
 	char hint[100] = "";
 
-	for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++) {
-		const struct config_key *key = &config_keys[i];
-		unsigned letters = 0;
+	for (unsigned letters = 0; letters < 3 && letters < strlen(value->key); letters++)
+		for (size_t i = 0; i < sizeof config_keys / sizeof *config_keys; i++) {
+			const struct config_key *key = &config_keys[i];
+			unsigned far = 2 * letters + (key->in != in);
 
-		if (key->in == in && strcmp(value->key, key->name) == 0)
-			return;
-		while (letters < 3 && !config_near(value->key, key->name, letters))
-			letters++;
-		if (letters > 2 || letters >= strlen(value->key) ||
-		    (key->in != in && !(key->flags & KEY_GUARDS)))
-			continue;
-		guards = guards || key->flags & KEY_GUARDS;
-		if (2 * letters + (key->in != in) < best) {
-			best = 2 * letters + (key->in != in);
-			near = key;
+			if (key->in == in && strcmp(value->key, key->name) == 0)
+				return;
+			if (!config_near(value->key, key->name, letters) ||
+			    (key->in != in && !(key->flags & KEY_GUARDS)))
+				continue;
+			guards = guards || key->flags & KEY_GUARDS;
+			near = far < best ? key : near;
+			best = far < best ? far : best;
 		}
-	}
 	if (near != NULL)
 		snprintf(hint, sizeof hint, "; did you mean \"%s\" %s?", near->name, places[near->in]);
 	config_say(c, guards ? LOG_ERROR : LOG_WARN, value, value->key, "unknown key%s", hint);
