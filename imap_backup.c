@@ -4481,8 +4481,7 @@ static void oauth_close(struct oauth_job *k)
 }
 
 /* Lock the token file of an entry, and read it if there is one. Whatever it returns, close it. */
-static int oauth_open(struct oauth_job *k, const struct config *c, const struct oauth *o,
-		      const struct trust *trust, struct err *e)
+static int oauth_open(struct oauth_job *k)
 {
 	static const char *const types[] = { "o365", "google", "custom" };
 	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -4490,32 +4489,31 @@ static int oauth_open(struct oauth_job *k, const struct config *c, const struct 
 	struct string t = { 0 };
 	int fd;
 
-	*k = (struct oauth_job){ .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1 };
-	snprintf(k->path, sizeof k->path, "%.3600s/oauth2_%s_%.200s.json", c->oauth2_cache, types[o->type],
-		 o->name);
+	snprintf(k->path, sizeof k->path, "%.3600s/oauth2_%s_%.200s.json", k->config->oauth2_cache,
+		 types[k->oauth->type], k->oauth->name);
 	snprintf(k->aside, sizeof k->aside, "%s.lock", k->path);
-	mkdir(c->oauth2_cache, 0700);
+	mkdir(k->config->oauth2_cache, 0700);
 	k->lock = open(k->aside, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (k->lock < 0)
-		return err_errno(e, E_ACCOUNT, "%s: cannot open", k->aside);
+		return err_errno(k->e, E_ACCOUNT, "%s: cannot open", k->aside);
 	while (fcntl(k->lock, k->waited ? F_SETLKW : F_SETLK, &lock) != 0) {
 		if (stop_asked)
-			return err_set(e, E_STOPPED, "stopped by a signal");
+			return err_set(k->e, E_STOPPED, "stopped by a signal");
 		if (k->waited && errno != EINTR)
-			return err_errno(e, E_ACCOUNT, "%s: cannot lock", k->aside);
+			return err_errno(k->e, E_ACCOUNT, "%s: cannot lock", k->aside);
 		k->waited = true;
 	}
 	fd = open(k->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	if (fd >= 0 ? file_text(fd, OAUTH_FILE_MAX, &t) != 0 : errno != ENOENT)
-		err_errno(e, E_ACCOUNT, "%s: cannot read", k->path);
+		err_errno(k->e, E_ACCOUNT, "%s: cannot read", k->path);
 	k->octets = t.n;
 	k->root = t.n > 0 ? json_parse(t.at, t.n, &wrong) : json_parse("{}", 2, &wrong);
 	string_free(&t);
 	if (k->root == NULL || k->root->type != JSON_OBJECT)
-		return err_set(e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
+		return err_set(k->e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
 	k->refresh = oauth_newest(k, "RefreshToken", "last_modification_time");
 	k->access = oauth_newest(k, "AccessToken", "expires_on");
-	return e->code == E_NONE ? 0 : -1;
+	return k->e->code == E_NONE ? 0 : -1;
 }
 
 /*
@@ -4626,14 +4624,14 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
 static int oauth_token(const struct config *c, const struct oauth *o, const struct trust *trust,
 		       bool refused, char **token, struct err *e)
 {
-	struct oauth_job k;
+	struct oauth_job k = { .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1, .lock = -1 };
 	struct json *answer = NULL;
 	const char *found = NULL, *known;
 	char command[200];
 	uint8_t hash[32];
 	int64_t left;
 
-	if (oauth_open(&k, c, o, trust, e) == 0) {
+	if (oauth_open(&k) == 0) {
 		known = oauth_text(k.access, "secret");
 		left = strtoll(oauth_text(k.access, "expires_on"), NULL, 10) - (int64_t)time(NULL);
 		sha256(hash, known, strlen(known));
@@ -4808,12 +4806,12 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 {
 	static const char
 		over[] = "access_denied authorization_declined expired_token bad_verification_code";
-	struct oauth_job k;
+	struct oauth_job k = { .config = c, .oauth = o, .trust = trust, .e = e, .fd = -1, .lock = -1 };
 	struct json *answer = NULL;
 
 	if (log_to.level < LOG_INFO) /* -q: there is something that must be said */
 		log_to.level = LOG_INFO;
-	if (oauth_open(&k, c, o, trust, e) == 0)
+	if (oauth_open(&k) == 0)
 		oauth_write(&k, string_new(k.octets + OAUTH_MORE)); /* could a token be kept? */
 	oauth_close(&k);
 	if (e->code == E_NONE && o->client_credentials) {
@@ -4827,7 +4825,7 @@ static int oauth_authorize(const struct config *c, const struct oauth *o, const 
 	}
 	if (answer == NULL && e->code == E_NONE)
 		answer = oauth_paste(&k);
-	if (answer != NULL && oauth_open(&k, c, o, trust, e) == 0 && oauth_keep(&k, answer) == 0) {
+	if (answer != NULL && oauth_open(&k) == 0 && oauth_keep(&k, answer) == 0) {
 		log_info("%s; the token is in %s", o->client_credentials ? "it works" : "signed in",
 			 k.path);
 		if (!o->client_credentials && *oauth_text(answer, "refresh_token") == '\0')
