@@ -3919,13 +3919,12 @@ static char *base64(char *out, const void *octets, size_t n, bool url)
 static const struct mechanism {
 	const char *name;
 	unsigned capability;
-	bool token;
-	const char *reply; /* to the error that comes before a token is refused */
+	const char *reply; /* to the error that comes before a token is refused; NULL: it takes passwords */
 } mechanisms[] = {
-	{ "XOAUTH2", CAP_XOAUTH2, true, "" }, /* all that Exchange takes */
-	{ "OAUTHBEARER", CAP_OAUTHBEARER, true, "AQ==" },
-	{ "PLAIN", CAP_AUTH_PLAIN, false, NULL },
-	{ "LOGIN", 0, false, NULL }, /* the command: needs no capability, but may be disabled */
+	{ "XOAUTH2", CAP_XOAUTH2, "" }, /* all that Exchange takes */
+	{ "OAUTHBEARER", CAP_OAUTHBEARER, "AQ==" },
+	{ "PLAIN", CAP_AUTH_PLAIN, NULL },
+	{ "LOGIN", 0, NULL }, /* the command: needs no capability, but may be disabled */
 };
 
 /*
@@ -4007,7 +4006,6 @@ static void imap_login_refused(struct imap *im, const struct imap_result *result
 	size_t used;
 
 	imap_refused(e, result, "login");
-	imap_scrub(im, e->text);
 	if (e->code == E_REFUSED || strcmp(result->code, "AUTHENTICATIONFAILED") == 0)
 		e->code = E_ACCOUNT; /* also where the text says "try again later" */
 	im->refused = token && e->code == E_ACCOUNT;
@@ -4037,7 +4035,7 @@ static int imap_login(struct imap *im, const char *user, const char *secret, boo
 	char quoted[1510] = "";
 	struct string coded;
 
-	while (m < login && (m->token != token || !(im->capabilities & m->capability)))
+	while (m < login && ((m->reply != NULL) != token || !(im->capabilities & m->capability)))
 		m++;
 	if (m == login && token)
 		return stream_fail(&im->s, E_ACCOUNT,
