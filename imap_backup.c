@@ -4508,7 +4508,8 @@ static int oauth_open(struct oauth_job *k)
 	k->root = t.n > 0 ? json_parse(t.at, t.n, &wrong) : json_parse("{}", 2, &wrong);
 	string_free(&t);
 	if (k->root == NULL || k->root->type != JSON_OBJECT)
-		return err_set(k->e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path, wrong.text);
+		return err_set(k->e, E_ACCOUNT, "%s:%s; move it away and sign in again", k->path,
+			       wrong.text);
 	k->refresh = oauth_newest(k, "RefreshToken", "last_modification_time");
 	k->access = oauth_newest(k, "AccessToken", "expires_on");
 	return k->e->code == E_NONE ? 0 : -1;
@@ -8868,7 +8869,6 @@ static bool restore_confirmed(const struct config *c, const struct options *o)
 	uint64_t sums[2] = { 0, 0 };
 	char answer[16] = "";
 	int fd = open("/dev/tty", O_RDWR | O_NOCTTY | O_CLOEXEC);
-	bool yes;
 
 	if (fd < 0) {
 		log_error("a restore writes to the server: without a terminal to ask on it needs --yes");
@@ -8886,10 +8886,10 @@ static bool restore_confirmed(const struct config *c, const struct options *o)
 	if (line_read(fd, answer, sizeof answer) == 0)
 		dprintf(fd, "\n");
 	close(fd);
-	yes = strcasecmp(answer, "y") == 0 || strcasecmp(answer, "yes") == 0;
-	if (!yes)
-		log_error("not confirmed: nothing was done");
-	return yes;
+	if (strcasecmp(answer, "y") == 0 || strcasecmp(answer, "yes") == 0)
+		return true;
+	log_error("not confirmed: nothing was done");
+	return false;
 }
 
 /* Sign in for an entry of "oauth2"; its provider is judged by the CAs of the account that it is for. */
