@@ -2897,7 +2897,7 @@ struct imap {
 	size_t line_octets;
 	const char *secret[3]; /* borrowed during the login: what is sent, in the forms that are */
 	char challenge[200];   /* the text of the last continuation request */
-	bool refused, expired; /* the access token was; and ended the session because it is over */
+	bool refused, expired; /* the access token was, or is not taken any more; that, in mid-session */
 	uint64_t depth;        /* of lists, in the response in hand: a line end within one may be a blank */
 	bool over;             /* the response in hand has ended within a list: its line end is consumed */
 	bool takes_forwarded;  /* $Forwarded, says PERMANENTFLAGS */
@@ -3277,7 +3277,7 @@ static void imap_text(struct imap *im, struct imap_result *result)
 	if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
 		log_info("the server says: %s", result->text);
 	if (strstr(result->text, "AccessTokenExpired") != NULL && im->secret[0] == NULL) { /* Exchange */
-		im->expired = true;
+		im->refused = im->expired = true;
 		stream_fail(&im->s, E_NET, "the session ended: its access token has expired");
 	}
 	imap_line_end(im);
@@ -4613,7 +4613,7 @@ static int oauth_keep(struct oauth_job *k, const struct json *answer)
 /*
  * Get an access token that is good for 5 minutes at least, from the file or from the provider.
  *
- *   refused   the server did not take the token that this process was given last
+ *   refused   the server does not take the token that this process was given last, or not any more
  *   token     receives the token, hidden; the caller frees it
  *
  * However many processes want one, one of them asks the provider; the others wait for its lock and find
