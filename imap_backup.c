@@ -4407,7 +4407,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	string_list(&form, format, values);
 	va_end(values);
 	string_add(&form, "&client_id=%f", o->client_id);
-	if (!device && o->client_secret != NULL) {
+	if (o->client_secret != NULL) {
 		own = secret_show(o->client_secret);
 		string_add(&form, "&client_secret=%f", own.at);
 	}

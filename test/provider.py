@@ -157,6 +157,8 @@ class Provider:
         return 200, {'active': True, 'username': user, 'scope': 'mail', 'client_id': CLIENT, 'exp': int(until)}
 
     def at_devicecode(self, form):
+        if form.get('client_secret') != self.secret:   # as Keycloak answers, which takes RFC 8628 3.1 at its word
+            return error('unauthorized_client', 'Client secret not provided in request', 401)
         code, user_code = secrets.token_urlsafe(30), secrets.token_hex(4).upper()
         self.devices[code] = {'user_code': user_code, 'user': None, 'denied': False, 'last': 0,
                               'until': time.time() + self.expires}
