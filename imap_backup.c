@@ -1007,7 +1007,7 @@ static int config_take(struct config *c, const char *text, size_t n)
 	return c->complaints > 0 ? -1 : 0;
 }
 
-/* Read a file, at most 'size' octets, and close it. Returns -1 if that failed; the caller frees *t in any case. */
+/* Read a file, at most 'size' octets, and close it. Returns 0, or -1; the caller frees *t in any case. */
 static int file_text(int fd, size_t size, struct string *t)
 {
 	ssize_t got;
@@ -3928,8 +3928,8 @@ static const struct mechanism {
 };
 
 /*
- * Return what a SASL mechanism wants to hear, in base64: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where the name
- * is a "saslname" (RFC 5801 4). The caller frees it.
+ * Return what a SASL mechanism wants to hear, in base64: PLAIN (RFC 4616), OAUTHBEARER (RFC 7628), where
+ * the name is a "saslname" (RFC 5801 4). The caller frees it.
  */
 static struct string sasl_response(const struct mechanism *m, const struct account *account,
 				   const char *user, const char *secret)
@@ -4395,7 +4395,6 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 			      ...)
 {
 	const struct oauth *o = k->oauth;
-	const bool device = url == o->device_url;
 	struct string form = string_new(FORM_MAX), own = { 0 };
 	struct json *answer = NULL;
 	struct err no_json = { 0 };
@@ -4418,7 +4417,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 	} else {
 		answer = json_parse(h->text, h->octets, &no_json);
 		if (h->status != 200 ||
-		    *oauth_text(answer, device ? "device_code" : "access_token") == '\0') {
+		    *oauth_text(answer, url == o->device_url ? "device_code" : "access_token") == '\0') {
 			snprintf(k->error, sizeof k->error, "%s", oauth_text(answer, "error"));
 			words = (char *)(uintptr_t)oauth_text(answer, "error_description");
 			text_scrub(words, secret);
@@ -4516,8 +4515,8 @@ static int oauth_open(struct oauth_job *k)
 }
 
 /*
- * Write the file anew, aside, and free the text. An empty one only sees to it that there is room, before anything
- * is asked for: a token that a provider has given and that cannot be kept may be the last one.
+ * Write the file anew, aside, and free the text. An empty one only sees to it that there is room, before
+ * anything is asked for: a token that a provider has given and that cannot be kept may be the last one.
  */
 static int oauth_write(struct oauth_job *k, struct string t)
 {
@@ -4536,8 +4535,8 @@ static int oauth_write(struct oauth_job *k, struct string t)
 }
 
 /*
- * Write what an array or object has, NULL: nothing, each with a comma in front, the first with this. 'but' and
- * 'nor': it is an object, and members with these names are left out.
+ * Write what an array or object has (NULL: nothing), each with a comma in front, the first with this one.
+ * 'but' and 'nor': it is an object, and members with these names are left out.
  */
 static void oauth_print(struct string *t, const char *comma, const struct json *in, const char *but,
 			const char *nor)
