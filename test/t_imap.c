@@ -1297,6 +1297,9 @@ static void test_listing(void)
 		im.tag = 1;
 		im.ring[1].kind = KIND_LISTING;
 		im.ring[1].owner = im.context = &y;
+		im.ring[1].ranges = im.ranges[1];
+		im.ring[1].ranges[0] = (struct range){ 1, UINT32_MAX };
+		im.ring[1].n = 1;
 		im.selected = true;
 		im.exists = UINT32_MAX;
 		im.on_uids = on_uids;
