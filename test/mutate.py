@@ -24,7 +24,7 @@ NOISE = ('* OK [ALERT] \x1b[31mred\x1b[0m', '* BAD what', '* NO [UNAVAILABLE] la
          '* FLAGS (\\Seen [x] y)', '* OK [UIDVALIDITY 7] x', '* OK [UIDNEXT 99] x', '* OK [HIGHESTMODSEQ 9] x', '* 0 EXISTS',
          '* VANISHED 1:5', '* VANISHED (EARLIER) 900:950', '* STATUS INBOX (MESSAGES 3)', '* STATUS', '* SEARCH 77', '+ go on',
          '* ESEARCH (TAG "x") UID ALL 80:90', '* LIST () "/" Ghost', '* XYZZY (a (b "c") {3}\r\nabc)', 'A9 OK', '* BYE',
-         '* CAPABILITY IMAP4rev1', '* OK [MESSAGELIMIT 3 5] x', '* 99 FETCH (FLAGS ())', '* 1 FETCH (UID 900 BODY[] {3}\r\nabc)',
+         '* CAPABILITY IMAP4rev1', '* OK [MESSAGELIMIT 3 5] x', '* 99 FETCH (FLAGS ())', '* 1 FETCH (UID 0 BODY[] {3}\r\nabc)',
          '* 1 FETCH (BODY[] "abc")', '* 1 FETCH ()', '* OK [CLOSED]', '* ENABLED', '* ID NIL', '* 4294967296 EXISTS')
 
 
