@@ -4277,13 +4277,14 @@ static int http_run(struct http *h, const char *url)
 }
 
 /*
- * POST a form. A process of its own does it: the memory that libcurl and its TLS library take, and the
- * secrets that they leave behind in it, end with that process. The caller wipes and unmaps what it returns.
+ * POST a form, or GET (form NULL), which a signal ends. A process of its own does it: the memory that libcurl and
+ * its TLS library take, and the secrets that they leave behind, end with it. The caller wipes and unmaps the result.
  */
-static struct http *http_post(const char *url, const char *form, const struct trust *trust)
+static struct http *http_ask(const char *url, const char *form, const struct trust *trust)
 {
 	struct http *h = allocate_shared(sizeof *h);
 	int status = -1;
+	char site[300];
 	pid_t child;
 
 	h->form = form;
@@ -4294,9 +4295,10 @@ static struct http *http_post(const char *url, const char *form, const struct tr
 		_exit(0);
 	}
 	while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR)
-		;
+		if (form == NULL)
+			kill(child, SIGKILL);
 	if (status != 0)
-		h->err = (struct err){ .code = E_NET, .text = "the process for an HTTP request failed" };
+		err_set(&h->err, E_NET, "%s: the request was broken off", http_site(site, url));
 	return h;
 }
 
@@ -4411,7 +4413,7 @@ static struct json *oauth_ask(struct oauth_job *k, const char *url, const char *
 		string_add(&form, "&client_secret=%f", own.at);
 	}
 	*k->error = '\0';
-	h = http_post(url, form.at, k->trust);
+	h = http_ask(url, form.at, k->trust);
 	if (h->err.code != E_NONE) {
 		*k->e = h->err;
 	} else {
@@ -8839,13 +8841,12 @@ static void run_tell(struct run *run, const char *url)
 	if (url == NULL || o->mode != RUN_BACKUP || o->dry || o->mailboxes != NULL || o->accounts != NULL ||
 	    stop_asked)
 		return;
-	h = allocate(sizeof *h);
-	h->trust = run_trust(run, run->config->ca_file);
-	if (http_run(h, url) != 0)
+	h = http_ask(url, NULL, run_trust(run, run->config->ca_file));
+	if (h->err.code != E_NONE)
 		log_warn("%s", h->err.text);
 	else
 		log_detail("%s: told", http_site(site, url));
-	free(h);
+	munmap(h, sizeof *h);
 }
 
 static int archive_count(void *context, struct archive *a)

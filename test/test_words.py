@@ -17,6 +17,7 @@ import time
 import archive
 import imapd
 import sample
+import servers
 from run import HERE, PROGRAM, Skip, children, memory
 from test_backup import at_a_terminal as type_in
 from test_backup import quick
@@ -125,6 +126,18 @@ def test_no_number_of_signals_loses_mails(t):
             new = int(re.search(r'(\d+) new', summary(err)).group(1))
             assert status == 1 and 'NOT WHOLE' in summary(err) and 'stopped by a signal' in err, err
             assert len(archive.read(t.mbox())) == new > 0, err
+
+
+def test_a_signal_ends_a_url_that_stalls(t):
+    web = servers.Web(delay=60)
+    t.cleanups.append(web.stop)
+    for key in 'start_url', 'success_url':
+        web.requests.clear()
+        serve(t, {'INBOX': imapd.Mailbox(mails(1))}, **{key: web.url + '/x'})
+        began = time.monotonic()
+        err, status = stopped(t, lambda: web.requests)
+        assert time.monotonic() - began < 20 and web.requests == ['/x'], err
+        assert status == (key == 'start_url') and web.url + ': the request was broken off' in err, err
 
 
 def test_a_process_that_cannot_be_started(t):
