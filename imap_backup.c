@@ -5575,7 +5575,7 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 			if (a->m == NULL && o->mode != RUN_LIST)
 				log_error("%s", e.text);
 		}
-		mbox_close(a->m, NULL, &e);
+		mbox_close(a->m, NULL, NULL, &e);
 		status = status == 1 || one == 0 ? status : one;
 	}
 	free(files);
@@ -5986,7 +5986,6 @@ static int sync_store(struct sync *y)
 	stored = mbox_end(y->m, mail->uid, mail->date_sec, mail->flags, &y->err);
 	if (stored < 0 || (y->sampled && sample_end(y, mail->uid, stored > 0) != 0))
 		return -1;
-	y->counts.stored += y->sampled ? 0 : (unsigned)stored;
 	y->session->mails++;
 	if (!mail->has_flags && sync_add(y, &y->todo[KIND_FLAGS], mail->uid, mail->uid) != 0)
 		return -1;
@@ -6644,14 +6643,14 @@ static void sync_close(struct sync *y, bool complete)
 	struct mbox_info info;
 
 	if (y->m != NULL) {
-		mbox_tally(y->m, &info);
-		y->counts.back += complete ? info.came_back : 0;
-		y->counts.others_new += info.others > y->counts.others ? info.others - y->counts.others : 0;
-		y->counts.others = info.others;
 		if (mbox_close(y->m,
 			       complete && !y->session->dry && y->counts.failures == 0 ? &y->claim : NULL,
-			       &closing) != 0)
+			       &info, &closing) != 0)
 			sync_fail(y, &closing);
+		y->counts.stored += info.came;
+		y->counts.back += complete || !y->session->dry ? info.came_back : 0;
+		y->counts.others_new += info.others > y->counts.others ? info.others - y->counts.others : 0;
+		y->counts.others = info.others;
 		if (complete && info.different > 0 && !y->session->compare)
 			log_warn("mails left out although they differ from those whose Message-ID they have: %lu; "
 				 "\"keep_duplicates\": true stores them",
@@ -7641,9 +7640,9 @@ static void worker_drop(struct worker *w)
 		session_speak(&w->session, y);
 		sync_close(y, false);
 		w->session.first = y->next;
-		w->slot->counts.stored += y->counts.stored; /* these will not be found again */
-		w->slot->counts.gone += y->counts.gone;
-		w->slot->counts.octets += y->counts.octets;
+		y->counts.others = 0; /* they will be found again; the rest will not */
+		if (!w->session.compare)
+			counts_add(&w->slot->counts, &y->counts);
 		w->states[y->box - w->list.boxes] = BOX_FREE;
 		set_free(&y->attempt.poison);
 		free(y);

@@ -229,10 +229,10 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	/* By mbox_tally() only: mails that are not gone and had no UID yet; mails that lost their mark "gone" since
-	 * mbox_open(); mails left out as duplicates though their size tells that they are other mails: since then,
-	 * and of all. */
-	uint32_t unbound, came_back, different, all_different;
+	/* By mbox_tally() only: mails that are not gone and had no UID yet; since mbox_open(): mails that are in the
+	 * file, and that lost their mark "gone"; mails left out as duplicates though their size tells that they are
+	 * other mails: since then, and of all. */
+	uint32_t unbound, came, came_back, different, all_different;
 	const char *name; /* by mbox_tally(), too: the mailbox's on the wire, or "" if the index does not tell it */
 	bool fits;        /* by mbox_peek() only: an index is there, at rest, of this mailbox, without a note of damage */
 };
@@ -350,9 +350,9 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e);
 /*
  * Close and unlock. m may be NULL. With 'claim': commit with it. Without one: commit what there is,
  * the old claim stays. In both cases the index is at rest afterwards. The first error wins; the
- * struct is gone even after one.
+ * struct is gone even after one. *info (NULL: not wanted) is as of mbox_tally(), at the end.
  */
-int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e);
+int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info *info, struct err *e);
 
 /* Fold one part of a mailbox name (UTF-8, or raw octets) into what any file system takes:
  * unsafe octets, and those of 'also', become %XX. Returns the length, or 0 if 'size' is too small. */

@@ -468,6 +468,7 @@ struct mbox {
 	struct state now; /* the index's header as it should be, ... */
 	uint8_t disk[STATE_OCTETS]; /* ... and as it is on disk */
 	uint32_t came_back, different, moved[2];
+	uint32_t came, written, synced; /* mails that mbox_end() took; of these in the file, and on disk */
 	char mended[200];
 
 	/*
@@ -597,8 +598,10 @@ static int sync_file(struct mbox *m, int fd, struct err *e)
 	err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
 	/* Read again, these mails may look well, and a second fsync() succeed, though they are not on disk. */
 	if (fd == m->fd && m->flushed > m->now.octets && fstat(fd, &st) == 0 && st.st_size == m->flushed &&
-	    ftruncate(m->fd, m->now.octets) == 0)
+	    ftruncate(m->fd, m->now.octets) == 0) {
 		m->flushed = m->whole = m->now.octets;
+		m->written = m->synced;
+	}
 	return -1;
 }
 
@@ -1498,6 +1501,7 @@ static int flush(struct mbox *m, struct err *e)
 	}
 	m->flushed += (off_t)n;
 	m->whole = m->start >= 0 ? m->start : m->flushed;
+	m->written = m->came;
 	m->buffered -= n;
 	m->summed = held ? m->summed - n : 0;
 	memmove(m->buffer, m->buffer + n, m->buffered);
@@ -1905,7 +1909,7 @@ int mbox_open(struct mbox **out, const char *path, const char *name, unsigned ho
 	return 0;
 fail:
 	m->stuck = true; /* leave everything as it was found */
-	mbox_close(m, NULL, e);
+	mbox_close(m, NULL, NULL, e);
 	return -1;
 }
 
@@ -1926,6 +1930,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .stored = m->now.stored,
 				    .gone = m->now.gone,
 				    .others = m->now.others,
+				    .came = m->written,
 				    .came_back = m->came_back,
 				    .different = m->different,
 				    .name = m->name };
@@ -2459,6 +2464,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 		goto fail;
 	if (m->counted != NULL)
 		m->counted->mails++;
+	m->came++;
 	m->start = -1;
 	if (m->flushed - m->now.octets >= COMMIT_OCTETS || now_ms() - m->committed_ms >= COMMIT_MS)
 		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
@@ -2509,6 +2515,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		return -1;
 	m->data_dirty = false;
 	m->now.octets = m->flushed;
+	m->synced = m->written;
 	m->committed_ms = now_ms();
 	/*
 	 * The UIDs of two UIDVALIDITYs may not be mixed on the disk under one of these: the old one is off it
@@ -2544,7 +2551,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	return 0;
 }
 
-int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
+int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info *info, struct err *e)
 {
 	char path[PATH_OCTETS + 16];
 	struct stat st;
@@ -2566,6 +2573,8 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		if (unlink(path) != 0 && errno != ENOENT)
 			r = err_errno(e, E_SYSTEM, "%s: cannot remove", path);
 	}
+	if (info != NULL)
+		mbox_tally(m, info);
 	if (m->index >= 0)
 		close(m->index);
 	if (m->fd >= 0)

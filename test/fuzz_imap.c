@@ -240,7 +240,7 @@ static void archive_make(char **mbox, size_t *n, char **index, size_t *m)
 	for (uint32_t i = 0; i < 4; i++)
 		must(mbox_begin(box, &e) == 0 && mbox_write(box, mails[i], strlen(mails[i]), &e) == 0 &&
 		     mbox_end(box, 3 + i, i, i, &e) == 1);
-	must(mbox_close(box, &claim, &e) == 0);
+	must(mbox_close(box, &claim, NULL, &e) == 0);
 	snprintf(name, sizeof name, "%s.index", path);
 	*mbox = file_read(path, n);
 	*index = file_read(name, m);
@@ -304,7 +304,7 @@ static void mailbox(struct imap *im, const struct account *account, unsigned how
 	must(mbox_open(&m, path, "INBOX", 0, &e) == 0);
 	must(*mbox_mended(m) == '\0');
 	mbox_tally(m, &info);
-	must(mbox_close(m, NULL, &e) == 0);
+	must(mbox_close(m, NULL, NULL, &e) == 0);
 	text = file_read(path, &n);
 	for (const char *p = text, *lf; p < text + n; p = lf + 1) {
 		lf = memchr(p, '\n', (size_t)(text + n - p));

@@ -171,7 +171,7 @@ static void archive(const uint8_t *mbox, size_t n, bool had_index, const uint8_t
 	check_counts(m);
 	play(m, script, steps);
 	e = (struct err){ 0 };
-	mbox_close(m, NULL, &e);
+	mbox_close(m, NULL, NULL, &e);
 	must(e.code == E_NONE || e.code == E_FORMAT || had_index);
 	check_unchanged(mbox, n);
 	e = (struct err){ 0 };
@@ -181,7 +181,7 @@ static void archive(const uint8_t *mbox, size_t n, bool had_index, const uint8_t
 	}
 	must(had_index || *mbox_mended(m) == '\0');
 	check_counts(m);
-	must(mbox_close(m, NULL, &e) == 0);
+	must(mbox_close(m, NULL, NULL, &e) == 0);
 }
 
 /* Make an index of octets: a header that counts, and records; its checksums are made right. */
@@ -268,7 +268,7 @@ static void round_trip(const uint8_t *p, size_t n, size_t piece)
 		n -= length + (next != NULL);
 	}
 	check_counts(m);
-	must(mbox_close(m, NULL, &e) == 0);
+	must(mbox_close(m, NULL, NULL, &e) == 0);
 
 	mbox = file_read(path, &mbox_octets);
 	wanted = malloc(9000);
@@ -308,7 +308,7 @@ static void round_trip(const uint8_t *p, size_t n, size_t piece)
 	unlink(index_file); /* a scan finds the same */
 	must(mbox_open(&m, path, "INBOX", 0, &e) == 0);
 	must(m->now.stored == kept);
-	must(mbox_close(m, NULL, &e) == 0);
+	must(mbox_close(m, NULL, NULL, &e) == 0);
 	check_unchanged(mbox, mbox_octets);
 	free(mbox);
 }

@@ -61,7 +61,7 @@ static void closed(struct mbox *m)
 {
 	struct err e = { 0 };
 
-	check(mbox_close(m, NULL, &e) == 0, "close: %s", e.text);
+	check(mbox_close(m, NULL, NULL, &e) == 0, "close: %s", e.text);
 }
 
 /* Close, and see that it opens again as it was. */
@@ -651,7 +651,7 @@ static struct mbox_mail read_back(enum mbox_form form)
 	taken_octets = 0;
 	check(mbox_open(&m, path, "", MBOX_READ, &e) == 0 && mbox_walk(m, &at, &mail, &e) == 1 &&
 	      mbox_read(m, &mail, form, take, NULL, &e) == 0 && mbox_walk(m, &at, &mail, &e) == 0, "read: %s", e.text);
-	mbox_close(m, NULL, &e);
+	mbox_close(m, NULL, NULL, &e);
 	return mail;
 }
 
@@ -731,7 +731,7 @@ static void test_states(void)
 	check(mbox_set_flags(m, 1, MBOX_SEEN, &e) == -1 && e.code == E_FORMAT, "no digits there");
 	e = (struct err){ 0 };
 	check(mbox_commit(m, NULL, &e) == -1, "commit after that");
-	mbox_close(m, NULL, &e);
+	mbox_close(m, NULL, NULL, &e);
 	check(access(index_file, F_OK) != 0, "the index is given up");
 	holds(text, "nothing is written");
 }
@@ -1020,13 +1020,13 @@ static void test_rekeyed(void)
 		struct err e = { 0 };
 
 		check(keep(m, 1, "Message-ID: <a@x>\r\n\r\n") == 1 && keep(m, 2, "Message-ID: <b@x>\r\n\r\n") == 1, "two");
-		check(mbox_close(m, &old, &e) == 0, "close: %s", e.text);
+		check(mbox_close(m, &old, NULL, &e) == 0, "close: %s", e.text);
 		m = opened(0);
 		check(keep(m, 3, "Message-ID: <c@x>\r\n\r\n") == 1, "another, and so the mark \"writing\"");
 		mbox_forget_uids(m, &new);
 		check(bound(m, 1, "<b@x>") == 1 && bound(m, 2, "<a@x>") == 1, "rekeyed");
 		writes_left = writes;
-		mbox_close(m, NULL, &e);
+		mbox_close(m, NULL, NULL, &e);
 		writes_left = -1;
 		m = opened(0);
 		if (m->now.claim.uidvalidity == old.uidvalidity)
@@ -1133,7 +1133,7 @@ static void test_index(void)
 
 	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
 	check(mbox_open(&second, path, "box", MBOX_LOOK, &e) == -1 || second != NULL, "a look");
-	mbox_close(second, NULL, &e);
+	mbox_close(second, NULL, NULL, &e);
 	check(mbox_commit(m, &claim, &e) == 0, "commit: %s", e.text);
 	mbox_peek(path, "box", &info);
 	check(info.octets > 0 && !info.fits && info.stored == 1, "peek while it is written");
@@ -1238,7 +1238,7 @@ static void test_limits(void)
 	unlink(index_file);
 	name[MBOX_NAME_MAX] = '\0';
 	e = (struct err){ 0 };
-	check(mbox_open(&m, path, name, 0, &e) == 0 && mbox_close(m, NULL, &e) == 0 &&
+	check(mbox_open(&m, path, name, 0, &e) == 0 && mbox_close(m, NULL, NULL, &e) == 0 &&
 	      mbox_open(&m, path, name, 0, &e) == 0, "the longest name: %s", e.text);
 	check(*mbox_mended(m) == '\0', "the longest name: %s", mbox_mended(m));
 	closed(m);
@@ -1252,7 +1252,7 @@ static void test_limits(void)
 	check(mbox_open(&m, ".", "box", 0, &e) == -1, "a folder");
 	e = (struct err){ 0 };
 	check(mbox_open(&m, path, "box", MBOX_LOOK, &e) == 0 && mbox_count(m) == 0 &&
-	      mbox_close(m, NULL, &e) == 0 && access(path, F_OK) != 0, "a look at nothing");
+	      mbox_close(m, NULL, NULL, &e) == 0 && access(path, F_OK) != 0, "a look at nothing");
 }
 
 /* Links, pipes and folders in the place of our files: neither followed nor waited for. */
@@ -1391,7 +1391,7 @@ static void test_large(void)
 	if (pwrite(m->fd, "From x\n", 7, hole.offset) != 7 || ftruncate(m->fd, end) != 0 ||
 	    pwrite(m->fd, "\n\n", 2, end - 2) != 2) {
 		printf("no file of 5 GB here\n");
-		mbox_close(m, NULL, &e);
+		mbox_close(m, NULL, NULL, &e);
 		return;
 	}
 	m->flushed = end;
@@ -1607,7 +1607,7 @@ static void test_tally_of_what_is_read(void)
 	check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
 	mbox_tally(m, &info);
 	check(info.stored == 2000 && info.gone == 0, "%u, %u gone", info.stored, info.gone);
-	mbox_close(m, NULL, &e);
+	mbox_close(m, NULL, NULL, &e);
 }
 
 /* A verification ends behind the mail at which it is to, with an index and without. */
@@ -1625,7 +1625,7 @@ static void test_verify_stops(void)
 		check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
 		check(mbox_verify(m, &sum, &e) == -1 && e.code == E_STOPPED && sum.mails == 1,
 		      "%u mails, %s", sum.mails, e.text);
-		mbox_close(m, NULL, &e);
+		mbox_close(m, NULL, NULL, &e);
 		unlink(index_file);
 	}
 }
@@ -1646,7 +1646,7 @@ static void test_healed_after_a_kill(void)
 		m = opened(0);
 		check(mark_writing(m, &e) == 0, "mark: %s", e.text);
 		m->stuck = true;
-		mbox_close(m, NULL, &e);
+		mbox_close(m, NULL, NULL, &e);
 		m = opened(0);
 		check(mbox_heal(m, &e) == 1 && m->now.stored == 2 && m->now.gone == 1, "healed: %s", e.text);
 		closed(reopened(m, 0));

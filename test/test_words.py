@@ -1,6 +1,7 @@
 """What a run says, and how its processes and commands end."""
 import base64
 import fcntl
+import glob
 import json
 import os
 import re
@@ -54,15 +55,35 @@ def test_a_full_disk_is_one_line(t):
                     os.path.join(HERE, 'faults.c')], check=True)
     count = os.path.join(t.folder, 'count')
     serve(t, {name: imapd.Mailbox(mails(5, name)) for name in ('INBOX', 'a', 'b', 'c', 'd')})
-    for error, words in (('ENOSPC', 'No space left'), ('EDQUOT', 'quota')):
-        for at in (3, 12, 25):
+    for error, words, places in (('ENOSPC', 'No space left', range(5, 40)), ('EDQUOT', 'quota', (3, 12, 25))):
+        for at in places:
             with open(count, 'wb') as f:
                 f.write(bytes(8))
             got = t.backup(status=1, env={'LD_PRELOAD': library, 'FAULTS_UNDER': t.dest, 'FAULTS_COUNT': count,
                                           'FAULTS_AT': str(at), 'FAULTS_DO': error, 'FAULTS_EVER': '1'})
             lines = [line for line in got.err.splitlines() if 'error:' in line]
             assert len(lines) == 1 and words in lines[0], got.err
+            new = sum(len(archive.read(path)) for path in glob.glob(t.archive() + '/*.mbox'))
+            assert ' %d new,' % new in summary(got.err), (new, got.err)
             subprocess.run(['rm', '-rf', t.dest], check=True)
+
+
+def test_what_came_back_before_the_line_broke_is_counted(t):
+    class Breaks(imapd.Session):
+        def fetch_mail(self, number, m, items):
+            if m.uid == 4 and 'BODY[]' in str(items).replace('.PEEK', '') and not hasattr(self.server, 'broke'):
+                self.server.broke = True
+                self.drop('rst')
+            super().fetch_mail(number, m, items)
+    box = imapd.Mailbox(mails(2))
+    serve(t, {'INBOX': box}, Breaks)
+    t.backup()
+    box.expunge(2)
+    assert ' 1 gone,' in summary(t.backup().err)
+    box.add(mails(2)[1])
+    box.add(mails(1, 'new')[0])
+    got = t.backup()
+    assert 'trying again' in got.err and ' 1 new, 0 gone, 1 back,' in summary(got.err), got.err
 
 
 def test_another_run_is_no_error(t):
