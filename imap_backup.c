@@ -201,13 +201,19 @@ static size_t text_step(const char *text)
 	return octets > 0 ? octets : 1;
 }
 
-/* Return how many octets of a text are at most so many characters; *used receives how many those are. */
-static size_t log_fit(const char *text, unsigned characters, unsigned *used)
+/* Return how many octets of a text fit into so many columns; *used receives how many columns these take. */
+static size_t log_fit(const char *text, unsigned columns, unsigned *used)
 {
 	size_t at = 0;
 
-	for (*used = 0; text[at] != '\0' && *used < characters; ++*used)
-		at += text_step(text + at);
+	for (*used = 0; text[at] != '\0'; at += text_step(text + at)) {
+		const uint8_t first = (uint8_t)text[at];
+		unsigned width = first > 0xE2 && first != 0xEE ? 2 : 1; /* East Asian, and emoji; roughly */
+
+		if (width > columns - *used)
+			break;
+		*used += width;
+	}
 	return at;
 }
 

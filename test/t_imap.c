@@ -71,9 +71,10 @@ static void test_log(void)
 		{ "\xF3\xA0\x81\x81", "\\xf3\\xa0\\x81\\x81" },      /* a tag */
 		{ "\xF0\x9F\x98\x80 \xE2\x80\x93", "\xF0\x9F\x98\x80 \xE2\x80\x93" },
 	};
-	static const struct { const char *text; unsigned characters, fit, used; } fits[] = {
-		{ "abc", 2, 2, 2 }, { "abc", 9, 3, 3 }, { "\xE4\xB8\xAD\xE6\x96\x87", 1, 3, 1 },
-		{ "\xF0\x9F\x98\x80", 2, 4, 1 }, { "\xFF\xFF", 1, 1, 1 }, { "", 1, 0, 0 },
+	static const struct { const char *text; unsigned columns, fit, used; } fits[] = {
+		{ "abc", 2, 2, 2 }, { "abc", 9, 3, 3 }, { "\xE4\xB8\xAD\xE6\x96\x87", 3, 3, 2 },
+		{ "\xE4\xB8\xAD", 1, 0, 0 }, { "\xF0\x9F\x98\x80", 2, 4, 2 }, { "\xC3\xA4\xE2\x80\x93x", 2, 5, 2 },
+		{ "\xFF\xFF", 3, 1, 2 }, { "", 1, 0, 0 },
 	};
 	static const struct { uint64_t octets; const char *text; } amounts[] = {
 		{ 0, "0 B" }, { 999, "999 B" }, { 1000, "1 kB" }, { 999499, "999 kB" },
@@ -88,8 +89,8 @@ static void test_log(void)
 	}
 	check(strlen(log_visible(out, 10, "\1\1\1\1", 4)) < 10, "visible in little room");
 	for (size_t i = 0; i < N(fits); i++)
-		check(log_fit(fits[i].text, fits[i].characters, &used) == fits[i].fit && used == fits[i].used,
-		      "fit %zu: %u characters", i, used);
+		check(log_fit(fits[i].text, fits[i].columns, &used) == fits[i].fit && used == fits[i].used,
+		      "fit %zu: %u columns", i, used);
 	for (size_t i = 0; i < N(amounts); i++)
 		check(strcmp(log_octets(amount, amounts[i].octets), amounts[i].text) == 0,
 		      "%llu octets: %s", (unsigned long long)amounts[i].octets, amount);

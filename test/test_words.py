@@ -14,6 +14,7 @@ import subprocess
 import termios
 import threading
 import time
+import unicodedata
 
 import archive
 import imapd
@@ -208,6 +209,24 @@ def at_a_terminal(t, columns=80):
     return shown.decode().split('\r\x1b[K')
 
 
+def columns(text):
+    return sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
+
+
+def test_wide_characters_in_the_progress_line(t):
+    class Slow(imapd.Session):
+        def cmd_UID_FETCH(self, tag, args):
+            self.flush()
+            time.sleep(.3)
+            return super().cmd_UID_FETCH(tag, args)
+    name = '\u65e5\u672c\u8a9e\u306e\u30e1\u30fc\u30eb' * 6
+    serve(t, {'INBOX': imapd.Mailbox(), sample.mutf7(name): imapd.Mailbox(mails(9))}, Slow, email_batch_size=3)
+    drawn = [line for line in at_a_terminal(t) if re.search(r'\d mails ', line)]
+    assert any(name[:4] in line for line in drawn), drawn
+    for line in drawn:
+        assert columns(line) < 80, line
+
+
 def test_the_progress_line_goes_on_after_a_reconnection(t):
     """What was counted stays counted, and the rate is one of this line."""
     class Cut(imapd.Session):
@@ -233,7 +252,7 @@ def test_the_progress_line_goes_on_after_a_reconnection(t):
 
 
 def test_list_fits_the_screen(t):
-    """Also with names that are ignored; and columns are of characters, not of octets."""
+    """Also with names that are ignored; and columns are of the screen, not of octets or characters."""
     long, ignored = 'A name that is longer than its column', 'x' * 75
     serve(t, {'INBOX': imapd.Mailbox(mails(3)), 'Work/Invoices 2024': imapd.Mailbox(mails(1)),
               long: imapd.Mailbox(mails(2)), sample.mutf7('Entwürfe \u4e2d'): imapd.Mailbox(),
@@ -242,7 +261,7 @@ def test_list_fits_the_screen(t):
     assert all(len(line) <= 80 for line in got.out.splitlines()), got.out
     assert re.search(r'INBOX +3 .* never +INBOX.mbox', got.out) and long in got.out, got.out
     assert re.search(r'(?m)^  Ämter {18}\(ignored\)$', got.out) and ignored + '\n' in got.out, got.out
-    assert len({line.index('never') for line in got.out.splitlines() if 'never' in line}) == 1, got.out
+    assert len({columns(line[:line.index('never')]) for line in got.out.splitlines() if 'never' in line}) == 1, got.out
 
 
 def test_list_works_offline(t):
