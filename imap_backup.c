@@ -8002,7 +8002,11 @@ static int account_restore(struct worker *w, struct err *e)
 	unsigned refused = r.n_refused;
 	int result;
 
-	r.broke = r.session == NULL ? -1 : r.broke;
+	if (r.session == NULL) { /* a process before this one may have died */
+		r.broke = -1;
+		w->slot->counts.mailboxes = 0;
+		r.before = w->slot->counts;
+	}
 	r.session = &w->session;
 	r.options = w->run->options;
 	r.im = &w->im;
@@ -8346,6 +8350,8 @@ static void board_end(struct run *run, struct board *b)
 	}
 	if (b->over)
 		b->ended_ms = now_ms();
+	else if (b->died > 0 && run->options->mode == RUN_RESTORE) /* what it has sent may yet be stored */
+		b->not_before_ms = now_ms() + BACKOFF_SEC * 1000;
 	log_context("", "");
 }
 

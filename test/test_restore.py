@@ -7,6 +7,7 @@ import os
 import pty
 import random
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -15,6 +16,7 @@ import archive
 import imapd
 import sample
 import servers
+from run import children
 from test_backup import delete, few, fill
 from test_odd import fields_as_asked
 
@@ -382,6 +384,27 @@ def test_restore_to_a_mailbox_that_is_selected(t):
             assert {n: sorted(m.data for m in b.mails) for n, b in boxes.items()} == \
                 {n: sorted(m.data for m in mails) for n, mails in held.items()}, (odd, once, got.err)
             assert ('UNSELECT' in lines) == ('capabilities' not in odd), lines
+
+
+def test_restore_whose_worker_dies_waits(t):
+    """What it has sent may still be stored, and would come twice."""
+    fill(t, {'INBOX': few(5)})
+    t.config()
+    t.backup()
+
+    def hook(session, tag, name, args):
+        for pid in children(process.pid) if name == 'APPEND' else ():
+            os.kill(pid, signal.SIGKILL)
+
+    with imapd.Server({'INBOX': imapd.Mailbox()}, session=Target, hook=hook) as server:
+        t.config(dict(t.account(server, 'plain'), ssl=False))
+        process = subprocess.Popen([*t.program, '--restore', '--yes', t.path], stderr=subprocess.PIPE, text=True)
+        while process.stderr.readline().find('a worker died: signal 9') < 0:
+            pass
+        time.sleep(2)
+        process.terminate()
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and len(server.sessions) == 1 and 'NOT ALL' in err, (len(server.sessions), err)
 
 
 def test_restore_below_a_prefix(t):
