@@ -207,8 +207,7 @@ static size_t log_fit(const char *text, unsigned columns, unsigned *used)
 	size_t at = 0;
 
 	for (*used = 0; text[at] != '\0'; at += text_step(text + at)) {
-		const uint8_t first = (uint8_t)text[at];
-		unsigned width = first > 0xE2 && first != 0xEE ? 2 : 1; /* East Asian, and emoji; roughly */
+		unsigned width = (uint8_t)text[at] > 0xE2 ? 2 : 1; /* East Asian, and emoji; roughly */
 
 		if (width > columns - *used)
 			break;
@@ -522,7 +521,7 @@ static int output_end(int status)
 	return status == 2 ? status : 1;
 }
 
-/* A signal asks to end the run. The first asks, the second takes. */
+/* A signal asks to end the run. */
 static volatile sig_atomic_t stop_asked;
 
 static void on_stop_signal(int number)
@@ -2524,9 +2523,7 @@ static int stream_open(struct stream *s, const struct account *account, const st
 			break;
 	}
 	freeaddrinfo(list);
-	if (s->err.code != E_NONE)
-		return -1;
-	return account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
+	return s->err.code != E_NONE ? -1 : account->ssl == SSL_ON ? stream_start_tls(s, trust) : 0;
 }
 
 /* Return true if the server is on this machine, so that nobody can listen on the way. */
@@ -7048,9 +7045,7 @@ static int restore_look(struct restore *r, struct err *e)
 	tag = imap_send(im, NULL, "SELECT %s", r->quoted);
 	im->ring[tag % IMAP_RING].examines = true;
 	im->ring[tag % IMAP_RING].owner = r;
-	if ((result = imap_wait(im, tag)) == NULL)
-		return -1;
-	if (imap_refused(e, result, "opening the mailbox") != 0)
+	if ((result = imap_wait(im, tag)) == NULL || imap_refused(e, result, "opening the mailbox") != 0)
 		return -1;
 	if (im->exists > MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
@@ -7543,9 +7538,8 @@ static bool slot_reap(struct run *run, struct board *b, struct slot *slot, int h
 	int status = 0;
 	pid_t pid;
 
-	do
-		pid = waitpid(slot->pid, &status, how);
-	while (pid < 0 && errno == EINTR);
+	while ((pid = waitpid(slot->pid, &status, how)) < 0 && errno == EINTR)
+		;
 	if (pid == 0)
 		return false;
 	if (status != 0) {
@@ -8029,7 +8023,7 @@ static int account_list(struct worker *w, struct err *e)
 	    (mode == RUN_RESTORE && account_restore(w, e) != 0))
 		return -1;
 	w->listed = true;
-	if (l->odd.code != E_NONE)
+	if (first && l->odd.code != E_NONE)
 		worker_complain(w, &l->odd);
 	if (mailboxes_select(l) == 0 && mode != RUN_RESTORE) {
 		log_error("none of %lu mailboxes is selected by \"mailboxes\", \"ignore_mailboxes\" and -m",
@@ -8043,9 +8037,8 @@ static int account_list(struct worker *w, struct err *e)
 		account_print_check(w, counts.mailboxes);
 	if (mode == RUN_LIST)
 		account_print_list(w);
-	if (!first) /* it was counted before */
-		counts.mailboxes = counts.unchanged = counts.failures = 0;
-	counts_add(&w->slot->counts, &counts);
+	if (first)
+		counts_add(&w->slot->counts, &counts);
 	if (mode != RUN_BACKUP && mode != RUN_VERIFY)
 		l->todo = 0;
 	w->states = allocate_shared((l->todo + 1) * sizeof *w->states);
@@ -8814,8 +8807,6 @@ static int run_summary(const struct run *run)
 	bool failed = run->stopping, locked = false;
 	char line[PATH_MAX_OCTETS + 200];
 
-	if (log_to.terminal && log_to.level >= LOG_INFO)
-		fputs("\r\033[K", stderr);
 	for (const struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
 		struct counts sum = board_sum(b);
 

@@ -342,12 +342,6 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 void mbox_abort(struct mbox *m);
 
 /*
- * Sync the mbox, then the index. 'claim' (NULL: the old one stays) replaces what the header says.
- * Returns at once if nothing has changed.
- */
-int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e);
-
-/*
  * Close and unlock. m may be NULL. With 'claim': commit with it. Without one: commit what there is,
  * the old claim stays. In both cases the index is at rest afterwards. The first error wins; the
  * struct is gone even after one. *info (NULL: not wanted) is as of mbox_tally(), at the end.

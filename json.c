@@ -323,9 +323,7 @@ static int parse_number(struct parser *p, struct json *v)
 	char *end;
 
 	take(p, "-");
-	if (!take(p, "0") && skip_digits(p) < 0)
-		return -1;
-	if (take(p, ".") && skip_digits(p) < 0)
+	if ((!take(p, "0") && skip_digits(p) < 0) || (take(p, ".") && skip_digits(p) < 0))
 		return -1;
 	if (take(p, "eE")) {
 		take(p, "+-");

@@ -598,10 +598,8 @@ static int sync_file(struct mbox *m, int fd, struct err *e)
 	err_errno(e, E_SYSTEM, "%s%s: cannot sync", m->path, fd == m->fd ? "" : ".index");
 	/* Read again, these mails may look well, and a second fsync() succeed, though they are not on disk. */
 	if (fd == m->fd && m->flushed > m->now.octets && fstat(fd, &st) == 0 && st.st_size == m->flushed &&
-	    ftruncate(m->fd, m->now.octets) == 0) {
+	    ftruncate(m->fd, m->now.octets) == 0)
 		m->flushed = m->whole = m->now.octets;
-		m->written = m->synced;
-	}
 	return -1;
 }
 
@@ -1531,13 +1529,15 @@ static int put(struct mbox *m, const void *octets, size_t n, struct err *e)
 
 /* ======== state ======== */
 
+static int commit(struct mbox *m, const struct mbox_claim *claim, struct err *e);
+
 /* Before the first change of this file: the index says that the mbox may be ahead of it. */
 static int mark_writing(struct mbox *m, struct err *e)
 {
 	if (m->marked)
 		return 0;
 	m->now.writing = true;
-	return mbox_commit(m, NULL, e);
+	return commit(m, NULL, e);
 }
 
 /*
@@ -1557,11 +1557,9 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	if (record_get(m, i, &r, e) != 0)
 		return -1;
 	if (r.digits > 0 && (m->how & MBOX_LOOK) == 0) {
-		if (mark_writing(m, e) != 0)
-			return -1;
-		if (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0)
-			return -1;
-		if ((good = reread_state(m, &r, e)) < 0)
+		if (mark_writing(m, e) != 0 ||
+		    (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0) ||
+		    (good = reread_state(m, &r, e)) < 0)
 			return -1;
 		if (good == 0) {
 			m->index_void = true;
@@ -1930,7 +1928,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .stored = m->now.stored,
 				    .gone = m->now.gone,
 				    .others = m->now.others,
-				    .came = m->written,
+				    .came = m->flushed > m->now.octets ? m->written : m->synced,
 				    .came_back = m->came_back,
 				    .different = m->different,
 				    .name = m->name };
@@ -2266,9 +2264,8 @@ static int header_over(struct mbox *m, struct err *e)
 	struct record last;
 	struct mbox_id id;
 	uint32_t *place;
-	bool own;
+	bool own = mbox_header_end(&m->header, &id);
 
-	own = mbox_header_end(&m->header, &id);
 	if ((m->how & MBOX_LOOK) == 0) { /* else it is only compared */
 		if (ring_find(m, &id, &place, &last, e) != 0)
 			return -1;
@@ -2467,7 +2464,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	m->came++;
 	m->start = -1;
 	if (m->flushed - m->now.octets >= COMMIT_OCTETS || now_ms() - m->committed_ms >= COMMIT_MS)
-		return mbox_commit(m, NULL, e) != 0 ? -1 : 1;
+		return commit(m, NULL, e) != 0 ? -1 : 1;
 	return 1;
 fail:
 	mbox_abort(m);
@@ -2495,7 +2492,8 @@ void mbox_abort(struct mbox *m)
 
 /* ======== commit and close ======== */
 
-int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
+/* Sync the mbox, then the index, unless nothing has changed. 'claim' (NULL: the old one) is for its header. */
+static int commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 {
 	const bool marking = m->now.writing && !m->marked;
 	bool lasting;
@@ -2543,9 +2541,7 @@ int mbox_commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 	if (write_all(m, m->index, state, sizeof state, STATE_AT, e) != 0)
 		return -1;
 	memcpy(m->disk, state, sizeof state);
-	if (lasting && sync_file(m, m->index, e) != 0)
-		return -1;
-	if (marking && sync_folder(m, e) != 0)
+	if ((lasting && sync_file(m, m->index, e) != 0) || (marking && sync_folder(m, e) != 0))
 		return -1;
 	m->marked = m->now.writing;
 	return 0;
@@ -2566,7 +2562,7 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info 
 		r = err_errno(e, E_SYSTEM, "%s: cannot cut off an unfinished mail", m->path);
 	if (!m->stuck && !m->index_void && (m->how & MBOX_LOOK) == 0) {
 		m->now.writing = false;
-		r = mbox_commit(m, claim, e);
+		r = commit(m, claim, e);
 	}
 	if (m->index_void && (m->how & MBOX_LOOK) == 0) {
 		index_path(m->path, "", path);
@@ -2680,7 +2676,7 @@ int mbox_heal(struct mbox *m, struct err *e)
 		return -1;
 	order_make(m);
 	rings_sort(m);
-	if (mbox_commit(m, NULL, e) != 0)
+	if (commit(m, NULL, e) != 0)
 		return -1;
 	unlink(path);
 	return healed;

@@ -139,7 +139,7 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 			mbox_forget_uids(m, NULL);
 			break;
 		case 7:
-			mbox_commit(m, NULL, &e);
+			commit(m, NULL, &e);
 			break;
 		default:
 			if (mbox_begin(m, &e) == 0 && mbox_write(m, p, n, &e) == 0)

@@ -730,7 +730,7 @@ static void test_states(void)
 	m = opened(0);
 	check(mbox_set_flags(m, 1, MBOX_SEEN, &e) == -1 && e.code == E_FORMAT, "no digits there");
 	e = (struct err){ 0 };
-	check(mbox_commit(m, NULL, &e) == -1, "commit after that");
+	check(commit(m, NULL, &e) == -1, "commit after that");
 	mbox_close(m, NULL, NULL, &e);
 	check(access(index_file, F_OK) != 0, "the index is given up");
 	holds(text, "nothing is written");
@@ -1134,7 +1134,7 @@ static void test_index(void)
 	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
 	check(mbox_open(&second, path, "box", MBOX_LOOK, &e) == -1 || second != NULL, "a look");
 	mbox_close(second, NULL, NULL, &e);
-	check(mbox_commit(m, &claim, &e) == 0, "commit: %s", e.text);
+	check(commit(m, &claim, &e) == 0, "commit: %s", e.text);
 	mbox_peek(path, "box", &info);
 	check(info.octets > 0 && !info.fits && info.stored == 1, "peek while it is written");
 	closed(m);
@@ -1310,7 +1310,7 @@ static void test_absurd(void)
 		unlink(index_file);
 		m = opened(0);
 		check(bound(m, 1, "<a@x>") + bound(m, 2, "<b@x>") + bound(m, 3, "<c@x>") == 3, "absurd: bind");
-		check(mbox_commit(m, NULL, &e) == 0, "absurd: %s", e.text);
+		check(commit(m, NULL, &e) == 0, "absurd: %s", e.text);
 		for (uint32_t i = 0; i < 3; i++)
 			check(record_get(m, i, &records[i], &e) == 0, "absurd: %s", e.text);
 		state = m->now;
@@ -1385,7 +1385,7 @@ static void test_large(void)
 	char digits[5] = "";
 
 	keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
-	check(mbox_commit(m, NULL, &e) == 0, "commit: %s", e.text);
+	check(commit(m, NULL, &e) == 0, "commit: %s", e.text);
 	hole.offset = m->flushed;
 	hole.octets = end - hole.offset;
 	if (pwrite(m->fd, "From x\n", 7, hole.offset) != 7 || ftruncate(m->fd, end) != 0 ||
@@ -1640,7 +1640,7 @@ static void test_healed_after_a_kill(void)
 
 		keep(m, 1, "Message-ID: <a@x>\r\n\r\n");
 		keep(m, 2, "Message-ID: <b@x>\r\n\r\n");
-		check(mbox_commit(m, NULL, &e) == 0 && record_get(m, (uint32_t)second, &r, &e) == 0 &&
+		check(commit(m, NULL, &e) == 0 && record_get(m, (uint32_t)second, &r, &e) == 0 &&
 		      write_all(m, m->fd, "X", 1, r.offset, &e) == 0 && mbox_note(m, r.offset, &e) == 0, "%s", e.text);
 		closed(m);
 		m = opened(0);
