@@ -8174,15 +8174,17 @@ static int account_ask_command(struct run *run, struct account *account, struct 
 	}
 	setpgid(pid, pid); /* whoever of the two is first */
 	close(pair[1]);
-	while (!ended && !stop_due() && now_ms() < deadline) {
+	while (!stop_due() && now_ms() < deadline) {
 		struct pollfd fd = { .fd = got > 0 ? pair[0] : -1, .events = POLLIN };
 
-		if (poll(&fd, 1, got > 0 ? 500 : 10) > 0) {
+		ended = ended || waitpid(pid, &status, WNOHANG) == pid;
+		if (poll(&fd, 1, ended ? 0 : 10) > 0) {
 			got = read(pair[0], text + n, sizeof text - 1 - n);
 			n += got > 0 ? (size_t)got : 0;
 			n = n < sizeof text / 2 ? n : sizeof text / 2; /* what is more is overwritten */
+		} else if (ended) {
+			break; /* what it has left behind may hold the pipe */
 		}
-		ended = got <= 0 && waitpid(pid, &status, WNOHANG) == pid;
 	}
 	close(pair[0]);
 	if (!ended) {

@@ -323,7 +323,7 @@ def command(t, text, **config):
 
 def test_password_commands(t):
     for text in ("echo WORD; echo other", "printf 'WORD\\r\\nother'", "printf WORD; seq 100000 >&2",
-                 "echo WORD; seq 30000", "yes | head -n 1 > /dev/null; echo WORD",
+                 "echo WORD; seq 30000", "sleep 30 2> /dev/null & echo WORD", "yes | head -n 1 > /dev/null; echo WORD",
                  # SIGPIPE is as usual.
                  "(yes; echo $? > code) | head -n 1 > rest; test $(cat code) = 141 && echo WORD"):
         command(t, text)
