@@ -8343,10 +8343,12 @@ static void board_end(struct run *run, struct board *b)
 		b->slots->counts.failures++;
 		b->over = true;
 	}
-	if (b->over)
+	if (b->over) {
 		b->ended_ms = now_ms();
-	else if (b->died > 0 && run->options->mode == RUN_RESTORE) /* what it has sent may yet be stored */
+	} else if (b->died > 0 && run->options->mode == RUN_RESTORE) {
+		log_info("the server may still be storing what was sent: going on in %d s", BACKOFF_SEC);
 		b->not_before_ms = now_ms() + BACKOFF_SEC * 1000;
+	}
 	log_context("", "");
 }
 

@@ -1557,8 +1557,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 	if (record_get(m, i, &r, e) != 0)
 		return -1;
 	if (r.digits > 0 && (m->how & MBOX_LOOK) == 0) {
-		if (mark_writing(m, e) != 0 ||
-		    (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0) ||
+		if (mark_writing(m, e) != 0 || (r.offset + r.digits + 4 > m->flushed && flush(m, e) != 0) ||
 		    (good = reread_state(m, &r, e)) < 0)
 			return -1;
 		if (good == 0) {
