@@ -6705,6 +6705,8 @@ static int sync_open(struct sync *y)
 	}
 	mbox_tally(y->m, &info);
 	y->old = info.claim;
+	if (info.lost > 0)
+		log_warn("%lu of the archived mails are not in the file any more", (unsigned long)info.lost);
 	y->counts.others = info.others;
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? y->old.highestmodseq : 0;
@@ -7341,9 +7343,8 @@ static int archive_restore(void *context, struct archive *a)
 		log_error("%s", e.text);
 		r->counts->failures++;
 	}
-	r->counts->mailboxes++;
+	r->counts->mailboxes = ++r->done;
 	r->before = *r->counts;
-	r->done++;
 	r->n_refused = r->careful = 0;
 	r->broke = -1;
 	return failed != 0;
@@ -7834,8 +7835,7 @@ static bool worker_pause(struct worker *w, const struct err *e)
 	unsigned pause = most / 2 + (unsigned)rand() % (most / 2 + 1);
 	int64_t until, left;
 
-	if (pause < e->wait_sec * 1000)
-		pause = e->wait_sec * 1000;
+	pause = pause > e->wait_sec * 1000 ? pause : e->wait_sec * 1000;
 	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10, tries,
 		 w->run->config->retries);
 	until = now_ms() + pause;
@@ -7998,7 +7998,6 @@ static int account_restore(struct worker *w, struct err *e)
 
 	if (r.session == NULL) { /* a process before this one may have died */
 		r.broke = -1;
-		w->slot->counts.mailboxes = 0;
 		r.before = w->slot->counts;
 	}
 	r.session = &w->session;
@@ -8323,8 +8322,7 @@ static bool board_start(struct run *run, struct board *b)
 		return false;
 	fcntl(pair[0], F_SETFD, FD_CLOEXEC);
 	b->output = pair[0];
-	if (b->began_ms == 0)
-		b->began_ms = now_ms();
+	b->began_ms = b->began_ms == 0 ? now_ms() : b->began_ms;
 	return true;
 }
 

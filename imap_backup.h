@@ -229,10 +229,10 @@ struct mbox_info {
 	struct mbox_claim claim;
 	off_t octets;                  /* of the mbox file, 0 if there is none */
 	uint32_t stored, gone, others; /* mails; of these gone; UIDs that are other names of them */
-	/* By mbox_tally() only: mails that are not gone and had no UID yet; since mbox_open(): mails that are in the
-	 * file, and that lost their mark "gone"; mails left out as duplicates though their size tells that they are
-	 * other mails: since then, and of all. */
-	uint32_t unbound, came, came_back, different, all_different;
+	/* By mbox_tally() only: mails that the index knew when it was opened, and the mbox had no more; mails that are
+	 * not gone and had no UID yet; since mbox_open(): mails that are in the file, and that lost their mark "gone";
+	 * mails left out as duplicates though their size tells that they are other mails: since then, and of all. */
+	uint32_t lost, unbound, came, came_back, different, all_different;
 	const char *name; /* by mbox_tally(), too: the mailbox's on the wire, or "" if the index does not tell it */
 	bool fits;        /* by mbox_peek() only: an index is there, at rest, of this mailbox, without a note of damage */
 };

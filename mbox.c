@@ -467,7 +467,7 @@ struct mbox {
 	bool stuck;       /* a write or sync failed: what is on disk is not known */
 	struct state now; /* the index's header as it should be, ... */
 	uint8_t disk[STATE_OCTETS]; /* ... and as it is on disk */
-	uint32_t came_back, different, moved[2];
+	uint32_t lost, came_back, different, moved[2];
 	uint32_t came, written, synced; /* mails that mbox_end() took; of these in the file, and on disk */
 	char mended[200];
 
@@ -1774,8 +1774,8 @@ static int take_over(struct mbox *m, struct err *e)
 	return copies_judge(m, e);
 }
 
-/* Make the index from the mbox. UIDs must be bound anew. */
-static int rebuild(struct mbox *m, const char *why, struct err *e)
+/* Make the index from the mbox, which had so many mails. UIDs must be bound anew. */
+static int rebuild(struct mbox *m, const char *why, uint32_t stored, struct err *e)
 {
 	int good = 1;
 
@@ -1788,6 +1788,7 @@ static int rebuild(struct mbox *m, const char *why, struct err *e)
 	if (m->flushed > 0 || strcmp(why, "missing") != 0)
 		snprintf(m->mended, sizeof m->mended, "index %s: rebuilt, %lu mails", why,
 			 (unsigned long)m->now.stored);
+	m->lost = stored > m->now.stored ? stored - m->now.stored : 0;
 	return 0;
 }
 
@@ -1839,7 +1840,7 @@ static int put_in_order(struct mbox *m, struct err *e)
 	if (look)
 		return 0;
 	if (loaded == 0)
-		return rebuild(m, why, e);
+		return rebuild(m, why, form == INDEX_GOOD ? state.stored : 0, e);
 	if (take_over(m, e) != 0)
 		return -1;
 	snprintf(m->mended, sizeof m->mended, "%lu mails were behind the index's end: taken over",
@@ -1929,6 +1930,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .others = m->now.others,
 				    .came = m->flushed > m->now.octets ? m->written : m->synced,
 				    .came_back = m->came_back,
+				    .lost = m->lost,
 				    .different = m->different,
 				    .name = m->name };
 	/* All records with a UID, but for other names, are mails that are not gone: mostly nothing is left to count. */

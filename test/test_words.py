@@ -450,6 +450,19 @@ def test_an_output_that_is_full_is_told(t):
         assert got.returncode == 1 and got.stderr.count('error: standard output: No space left') == 1, (options, got)
 
 
+def test_archived_mails_that_vanished_are_told(t):
+    """With -q, too: what the server has no more is lost."""
+    box = imapd.Mailbox(mails(4))
+    serve(t, {'INBOX': box})
+    t.backup()
+    whole = os.path.getsize(t.mbox())
+    for do, lost in (lambda: os.truncate(t.mbox(), whole // 4), 3), (lambda: os.unlink(t.mbox()), 4), (t.backup, 0):
+        do()
+        got = t.backup('-q')
+        assert ('%d of the archived mails are not in the file' % lost in got.err) == (lost > 0), (lost, got.err)
+        assert len(archive.read(t.mbox())) == 4 and (got.err == '') == (lost == 0), (lost, got.err)
+
+
 def test_what_is_no_file_is_told(t):
     serve(t, {'INBOX': imapd.Mailbox(mails(1))})
     os.makedirs(t.archive())
