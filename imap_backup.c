@@ -5576,7 +5576,7 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 			log_context(account->email, a->text);
 			one = a->m != NULL || o->mode == RUN_LIST ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
 			if (a->m == NULL && o->mode != RUN_LIST)
-				log_error("%s", e.text);
+				log_write(e.code == E_LOCKED ? LOG_INFO : LOG_ERROR, "%s", e.text);
 		}
 		mbox_close(a->m, NULL, NULL, &e);
 		status = status == 1 || one == 0 ? status : one;

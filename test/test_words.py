@@ -94,6 +94,11 @@ def test_another_run_is_no_error(t):
         fcntl.lockf(f, fcntl.LOCK_EX)
         got = t.backup('-q', status=3)
         assert got.err == '', got.err
+    with open(t.mbox(), 'r+b') as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)
+        for args in [], ['--verify'], ['--export-all']:
+            got = t.backup('-q', *args, status=3 if args else 0)   # without news it is not opened
+            assert got.err == '', got.err
 
 
 def test_a_dry_run_tells_octets_and_room(t):
