@@ -521,12 +521,14 @@ static int output_end(int status)
 	return status == 2 ? status : 1;
 }
 
-/* A signal asks to end the run. */
-static volatile sig_atomic_t stop_asked;
+/* A signal asks to end the run; where nothing would be lost, and something may take long, it does so at once. */
+static volatile sig_atomic_t stop_asked, stop_at_once;
 
 static void on_stop_signal(int number)
 {
 	stop_asked = number;
+	if (stop_at_once)
+		_exit(0);
 }
 
 static pid_t parent_pid; /* the process whose end is ours too; 0: none */
@@ -2408,9 +2410,8 @@ static int tls_run(struct stream *s, unsigned wanted)
 }
 
 /*
- * Begin TLS. Everything that arrived before is refused: whoever sits on the line may have sent it,
- * to be taken for the server's once we trust it (RFC 3501 11.1). 'trust' is NULL where fingerprints
- * alone decide.
+ * Begin TLS. Everything that arrived before is refused: whoever sits on the line may have sent it, to be taken
+ * for the server's once we trust it (RFC 3501 11.1). 'trust' is NULL where fingerprints alone decide.
  */
 static int stream_start_tls(struct stream *s, const struct trust *trust)
 {
@@ -2504,11 +2505,13 @@ static int stream_open(struct stream *s, const struct account *account, const st
 	snprintf(port, sizeof port, "%u", account->port);
 	snprintf(where, sizeof where, "%.100s, port %s%s", account->host, port,
 		 hint ? " (\"ssl\": true uses port 993)" : "");
+	stop_at_once = true;
 	error = getaddrinfo(account->host, port, &hints, &list);
 	if (error == EAI_BADFLAGS || error == EAI_NONAME) { /* ADDRCONFIG hides the loopback's address */
 		hints.ai_flags = 0;
 		error = getaddrinfo(account->host, port, &hints, &list);
 	}
+	stop_at_once = false;
 	if (error != 0)
 		return stream_fail(s, E_NET, "%s: the name cannot be looked up: %s", account->host,
 				   error == EAI_SYSTEM ? strerror(errno) : gai_strerror(error));
@@ -2821,11 +2824,10 @@ static unsigned set_take(struct set *set, unsigned count, struct range out[BATCH
 /* ======== imap: sends commands and reads responses ======== */
 
 /*
- * An IMAP4rev1 client over a stream. It reads by token, never by line; keeps nothing of what a
- * server sends but what its fields say; and hands literals on in chunks. Commands may run ahead of
- * their answers: imap_send() returns a tag, imap_wait() reads until that tag's command is done.
- * Responses that belong to no command go to the same place as all others, the struct's callbacks.
- * An error sticks, in im->s.err.
+ * An IMAP4rev1 client over a stream. It reads by token, never by line; keeps nothing of what a server sends but
+ * what its fields say; and hands literals on in chunks. Commands may run ahead of their answers: imap_send()
+ * returns a tag, imap_wait() reads until that tag's command is done. Responses that belong to no command go to
+ * the same place as all others, the struct's callbacks. An error sticks, in im->s.err.
  */
 
 /* What a server can do, in the order of capability_words. */
@@ -5990,9 +5992,8 @@ static int sync_store(struct sync *y)
 	if (stored < 0 || (y->sampled && sample_end(y, mail->uid, stored > 0) != 0))
 		return -1;
 	y->session->mails++;
-	if (!mail->has_flags && sync_add(y, &y->todo[KIND_FLAGS], mail->uid, mail->uid) != 0)
-		return -1;
-	if (stored == 0 && mail->has_flags && mbox_set_flags(y->m, mail->uid, mail->flags, &y->err) != 0)
+	if ((!mail->has_flags && sync_add(y, &y->todo[KIND_FLAGS], mail->uid, mail->uid) != 0) ||
+	    (stored == 0 && mail->has_flags && mbox_set_flags(y->m, mail->uid, mail->flags, &y->err) != 0))
 		return -1;
 	sync_passed(y, mail->uid, true);
 	y->attempt.vague = 0;

@@ -167,6 +167,21 @@ def test_a_signal_ends_a_url_that_stalls(t):
         assert status == (key == 'start_url') and web.url + ': the request was broken off' in err, err
 
 
+def test_a_signal_ends_a_lookup(t):
+    """Of a name, where no name server answers."""
+    mark, source, library = (os.path.join(t.folder, x) for x in ('mark', 'slow.c', 'slow.so'))
+    with open(source, 'w') as f:
+        f.write('#include <netdb.h>\n#include <unistd.h>\nint getaddrinfo(const char *name, const char *service, '
+                'const struct addrinfo *hints, struct addrinfo **list) {\n\tif (symlink("x", "%s") != 0) return 1;\n'
+                '\tfor (int i = 0; i < 200; i++) usleep(100000);\n\treturn EAI_AGAIN;\n}\n' % mark)
+    subprocess.run([os.environ.get('CC', 'cc'), '-w', '-shared', '-fPIC', '-o', library, source], check=True)
+    serve(t, {'INBOX': imapd.Mailbox(mails(1))})
+    t.program = ['env', 'LD_PRELOAD=' + library, *t.program]
+    began = time.monotonic()
+    err, status = stopped(t, lambda: os.path.lexists(mark))
+    assert time.monotonic() - began < 15 and status == 1 and 'stopped by a signal' in err and 'died' not in err, err
+
+
 def test_a_process_that_cannot_be_started(t):
     """It is tried "retries" times."""
     if os.geteuid() != 0:
