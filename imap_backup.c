@@ -5309,8 +5309,6 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 		l->broken[im->done + 1 == tag]++;
 	if (e->code == E_NONE)
 		*e = im->s.err;
-	if (e->code == E_NONE && l->n == 0)
-		err_set(e, E_REFUSED, "the server lists no mailbox at all");
 	return e->code == E_NONE ? 0 : -1;
 }
 
@@ -7081,6 +7079,14 @@ static int restore_look(struct restore *r, struct err *e)
 
 /* -- what is sent -- */
 
+/* Of a quota that is used up nothing but room helps: that ends the account. */
+static int restore_quota(struct restore *r, const struct imap_result *result)
+{
+	if (strcmp(result->code, "OVERQUOTA") != 0)
+		return 0;
+	return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account: %s", result->text);
+}
+
 /* Take the answer to the oldest command: a refusal is of one mail. */
 static int restore_answered(struct restore *r)
 {
@@ -7100,9 +7106,8 @@ static int restore_answered(struct restore *r)
 	}
 	if (strcmp(result->code, "TRYCREATE") == 0 && !r->created)
 		return err_set(&r->err, E_NET, "the mailbox has gone: %s", result->text);
-	if (strcmp(result->code, "OVERQUOTA") == 0)
-		return err_set(&r->err, E_ACCOUNT, "the server has no room left for this account: %s",
-			       result->text);
+	if (restore_quota(r, result) != 0)
+		return -1;
 	imap_refused(&e, result, "a mail");
 	if (e.code == E_WAIT)
 		return r->err = e, -1;
@@ -7202,8 +7207,10 @@ static int restore_create(struct restore *r, struct err *refused)
 	r->created = true;
 	if (result == NULL)
 		return -1;
-	if (result->condition != IMAP_OK)
-		return imap_refused(refused, result, "creating the mailbox"), 0;
+	if (restore_quota(r, result) != 0)
+		return -1;
+	if (imap_refused(refused, result, "creating the mailbox") != 0)
+		return 0;
 	log_info("created");
 	return imap_wait(r->im, imap_send(r->im, NULL, "SUBSCRIBE %s", r->quoted)) == NULL ? -1 : 0;
 }
@@ -8019,9 +8026,10 @@ static int account_list(struct worker *w, struct err *e)
 	bool first = w->slot->counts.mailboxes == 0;
 	struct counts counts = { 0 };
 
-	if (mailboxes_list(l, &w->im, mode == RUN_LIST, e) != 0 ||
-	    (mode == RUN_RESTORE && account_restore(w, e) != 0))
+	if (mailboxes_list(l, &w->im, mode == RUN_LIST, e) != 0)
 		return -1;
+	if (mode == RUN_RESTORE ? account_restore(w, e) != 0 : l->n == 0)
+		return err_set(e, E_REFUSED, "the server lists no mailbox at all");
 	w->listed = true;
 	if (first && l->odd.code != E_NONE)
 		worker_complain(w, &l->odd);

@@ -2735,7 +2735,7 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 	const off_t end = mail->offset + mail->octets;
 	const char *line_end = form == MBOX_CRLF ? "\r\n" : "\n";
 	off_t at = mail->offset + (stands ? 0 : (off_t)mail->head);
-	bool first = true, open = false, empty = false;
+	bool first = true, open = form == MBOX_CRLF, empty = false; /* an empty mail is a line end */
 	bool held = false; /* a '>', the last of those with which a line begins: "From " may follow */
 	struct reader reader;
 	int got;
@@ -2746,7 +2746,6 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 		bool lf = p[n - 1] == '\n';
 
 		at += (off_t)n;
-		open = !lf;
 		empty = reader.line_start && n == 1 && lf;
 		if (stands && mail->digits > 0 && at == mail->offset + mail->digits + 5) {
 			put_digits((char *)m->buffer + (reader.at - 5), 4, 16,
@@ -2755,6 +2754,7 @@ int mbox_read(struct mbox *m, const struct mbox_mail *mail, enum mbox_form form,
 		}
 		if (!stands && ((empty && at == end) || (first && mail->made && is_made_line(p, n))))
 			continue;
+		open = !lf;
 		while (!stands && (reader.line_start || held) && run < n && p[run] == '>')
 			run++;
 		if (run == n) {

@@ -333,6 +333,21 @@ def test_restore_refusals(t):
     assert 'no room left' in got.err, got.err
     restore_to(t, boxes)
     assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in held)
+    got, lines = restore_to(t, {}, status=1, cmd_CREATE=lambda self, tag, args: self.no(tag, '[OVERQUOTA] full'))
+    assert 'no room left for this account: full' in got.err and 'trying again' not in got.err, got.err
+    boxes = {}   # a server that lists nothing, as Cyrus does before an INBOX is made
+    restore_to(t, boxes)
+    assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in held)
+
+
+def test_restore_of_an_empty_mail(t):
+    """As a full disk leaves it in a maildir; Dovecot takes no mail of zero octets, but one of a line end."""
+    with scripted(t, {'INBOX': imapd.Mailbox([b'', b'Subject: s'])}):
+        t.backup()
+    t.config()
+    for _ in range(2):
+        t.backup('--restore', '--yes')
+        assert sorted(m.data for m in there(t, t.user)['INBOX']) == [b'\r\n', b'Subject: s\r\n']
 
 
 def test_restore_where_the_listing_is_refused(t):
