@@ -5578,7 +5578,10 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 			if (a->m == NULL && o->mode != RUN_LIST)
 				log_write(e.code == E_LOCKED ? LOG_INFO : LOG_ERROR, "%s", e.text);
 		}
-		mbox_close(a->m, NULL, NULL, &e);
+		if (mbox_close(a->m, NULL, NULL, &e) != 0) {
+			log_error("%s", e.text);
+			one = 1;
+		}
 		status = status == 1 || one == 0 ? status : one;
 	}
 	free(files);

@@ -51,6 +51,7 @@
 enum {
 	BUFFER_OCTETS = 64 << 10, /* between us and the mbox file, both ways */
 	HEADER_OCTETS = 48 << 10, /* of a header are held there; quoted, they are up to 56 << 10 */
+	SECTOR_OCTETS = 4096,     /* of a disk, or a page: what cannot be read otherwise than as a whole */
 	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
 	COMMIT_MS = 20000,        /* ... or for so long */
 	PATH_OCTETS = 4096,       /* of a path, with ".index.damaged" */
@@ -470,6 +471,7 @@ struct mbox {
 	uint32_t lost, came_back, different, moved[2];
 	uint32_t came, written, synced; /* mails that mbox_end() took; of these in the file, and on disk */
 	char mended[200];
+	struct err unread; /* of the mbox, and passed over */
 
 	/*
 	 * Records: in memory 12 octets each, 4 for their order by UID, 6 for the table.
@@ -547,12 +549,23 @@ static enum rank rank_of(const struct mbox *m, uint32_t i)
 	return entry->bits & ENTRY_GONE ? RANK_GONE : RANK_LIVE;
 }
 
-/* pread() and pwrite() of everything; *got may be less than n only at the end of the file. */
+/*
+ * pread() and pwrite() of everything; *got may be less than n only at the end of the file. Where nothing is written,
+ * what a disk cannot read of the mbox is passed over, as NUL: the other mails can still be had.
+ */
 static int read_all(struct mbox *m, int fd, void *to, size_t n, off_t at, size_t *got, struct err *e)
 {
 	for (*got = 0; *got < n;) {
-		ssize_t r = pread(fd, (char *)to + *got, n - *got, at + (off_t)*got);
+		const off_t from = at + (off_t)*got, left = m->flushed - from;
+		ssize_t r = pread(fd, (char *)to + *got, n - *got, from);
 
+		if (r < 0 && errno == EIO && fd == m->fd && m->how & MBOX_LOOK && left > 0) {
+			err_errno(&m->unread, E_SYSTEM, "%s: cannot read at %lld", m->path, (long long)from);
+			r = SECTOR_OCTETS - from % SECTOR_OCTETS;
+			r = r < left ? r : (ssize_t)left;
+			r = r < (ssize_t)(n - *got) ? r : (ssize_t)(n - *got);
+			memset((char *)to + *got, 0, (size_t)r);
+		}
 		if (r == 0)
 			break;
 		if (r > 0)
@@ -2557,6 +2570,8 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info 
 	if (m == NULL)
 		return 0;
 	mbox_abort(m);
+	if (m->unread.code != E_NONE)
+		r = err_set(e, E_SYSTEM, "%s", m->unread.text);
 	/* A write failed, and the last mail's end is still here: it is cut off, unless somebody else was at it. */
 	if (m->stuck && m->buffered > 0 && m->flushed > m->whole && fstat(m->fd, &st) == 0 &&
 	    st.st_size == m->flushed && ftruncate(m->fd, m->whole) != 0)
@@ -2598,10 +2613,11 @@ int mbox_note(struct mbox *m, off_t at, struct err *e)
 	return written > 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot write", path);
 }
 
-/* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. */
+/* Let a damaged mail, record i, be gone for good, and no UID be known of it: it is fetched anew. 1, 0: no, -1. */
 static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 {
 	uint32_t next = i;
+	struct err unread = { 0 };
 	char head[BODY_AT];
 	size_t got;
 
@@ -2609,9 +2625,10 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	if (r->digits > 0) {
 		const size_t known = r->digits == DIGITS_AT ? FROM_OCTETS : 5; /* of its From line */
 
-		if (read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, e) != 0 ||
-		    reread_state(m, r, e) < 0)
-			return -1;
+		if (read_all(m, m->fd, head, 2, r->offset + r->octets - 2, &got, &unread) != 0 ||
+		    read_all(m, m->fd, head, FROM_OCTETS, r->offset, &got, &unread) != 0 ||
+		    reread_state(m, r, &unread) < 0)
+			return 0; /* what cannot be read can hardly be written: --verify will tell it again */
 		head_text(head, from_time((const uint8_t *)head, got), r->state);
 		if (write_all(m, m->fd, "\n\n", 2, r->offset + r->octets - 2, e) != 0 ||
 		    write_all(m, m->fd, head, known, r->offset, e) != 0 ||
@@ -2624,7 +2641,7 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 		if (m->entries[next].uid != 0 && (next == i || m->entries[next].bits & ENTRY_OTHER))
 			set_uid(m, next, 0);
 	} while ((next = m->entries[next].next) != i);
-	return tear(m, i, e);
+	return tear(m, i, e) != 0 ? -1 : 1;
 }
 
 /* Heal the mails that are noted by their offsets. Returns how many they are, or -1. */
@@ -2647,9 +2664,9 @@ static int heal_noted(struct mbox *m, const long long *noted, unsigned n, struct
 			k++;
 		if (k == n)
 			continue;
-		if (heal(m, i, &r, e) != 0)
+		healed += heal(m, i, &r, e);
+		if (e->code != E_NONE)
 			return -1;
-		healed++;
 	}
 	return healed;
 }
@@ -2716,13 +2733,14 @@ size_t mbox_escape(char *out, size_t size, const char *part, size_t n, const cha
 int mbox_walk(struct mbox *m, off_t *at, struct mbox_mail *mail, struct err *e)
 {
 	struct record r;
-	int good = 1;
+	int good;
 
 	if (*at >= m->flushed)
 		return 0;
-	if ((good = from_at(m, *at, e)) == 0)
-		err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"", m->path);
-	if (good <= 0 || mail_read(m, *at, m->flushed, &r, mail, e) < 0)
+	/* An mbox that begins otherwise, but has the size that its index says, is damaged. */
+	if ((good = from_at(m, *at, e)) == 0 && (*at > 0 || m->now.octets != m->flushed))
+		return err_set(e, E_FORMAT, "%s: this is no mbox file: it does not begin with \"From \"", m->path);
+	if (good < 0 || mail_read(m, *at, m->flushed, &r, mail, e) < 0)
 		return -1;
 	*at += r.octets;
 	return 1;

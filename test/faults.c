@@ -15,6 +15,7 @@
  *                  ENOSPC EIO EROFS EDQUOT    it fails so; a failing write may have done half
  *   FAULTS_EVER    1: and every operation after it as well
  *   FAULTS_DIES    group (default), self, parent: who gets the SIGKILL; the caller stops there
+ *   FAULTS_UNREAD  "octet path": that octet of the file cannot be read, as in a bad sector (EIO)
  *   FAULTS_LOG     a file: a line "what octets offset path" and the octets, for each operation done
  */
 #define _GNU_SOURCE
@@ -180,6 +181,21 @@ static ssize_t written(int fd, const void *octets, size_t n, off_t offset, int p
 ssize_t write(int fd, const void *octets, size_t n) { return written(fd, octets, n, 0, 0); }
 ssize_t pwrite64(int fd, const void *octets, size_t n, off64_t offset) { return written(fd, octets, n, offset, 1); }
 ssize_t pwrite(int fd, const void *octets, size_t n, off_t offset) { return written(fd, octets, n, offset, 1); }
+
+ssize_t pread64(int fd, void *octets, size_t n, off64_t offset)
+{
+	char path[PATH_MAX], *bad = getenv("FAULTS_UNREAD"), *end;
+	off64_t octet = bad != NULL ? strtoll(bad, &end, 10) : -1;
+
+	if (octet >= offset && octet < offset + (off64_t)n && strcmp(path_of(fd, path), end + 1) == 0) {
+		errno = EIO;
+		if (octet == offset)
+			return -1;
+		n = (size_t)(octet - offset);
+	}
+	return REAL(pread64)(fd, octets, n, offset);
+}
+ssize_t pread(int fd, void *octets, size_t n, off_t offset) { return pread64(fd, octets, n, offset); }
 
 /* The other operations: all or nothing. */
 #define AROUND(path, name, offset, call) do { \

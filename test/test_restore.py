@@ -638,6 +638,33 @@ def test_much_damage_heals(t):
     t.backup('--verify')
 
 
+def test_an_octet_that_cannot_be_read(t):
+    """As in a bad sector: all other mails are verified, exported, restored; what can be healed is, and it is told."""
+    held = fill(t, {'INBOX': [m._replace(data=m.data + b'line\r\n' * 2000) for m in few(20)], 'Other': few(3, 'o')})
+    held = {name: sorted(m.data for m in mails) for name, mails in held.items()}
+    t.config()
+    t.backup()
+    path, library = t.mbox(), os.path.join(t.folder, 'faults.so')
+    subprocess.run(['cc', '-shared', '-fPIC', '-o', library, os.path.join(os.path.dirname(__file__), 'faults.c')], check=True)
+    starts = [m.start() for m in re.finditer(rb'(?m)^From MAILER', open(path, 'rb').read())]
+    for octet, harm, heals in (starts[9] + 1000, 1, '1 damaged'), (starts[5] - 10, 2, '2 damaged'), (2, 1, ''):
+        bad = {'LD_PRELOAD': library, 'FAULTS_UNREAD': '%d %s' % (octet, path)}
+        t.config()
+        got = t.backup('--verify', status=1, env=bad)
+        assert re.search('INBOX: 2[013] mails', got.out) and 'cannot read at %d: Input/output' % octet in got.err, (octet, got)
+        assert os.path.exists(path + '.index.damaged') and got.err.count('damaged: at ') == harm, (octet, got)
+        got = t.backup('--export-all', '-m', 'INBOX', status=1, env=bad)
+        assert sum(d.decode().replace('\r', '') in got.out for d in held['INBOX']) == 20 - harm and 'cannot read at' in got.err, (octet, got.err)
+        t.config(t.account(username=t.user + str(octet)))
+        got = t.backup('--restore', '--yes', status=1, env=bad)
+        now = {name: sorted(m.data for m in mails) for name, mails in there(t, t.user + str(octet)).items()}
+        assert now['Other'] == held['Other'] and 'cannot read at %d' % octet in got.err, (octet, got.err)
+        assert len(set(held['INBOX']) - set(now['INBOX'])) == harm, (octet, got.err)
+        t.config()
+        got = t.backup(env=bad)
+        assert heals in got.err and ('are marked as gone' in got.err) == (heals != ''), (octet, got.err)
+
+
 def test_restore_cut_anywhere(t):
     """The line breaks before or after each command; or the target refuses, limits, wants to be told to create."""
     mails = few(8) + [sample.Mail(b'Subject: none\r\n\r\nno ID' + b'x\r\n' * i, '', sample.T0) for i in (1, 2)]
