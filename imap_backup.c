@@ -6915,6 +6915,8 @@ struct restore {
 	bool created;
 	unsigned done, at; /* archives that are over, also on connections before; the one in hand */
 	unsigned bads;     /* on this connection */
+	bool last;         /* no further try follows: what keeps failing is blamed, ... */
+	uint64_t began, blamed; /* ... if no more were put back than at its begin; at which number a mail was */
 	struct archive *a; /* in hand; of its mails: */
 	off_t sent[IMAP_RING];  /* on the wire, by their tags */
 	off_t refused[RESTORE_REFUSED_MAX]; /* or breaking the line: not sent again */
@@ -6934,6 +6936,7 @@ static int restore_refuse(struct restore *r, off_t at, const char *why)
 		return -1;
 	log_error("at %lld, %s: %s", (long long)at, mail.name, why);
 	r->counts->failures++;
+	r->last = false; /* the others may go */
 	if (r->n_refused == RESTORE_REFUSED_MAX)
 		return err_set(&r->err, E_ACCOUNT, "more than %d mails are refused", RESTORE_REFUSED_MAX);
 	r->refused[r->n_refused++] = at;
@@ -7082,6 +7085,12 @@ static int restore_look(struct restore *r, struct err *e)
 
 /* -- what is sent -- */
 
+/* Return true if it has failed here as often as it may. */
+static bool restore_is_stuck(const struct restore *r)
+{
+	return r->last && r->counts->stored == r->began;
+}
+
 /* Of a quota that is used up nothing but room helps: that ends the account. */
 static int restore_quota(struct restore *r, const struct imap_result *result)
 {
@@ -7112,8 +7121,9 @@ static int restore_answered(struct restore *r)
 	if (restore_quota(r, result) != 0)
 		return -1;
 	imap_refused(&e, result, "a mail");
-	if (e.code == E_WAIT)
+	if (e.code == E_WAIT && (!restore_is_stuck(r) || r->blamed == r->began))
 		return r->err = e, -1;
+	r->blamed = e.code == E_WAIT ? r->began : r->blamed;
 	if (restore_refuse(r, at, e.text) != 0)
 		return -1;
 	r->bads += result->condition == IMAP_BAD;
@@ -7334,6 +7344,7 @@ static int archive_restore(void *context, struct archive *a)
 {
 	struct restore *r = context;
 	struct imap *im = r->im;
+	const struct err *why;
 	struct err e = { 0 };
 	int failed;
 
@@ -7348,8 +7359,12 @@ static int archive_restore(void *context, struct archive *a)
 		r->err = e;
 	if (im->s.err.code == E_NET && im->done < im->tag)
 		restore_broken(r);
-	if (r->err.code != E_NONE || im->s.err.code != E_NONE)
-		return 1;
+	why = r->err.code != E_NONE ? &r->err : &im->s.err;
+	if (why->code != E_NONE) {
+		if (!restore_is_stuck(r) || (why->code != E_WAIT && why->code != E_NET && why->code != E_PROTO))
+			return 1;
+		e = *why;
+	}
 	if (failed != 0) {
 		log_error("%s", e.text);
 		r->counts->failures++;
@@ -7370,6 +7385,7 @@ static int restore_run(struct restore *r, struct err *e)
 
 	r->err = (struct err){ 0 };
 	r->at = r->bads = 0;
+	r->began = r->counts->stored;
 	if (r->im->flight == IMAP_FLIGHT_MAX - 8) /* or fewer, for Zimbra */
 		r->im->flight = IMAP_RING - 8;
 	r->delimiter = r->im->delimiter;
@@ -8004,19 +8020,21 @@ static void account_print_check(const struct worker *w, unsigned long long mailb
 static int account_restore(struct worker *w, struct err *e)
 {
 	static struct restore r; /* it outlives connections */
-	unsigned refused = r.n_refused;
+	unsigned refused = r.n_refused, done = r.done;
 	int result;
 
 	if (r.session == NULL) { /* a process before this one may have died */
 		r.broke = -1;
+		r.blamed = UINT64_MAX;
 		r.before = w->slot->counts;
 	}
+	r.last = w->slot->tries == w->run->config->retries;
 	r.session = &w->session;
 	r.options = w->run->options;
 	r.im = &w->im;
 	r.counts = &w->slot->counts;
 	result = restore_run(&r, e);
-	w->slot->tries = r.n_refused > refused ? 0 : w->slot->tries;
+	w->slot->tries = r.n_refused > refused || r.done > done ? 0 : w->slot->tries;
 	w->board->locked = w->board->locked || result == 3;
 	return result < 0 ? -1 : 0;
 }

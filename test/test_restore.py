@@ -340,6 +340,22 @@ def test_restore_refusals(t):
     assert sorted(m.data for m in boxes['INBOX'].mails) == sorted(m.data for m in held)
 
 
+def test_restore_goes_past_what_keeps_failing(t):
+    """A mailbox at which the line breaks, or a mail that always is to be sent later: the others are put back."""
+    mails = few(12)
+    fill(t, {'A': few(2, 'a'), 'INBOX': mails, 'New': few(3, 'n')})
+    t.config()
+    t.backup()
+
+    def select(self, tag, args):
+        return self.drop('rst') if 'INBOX' in args else Target.cmd_SELECT(self, tag, args)
+    for odd, there in ((dict(cmd_SELECT=select), 0), (dict(refuse={archive.own_id(mails[5].data): 'NO [SERVERBUG] no'}), 11)):
+        boxes = {'INBOX': imapd.Mailbox()}
+        got, lines = restore_to(t, boxes, status=1, **odd)
+        assert {n: len(b.mails) for n, b in boxes.items()} == {'A': 2, 'INBOX': there, 'New': 3}, (odd, got.err)
+        assert got.err.count('error: ') == 1, got.err
+
+
 def test_restore_of_an_empty_mail(t):
     """As a full disk leaves it in a maildir; Dovecot takes no mail of zero octets, but one of a line end."""
     with scripted(t, {'INBOX': imapd.Mailbox([b'', b'Subject: s'])}):
