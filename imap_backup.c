@@ -7394,6 +7394,10 @@ static int restore_run(struct restore *r, struct err *e)
 	if (r->delimiter == '\0')
 		r->delimiter = '/';
 	r->strip = true;
+	/* But where the target has mailboxes below INBOX without a prefix, it may be where they came from. */
+	for (uint32_t i = 0; i < list->n && r->im->prefix[0] == '\0'; i++)
+		r->strip = r->strip && (strncasecmp(list->boxes[i].name, "INBOX", 5) != 0 ||
+					list->boxes[i].name[5] != r->delimiter);
 	status = archives_walk(list->config, &(struct options){ .mode = RUN_LIST }, list->account,
 			       archive_is_below, r);
 	if (status == 0)

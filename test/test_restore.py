@@ -450,6 +450,19 @@ def test_restore_below_a_prefix(t):
         assert [m.data for m in boxes['INBOX.A.B_c'].mails] == [m.data for m in held['A/B.c']]
 
 
+def test_restore_to_where_it_came_from(t):
+    """All lies below INBOX, and that is no prefix: what is missing goes where the rest is."""
+    held = fill(t, {'INBOX': few(2), 'INBOX/A': few(3, 'a'), 'INBOX/A/B': few(2, 'b')})
+    t.config()
+    t.backup()
+    imap = t.imap()
+    delete(imap, '2', 'INBOX/A')
+    imap.unselect()
+    imap.delete('INBOX/A/B')
+    t.backup('--restore', '--yes')
+    assert {n: alike(m) for n, m in t.held().items()} == {n: alike(m) for n, m in held.items()}
+
+
 def test_restore_below_a_prefix_over_a_bad_line(t):
     """Wherever it breaks while it lists: nothing is put beside the prefix."""
     held = fill(t, {'INBOX': few(2), 'A': few(3, 'x')})
