@@ -6906,7 +6906,7 @@ struct restore {
 	const struct options *options;
 	struct imap *im;               /* the session's */
 	struct counts *counts, before; /* now; and when the archive in hand was begun */
-	struct err err;      /* why the whole cannot go on; E_NET: it can, on another connection */
+	struct err err;      /* why the archive in hand, or the whole, cannot go on: see err_is_local() */
 	char delimiter;      /* the target's */
 	bool strip;          /* every archive but INBOX's lay below INBOX: the source's prefix */
 	struct holding *held; /* owned: what the target's mailbox has, sorted */
@@ -7016,32 +7016,31 @@ static bool restore_has(struct restore *r, const struct mbox_id *id)
 }
 
 /*
- * Take the answer to a question for Message-IDs. If one of them is refused, *e tells it, and nothing may be
+ * Take the answer to a question for Message-IDs. If one of them is refused, r->err tells it, and nothing may be
  * sent: what the target has would be put there again.
  */
-static int restore_listed(struct restore *r, struct err *e)
+static int restore_listed(struct restore *r)
 {
 	const struct command *c = imap_answer(r->im);
 
 	if (c == NULL)
 		return -1;
 	if (c->result.below > 0)
-		err_set(e, E_REFUSED,
+		err_set(&r->err, E_REFUSED,
 			"the server does not tell of all mails; a smaller \"header_batch_size\" may help: %s",
 			c->result.text);
 	if (strcmp(c->result.code, "EXPUNGEISSUED") != 0) /* the others were told (RFC 5530) */
-		imap_refused(e, &c->result, "listing the mails");
+		imap_refused(&r->err, &c->result, "listing the mails");
 	return 0;
 }
 
-/* Open the target's mailbox and list what it has. Returns 0, or -1 with *e: E_REFUSED, or r->err is filled, too. */
-static int restore_look(struct restore *r, struct err *e)
+/* Open the target's mailbox and list what it has. */
+static int restore_look(struct restore *r)
 {
 	static const char fields[] = "Message-ID From To Cc Date Subject"; /* spelt as in a backup */
 	struct imap *im = r->im;
 	const struct imap_result *result;
 	const size_t most = r->session->config->header_batch;
-	struct err refused = { 0 };
 	unsigned tag;
 
 	im->takes_forwarded = false;
@@ -7052,8 +7051,9 @@ static int restore_look(struct restore *r, struct err *e)
 	tag = imap_send(im, NULL, "SELECT %s", r->quoted);
 	im->ring[tag % IMAP_RING].examines = true;
 	im->ring[tag % IMAP_RING].owner = r;
-	if ((result = imap_wait(im, tag)) == NULL || imap_refused(e, result, "opening the mailbox") != 0)
+	if ((result = imap_wait(im, tag)) == NULL || imap_refused(&r->err, result, "opening the mailbox") != 0)
 		return -1;
+	r->err = (struct err){ 0 }; /* whatever it tells of CREATE */
 	if (im->exists > MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	r->n = 0;
@@ -7064,19 +7064,17 @@ static int restore_look(struct restore *r, struct err *e)
 	for (size_t first = 1, last; first <= r->room; first = last + 1) {
 		last = r->room - first < most ? r->room : first + most - 1;
 		while (!imap_may_send(im))
-			if (restore_listed(r, &refused) != 0)
+			if (restore_listed(r) != 0)
 				return -1;
 		if (imap_send(im, NULL, "FETCH %zu:%zu (BODY.PEEK[HEADER.FIELDS (%s)])", first, last, fields) ==
 		    0)
 			return -1;
 	}
 	while (im->taken < im->tag)
-		if (restore_listed(r, &refused) != 0)
+		if (restore_listed(r) != 0)
 			return -1;
-	if (refused.code != E_NONE) {
-		*e = refused; /* whatever it tells of CREATE */
+	if (r->err.code != E_NONE)
 		return -1;
-	}
 	restore_sort(r);
 	/* GNU's imap4d says OK to what is appended to the mailbox that is selected, and drops it in the end. */
 	return r->session->dry || !(im->capabilities & CAP_UNSELECT) ||
@@ -7188,8 +7186,9 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 		;
 	if (got <= 0) /* 0: it was refused, which will be looked at in its turn */
 		return got;
-	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_stream, &im->s, &r->err) != 0 ||
-	    stream_write(&im->s, "\r\n", 2) != 0 || stream_flush(&im->s) != 0)
+	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_stream, &im->s, &r->err) != 0)
+		stream_fail(&im->s, E_NET, "a mail could not be read to its end");
+	if (im->s.err.code != E_NONE || stream_write(&im->s, "\r\n", 2) != 0 || stream_flush(&im->s) != 0)
 		return -1;
 	r->counts->octets += octets;
 	r->session->progress(r->session->context, 0, octets);
@@ -7211,9 +7210,9 @@ static void restore_broken(struct restore *r)
 
 /*
  * Create the target's mailbox. Whether it is refused because it is there already, not all servers say in a
- * code: so it is opened all the same, and *refused told if that fails too.
+ * code: so it is opened all the same, and r->err told if that fails too.
  */
-static int restore_create(struct restore *r, struct err *refused)
+static int restore_create(struct restore *r)
 {
 	const struct imap_result *result = imap_wait(r->im, imap_send(r->im, NULL, "CREATE %s", r->quoted));
 
@@ -7222,7 +7221,7 @@ static int restore_create(struct restore *r, struct err *refused)
 		return -1;
 	if (restore_quota(r, result) != 0)
 		return -1;
-	if (imap_refused(refused, result, "creating the mailbox") != 0)
+	if (imap_refused(&r->err, result, "creating the mailbox") != 0)
 		return 0;
 	log_info("created");
 	return imap_wait(r->im, imap_send(r->im, NULL, "SUBSCRIBE %s", r->quoted)) == NULL ? -1 : 0;
@@ -7279,8 +7278,8 @@ static int archive_is_below(void *context, struct archive *a)
 	return 0;
 }
 
-/* Put back an archive. Returns 0, or -1 with *e or r->err, or as the line has an error. */
-static int restore_archive(struct restore *r, struct err *e)
+/* Put back an archive, unless r->err or the line's error tells why not. */
+static void restore_archive(struct restore *r)
 {
 	const uint64_t sent = r->counts->stored - r->before.stored;
 	const bool dry = r->session->dry, include = r->options->include_gone != 0;
@@ -7290,41 +7289,40 @@ static int restore_archive(struct restore *r, struct err *e)
 	char text[NAME_OCTETS], name[RECORD_MAX];
 	uint32_t place;
 	off_t at = 0;
-	int more = 0;
 
 	restore_name(r);
 	name_text(text, r->target, r->delimiter);
 	log_info("%s -> %s", r->a->text, text);
 	if (strlen(r->target) > MBOX_NAME_MAX)
-		return err_set(e, E_REFUSED, "there its name would have more than %d octets",
-			       MBOX_NAME_MAX);
+		err_set(&r->err, E_REFUSED, "there its name would have more than %d octets", MBOX_NAME_MAX);
 	place = *mailboxes_find(r->session->list, BY_NAME, r->target);
 	listed = place > 0 && r->session->list->boxes[place - 1].selectable; /* or it has only some below it */
 	r->created = false;
 	r->n = 0;
-	if ((!listed && !dry && restore_create(r, e) != 0) || ((listed || !dry) && restore_look(r, e) != 0))
-		return -1;
+	if (r->err.code != E_NONE || (!listed && !dry && restore_create(r) != 0) ||
+	    ((listed || !dry) && restore_look(r) != 0))
+		return;
 	/* The gone ones in a second pass: what is there of an ID is first of all the mail that is not gone. */
-	for (int pass = 0; pass < 1 + include && more == 0; pass++, at = 0)
-		while ((more = mbox_walk(r->a->m, &at, &mail, e)) > 0) {
+	for (int pass = 0; pass < 1 + include; pass++, at = 0)
+		while (r->err.code == E_NONE && mbox_walk(r->a->m, &at, &mail, &r->err) > 0) {
 			bool gone = (mail.state & MBOX_GONE) != 0;
 
 			if (stop_due())
-				return err_set(&r->err, E_STOPPED, "stopped by a signal");
-			if (gone != (pass > 0))
+				err_set(&r->err, E_STOPPED, "stopped by a signal");
+			else if (gone != (pass > 0))
 				left_out += gone && !include;
 			else if (restore_has(r, &mail.id))
 				present++;
 			else if (!restore_is_refused(r, mail.offset) && ++missing > 0 && !dry &&
-				 restore_append(r, &mail) != 0)
-				return -1;
+				 restore_append(r, &mail) != 0 && r->im->s.err.code != E_NONE)
+				return;
 		}
 	present -= sent < present ? sent : present; /* on a connection before this one */
-	while (r->im->taken < r->im->tag)
-		if (restore_answered(r) != 0)
-			return -1;
-	if (more < 0)
-		return -1;
+	while (r->im->taken < r->im->tag && r->err.code != E_STOPPED)
+		if (restore_answered(r) != 0 && r->im->s.err.code != E_NONE)
+			return;
+	if (r->err.code != E_NONE)
+		return;
 	missing = dry ? missing : r->counts->stored - r->before.stored;
 	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s",
 		 (unsigned long long)missing, dry ? "would be put back" : "put back",
@@ -7337,16 +7335,13 @@ static int restore_archive(struct restore *r, struct err *e)
 		name, (unsigned long long)missing, (unsigned long long)present,
 		(unsigned long long)left_out, (unsigned long long)(r->counts->octets - r->before.octets),
 		(unsigned long long)(r->counts->failures - r->before.failures));
-	return 0;
 }
 
 static int archive_restore(void *context, struct archive *a)
 {
 	struct restore *r = context;
 	struct imap *im = r->im;
-	const struct err *why;
-	struct err e = { 0 };
-	int failed;
+	bool local;
 
 	if (r->err.code != E_NONE || im->s.err.code != E_NONE)
 		return 1;
@@ -7354,26 +7349,25 @@ static int archive_restore(void *context, struct archive *a)
 		return 0;
 	r->a = a;
 	memset(r->sent, -1, sizeof r->sent);
-	failed = restore_archive(r, &e);
-	if (failed != 0 && e.code == E_WAIT)
-		r->err = e;
+	restore_archive(r);
 	if (im->s.err.code == E_NET && im->done < im->tag)
 		restore_broken(r);
-	why = r->err.code != E_NONE ? &r->err : &im->s.err;
-	if (why->code != E_NONE) {
-		if (!restore_is_stuck(r) || (why->code != E_WAIT && why->code != E_NET && why->code != E_PROTO))
-			return 1;
-		e = *why;
-	}
-	if (failed != 0) {
-		log_error("%s", e.text);
+	if (r->err.code == E_NONE)
+		r->err = im->s.err;
+	local = r->err.code == E_NONE || err_is_local(&r->err);
+	if (!local && (!restore_is_stuck(r) || r->err.code == E_ACCOUNT || r->err.code == E_STOPPED))
+		return 1;
+	if (r->err.code != E_NONE) {
+		log_error("%s", r->err.text);
 		r->counts->failures++;
 	}
+	if (local)
+		r->err = (struct err){ 0 };
 	r->counts->mailboxes = ++r->done;
 	r->before = *r->counts;
 	r->n_refused = r->careful = 0;
 	r->broke = -1;
-	return failed != 0;
+	return 0;
 }
 
 /* Restore an account. Returns 0; 3 if an archive is locked; or -1 with *e, and if that is E_NET, it goes on later. */
