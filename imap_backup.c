@@ -5505,6 +5505,7 @@ struct archive {
 	char name[NAME_OCTETS]; /* that is the box's */
 	char text[NAME_OCTETS]; /* the same for a person */
 	struct mbox *m;
+	struct err err; /* what went wrong with it, if that is not told yet */
 };
 
 /* Say which mailbox the archive is of: what the index keeps, or the name that mailbox_file() made a file's of. */
@@ -5564,24 +5565,23 @@ static int archives_walk(const struct config *c, const struct options *o, const 
 		status = 1;
 	}
 	for (int i = 0; i < n; i++) {
-		struct err e = { 0 };
-
+		a->err = (struct err){ 0 };
 		snprintf(a->path, sizeof a->path, "%s/%s", folder, files[i]->d_name);
-		mbox_open(&a->m, a->path, "", MBOX_READ, &e);
+		mbox_open(&a->m, a->path, "", MBOX_READ, &a->err);
 		archive_name(a, files[i]->d_name);
 		free(files[i]);
 		one = stop_due();
 		if (one == 0 && (o->mailboxes == NULL || name_matches(o->mailboxes, &a->box))) {
 			any = true;
 			log_context(account->email, a->text);
-			one = a->m != NULL || o->mode == RUN_LIST ? take(context, a) : e.code == E_LOCKED ? 3 : 1;
-			if (a->m == NULL && o->mode != RUN_LIST)
-				log_write(e.code == E_LOCKED ? LOG_INFO : LOG_ERROR, "%s", e.text);
+			one = a->err.code == E_LOCKED ? 3 : 1;
+			if (a->m != NULL || o->mode == RUN_LIST)
+				one = take(context, a);
 		}
-		if (mbox_close(a->m, NULL, NULL, &e) != 0) {
-			log_error("%s", e.text);
+		if (mbox_close(a->m, NULL, NULL, &a->err) != 0)
 			one = 1;
-		}
+		if (one != 0 && a->err.code != E_NONE)
+			log_write(a->err.code == E_LOCKED ? LOG_INFO : LOG_ERROR, "%s", a->err.text);
 		status = status == 1 || one == 0 ? status : one;
 	}
 	free(files);
@@ -5627,21 +5627,17 @@ static int archive_verify(void *context, struct archive *a)
 {
 	char visible[NAME_OCTETS], octets[16];
 	struct mbox_verify sum = { .tell = on_finding, .stop = stop_due };
-	struct err e = { 0 };
 
-	if (mbox_verify(a->m, &sum, &e) != 0) {
-		log_error("%s", e.text);
+	if (mbox_verify(a->m, &sum, &a->err) != 0)
 		return 1;
-	}
 	((struct counts *)context)->failures += sum.damaged;
 	log_visible(visible, sizeof visible, a->text, strlen(a->text));
 	if (!log_to.records)
-		printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible,
-		       (unsigned long)sum.mails, (unsigned long)sum.gone,
-		       log_octets(octets, (uint64_t)sum.octets), (unsigned long)sum.damaged);
+		printf("%s %s: %lu mails, %lu gone, %s, %lu damaged\n", a->account->email, visible, sum.mails,
+		       sum.gone, log_octets(octets, (uint64_t)sum.octets), sum.damaged);
 	report_box(a->text, strrchr(a->path, '/') + 1,
-		   ",\"mails\":%lu,\"gone\":%lu,\"octets\":%llu,\"damaged\":%lu", (unsigned long)sum.mails,
-		   (unsigned long)sum.gone, (unsigned long long)sum.octets, (unsigned long)sum.damaged);
+		   ",\"mails\":%lu,\"gone\":%lu,\"octets\":%llu,\"damaged\":%lu", sum.mails, sum.gone,
+		   (unsigned long long)sum.octets, sum.damaged);
 	return 0;
 }
 
@@ -5692,25 +5688,22 @@ static int archive_export(void *context, struct archive *a)
 {
 	struct export *x = context;
 	struct mbox_mail mail;
-	struct err e = { 0 };
 	off_t at = 0;
-	int more, failed = 0;
+	int failed = 0;
 
-	while (failed == 0 && (more = mbox_walk(a->m, &at, &mail, &e)) > 0) {
+	while (failed == 0 && mbox_walk(a->m, &at, &mail, &a->err) > 0) {
 		if (x->o->all) {
 			if (!x->o->gone || mail.state & MBOX_GONE)
-				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &e);
+				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &a->err);
 		} else if (export_wants(x, &mail)) {
 			if (!x->write)
 				export_compare(x, a, &mail);
 			else if (x->found > 0)
-				failed = mbox_read(a->m, &mail, MBOX_LF, take_output, NULL, &e);
+				failed = mbox_read(a->m, &mail, MBOX_LF, take_output, NULL, &a->err);
 			x->found = x->write ? 0 : x->found;
 		}
 	}
-	if (e.code != E_NONE)
-		log_error("%s", e.text);
-	return failed != 0 || e.code != E_NONE;
+	return failed != 0 || a->err.code != E_NONE;
 }
 
 /* Export. Returns the exit status. */
@@ -7144,7 +7137,9 @@ static int take_stream(void *context, const void *octets, size_t n)
 static int restore_append(struct restore *r, const struct mbox_mail *mail)
 {
 	struct imap *im = r->im;
-	uint64_t limit = im->capabilities & CAP_LITERAL_PLUS ? APPEND_AHEAD_MAX : 0;
+	uint64_t limit = im->capabilities & CAP_LITERAL_PLUS    ? APPEND_AHEAD_MAX
+			 : im->capabilities & CAP_LITERAL_MINUS ? 4096
+								: 0;
 	int64_t when_sec = mail->when_sec;
 	unsigned tag, state = mail->state;
 	uint64_t octets = 0;
@@ -7153,8 +7148,6 @@ static int restore_append(struct restore *r, const struct mbox_mail *mail)
 	struct tm tm;
 	int got = 1;
 
-	if (limit == 0 && im->capabilities & CAP_LITERAL_MINUS)
-		limit = 4096;
 	if (mbox_read(r->a->m, mail, MBOX_CRLF, take_length, &octets, &r->err) != 0)
 		return -1;
 	if (im->append_limit > 0 && octets > im->append_limit) {
@@ -7217,9 +7210,7 @@ static int restore_create(struct restore *r)
 	const struct imap_result *result = imap_wait(r->im, imap_send(r->im, NULL, "CREATE %s", r->quoted));
 
 	r->created = true;
-	if (result == NULL)
-		return -1;
-	if (restore_quota(r, result) != 0)
+	if (result == NULL || restore_quota(r, result) != 0)
 		return -1;
 	if (imap_refused(&r->err, result, "creating the mailbox") != 0)
 		return 0;
@@ -7283,7 +7274,7 @@ static void restore_archive(struct restore *r)
 {
 	const uint64_t sent = r->counts->stored - r->before.stored;
 	const bool dry = r->session->dry, include = r->options->include_gone != 0;
-	uint64_t missing = 0, present = 0, left_out = 0;
+	unsigned long long missing = 0, present = 0, left_out = 0;
 	bool listed;
 	struct mbox_mail mail;
 	char text[NAME_OCTETS], name[RECORD_MAX];
@@ -7324,17 +7315,13 @@ static void restore_archive(struct restore *r)
 	if (r->err.code != E_NONE)
 		return;
 	missing = dry ? missing : r->counts->stored - r->before.stored;
-	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s",
-		 (unsigned long long)missing, dry ? "would be put back" : "put back",
-		 (unsigned long long)present, (unsigned long long)left_out,
-		 listed ? "" : "; the mailbox is new");
+	log_info("%llu mails %s, %llu were there, %llu that are marked gone left out%s", missing,
+		 dry ? "would be put back" : "put back", present, left_out, listed ? "" : "; the mailbox is new");
 	json_escape(name, sizeof name, text);
-	report_box(
-		r->a->text, strrchr(r->a->path, '/') + 1,
-		",\"to\":%s,\"new\":%llu,\"present\":%llu,\"left_out\":%llu,\"octets\":%llu,\"failures\":%llu",
-		name, (unsigned long long)missing, (unsigned long long)present,
-		(unsigned long long)left_out, (unsigned long long)(r->counts->octets - r->before.octets),
-		(unsigned long long)(r->counts->failures - r->before.failures));
+	report_box(r->a->text, strrchr(r->a->path, '/') + 1,
+		   ",\"to\":%s,\"new\":%llu,\"present\":%llu,\"left_out\":%llu,\"octets\":%llu,\"failures\":%llu",
+		   name, missing, present, left_out, r->counts->octets - r->before.octets,
+		   r->counts->failures - r->before.failures);
 }
 
 static int archive_restore(void *context, struct archive *a)
@@ -7397,8 +7384,6 @@ static int restore_run(struct restore *r, struct err *e)
 	if (status == 0)
 		status = archives_walk(list->config, r->options, list->account, archive_restore, r);
 	log_context(list->account->email, "");
-	r->im->on_literal = NULL;
-	r->im->on_octets = NULL;
 	r->im->on_fetch = NULL;
 	*e = r->err.code != E_NONE ? r->err : r->im->s.err;
 	if (e->code != E_NONE)
@@ -8017,14 +8002,14 @@ static void account_print_check(const struct worker *w, unsigned long long mailb
 
 static int account_restore(struct worker *w, struct err *e)
 {
-	static struct restore r; /* it outlives connections */
+	static struct restore r; /* it outlives connections; what it begins with is no part of the file */
 	unsigned refused = r.n_refused, done = r.done;
 	int result;
 
-	if (r.session == NULL) { /* a process before this one may have died */
+	if (r.session == NULL) {
 		r.broke = -1;
 		r.blamed = UINT64_MAX;
-		r.before = w->slot->counts;
+		r.before = w->slot->counts; /* a process before this one may have died */
 	}
 	r.last = w->slot->tries == w->run->config->retries;
 	r.session = &w->session;

@@ -397,7 +397,7 @@ struct mbox_verify {
 	/* Told of what is wrong; with 'damage' mail is lost or not as it was stored. */
 	void (*tell)(bool damage, off_t at, const char *id, const char *what);
 	bool (*stop)(void); /* asked behind each mail */
-	uint32_t mails, gone, damaged;
+	unsigned long mails, gone, damaged;
 	off_t octets;
 };
 

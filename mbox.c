@@ -590,9 +590,7 @@ static int write_all(struct mbox *m, int fd, const void *from, size_t n, off_t a
 		} else if (r == 0 || errno != EINTR) {
 			m->stuck = true;
 			if (errno == EFBIG)
-				return err_set(e, E_SYSTEM,
-					       "%s: the file system takes no file larger than "
-					       "this (FAT: 4 GB)",
+				return err_set(e, E_SYSTEM, "%s: the file system takes no larger file (FAT: 4 GB)",
 					       m->path);
 			return err_errno(e, E_SYSTEM, "%s%s: cannot write", m->path,
 					 fd == m->fd ? "" : ".index");
@@ -1576,8 +1574,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 		if (good == 0) {
 			m->index_void = true;
 			return err_set(e, E_FORMAT,
-				       "%s: no message at octet %lld, where the index says "
-				       "that one begins",
+				       "%s: no message at octet %lld, where the index says that one begins",
 				       m->path, (long long)r.offset);
 		}
 		if ((r.state & ours) != state) {
@@ -1847,8 +1844,7 @@ static int put_in_order(struct mbox *m, struct err *e)
 		return -1;
 	if (look && (m->flushed > 0 || m->index >= 0))
 		return err_set(e, E_STALE,
-			       "%s: the index is missing or does not fit; the next backup "
-			       "makes it anew",
+			       "%s: the index is missing or does not fit; the next backup makes it anew",
 			       m->path);
 	if (look)
 		return 0;
@@ -2644,39 +2640,13 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 	return tear(m, i, e) != 0 ? -1 : 1;
 }
 
-/* Heal the mails that are noted by their offsets. Returns how many they are, or -1. */
-static int heal_noted(struct mbox *m, const long long *noted, unsigned n, struct err *e)
-{
-	struct record r;
-	int healed = 0;
-
-	/* The digits in the mbox are ahead of the index, as it says then. */
-	if (n > 0 && mark_writing(m, e) != 0)
-		return -1;
-	for (uint32_t i = 0; n > 0 && i < m->now.records; i++) {
-		unsigned k = 0;
-
-		if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
-			continue;
-		if (record_get(m, i, &r, e) != 0)
-			return -1;
-		while (k < n && noted[k] != r.offset)
-			k++;
-		if (k == n)
-			continue;
-		healed += heal(m, i, &r, e);
-		if (e->code != E_NONE)
-			return -1;
-	}
-	return healed;
-}
-
 int mbox_heal(struct mbox *m, struct err *e)
 {
-	long long noted[NOTED_MAX];
+	long long noted[NOTED_MAX]; /* offsets of mails */
 	char path[PATH_OCTETS + 16];
-	int fd, healed = 0, some;
-	unsigned n;
+	struct record r;
+	int fd, good, healed = 0;
+	unsigned n, k;
 	FILE *f;
 
 	index_path(m->path, ".damaged", path);
@@ -2686,11 +2656,22 @@ int mbox_heal(struct mbox *m, struct err *e)
 	do {
 		for (n = 0; n < NOTED_MAX && fscanf(f, "%lld%*[^\n]", &noted[n]) == 1;)
 			n++;
-		some = heal_noted(m, noted, n, e);
-		healed += some;
-	} while (some >= 0 && n == NOTED_MAX);
+		/* The digits in the mbox are ahead of the index, as it says then. */
+		for (uint32_t i = 0; n > 0 && mark_writing(m, e) == 0 && i < m->now.records; i++) {
+			if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
+				continue;
+			if (record_get(m, i, &r, e) != 0)
+				break;
+			for (k = 0; k < n && noted[k] != r.offset;)
+				k++;
+			good = k < n ? heal(m, i, &r, e) : 0;
+			if (good < 0)
+				break;
+			healed += good;
+		}
+	} while (e->code == E_NONE && n == NOTED_MAX);
 	fclose(f);
-	if (some < 0)
+	if (e->code != E_NONE)
 		return -1;
 	order_make(m);
 	rings_sort(m);
@@ -2817,7 +2798,7 @@ static void verify_tell(struct mbox_verify *v, bool damage, off_t at, const char
 /* Go through the mails that the index does not know. */
 static int verify_rest(struct mbox *m, struct mbox_verify *v, off_t at, struct err *e)
 {
-	const uint32_t before = v->mails;
+	const unsigned long before = v->mails;
 	const off_t from = at;
 	struct mbox_mail mail = { .offset = at };
 	char end[2] = "\n\n", what[80];
@@ -2836,8 +2817,7 @@ static int verify_rest(struct mbox *m, struct mbox_verify *v, off_t at, struct e
 		return -1;
 	if (memcmp(end, "\n\n", 2) != 0)
 		verify_tell(v, true, mail.offset, mail.name, "it is cut off");
-	snprintf(what, sizeof what, "from here on %lu mails stand in no index",
-		 (unsigned long)(v->mails - before));
+	snprintf(what, sizeof what, "from here on %lu mails stand in no index", v->mails - before);
 	if (m->now.records > 0 && at > from)
 		verify_tell(v, false, from, "", what);
 	return 0;

@@ -1624,7 +1624,7 @@ static void test_verify_stops(void)
 
 		check(mbox_open(&m, path, "", MBOX_READ, &e) == 0, "open: %s", e.text);
 		check(mbox_verify(m, &sum, &e) == -1 && e.code == E_STOPPED && sum.mails == 1,
-		      "%u mails, %s", sum.mails, e.text);
+		      "%lu mails, %s", sum.mails, e.text);
 		mbox_close(m, NULL, NULL, &e);
 		unlink(index_file);
 	}

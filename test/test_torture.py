@@ -307,7 +307,7 @@ def test_a_limit_on_file_sizes(t):
     box = imapd.Mailbox(big_mails())
     r.serve(box)
     status, err = r.run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)))
-    assert status == 1 and 'no file larger' in err and 'died' not in err, err
+    assert status == 1 and 'no larger file' in err and 'died' not in err, err
     backed_up(r, box)
 
 
