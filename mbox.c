@@ -1725,8 +1725,8 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 			if (good <= 0 || !state->writing)
 				return good;
 		}
-		if (p == block && read_all(m, m->index, block, sizeof block, record_at(i), &got, e) != 0)
-			return -1;
+		if (p == block) /* what cannot be read does not fit either */
+			read_all(m, m->index, block, sizeof block, record_at(i), &got, &(struct err){ 0 });
 		good = 0;
 		if (got >= (size_t)(p - block) + RECORD_OCTETS && record_unpack(&r, p))
 			good = record_load(m, &r, state, e);
@@ -2839,10 +2839,7 @@ int mbox_verify(struct mbox *m, struct mbox_verify *v, struct err *e)
 		uint8_t packed[RECORD_OCTETS];
 		int good = 1;
 
-		if (record_get(m, i, &r, e) != 0) {
-			if (e->code != E_FORMAT)
-				return -1;
-			*e = (struct err){ 0 };
+		if (record_get(m, i, &r, &ignored) != 0) {
 			unfit = "a record of the index is damaged";
 			break;
 		}

@@ -692,6 +692,13 @@ def test_an_octet_that_cannot_be_read(t):
         t.config()
         got = t.backup(env=bad)
         assert heals in got.err and ('are marked as gone' in got.err) == (heals != ''), (octet, got.err)
+    for octet, said in (2148, 'a record of the index is damaged'), (1540, 'index does not fit'), (10, 'index does not fit'):
+        bad['FAULTS_UNREAD'] = '%d %s.index' % (octet, t.mbox('Other'))
+        fill(t, {'Other': few(1, 'o%d' % octet)})
+        assert said in t.backup('--verify', '-m', 'Other', env=bad).err, octet
+        assert 'Other: index does not fit the mbox: rebuilt' in t.run('-m', 'Other', env=bad).err, octet
+        t.backup('-m', 'Other')   # as what is written can be read again
+        assert t.backup('--verify', '-m', 'Other').err == '', octet
 
 
 def test_restore_cut_anywhere(t):
