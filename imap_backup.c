@@ -7049,7 +7049,6 @@ static int restore_look(struct restore *r)
 	r->err = (struct err){ 0 }; /* whatever it tells of CREATE */
 	if (im->exists > MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
-	r->n = 0;
 	r->room = im->exists;
 	free(r->held);
 	r->held = allocate(r->room * sizeof *r->held);
@@ -7849,12 +7848,16 @@ static bool worker_pause(struct worker *w, const struct err *e)
 	log_warn("%s; trying again in %u.%u s (%u of %u)", e->text, pause / 1000, pause / 100 % 10, tries,
 		 w->run->config->retries);
 	until = now_ms() + pause;
-	if (pause > PLACE_SEC * 1000) {
+	if (pause > PLACE_SEC * 1000 && w->run->options->mode != RUN_RESTORE) {
 		w->board->not_before_ms = until;
 		return false;
 	}
+	if (pause > PLACE_SEC * 1000) /* what a restore has done, another process would not know */
+		place_pass(w->run, w->slot, NULL);
 	while ((left = until - now_ms()) > 0 && !stop_due())
 		poll(NULL, 0, left < 500 ? (int)left : 500);
+	while (pause > PLACE_SEC * 1000 && !stop_due() && !place_pass(w->run, NULL, w->slot))
+		poll(NULL, 0, 500);
 	return true;
 }
 

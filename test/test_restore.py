@@ -356,6 +356,24 @@ def test_restore_goes_past_what_keeps_failing(t):
         assert got.err.count('error: ') == 1, got.err
 
 
+def test_restore_goes_on_after_a_long_pause(t):
+    """A server that wants more than ten seconds gets them; nothing is sent, or told, a second time."""
+    mails = few(4)
+    fill(t, {'INBOX': mails, 'New': few(3, 'n')})
+    t.config()
+    t.backup()
+    asked = []
+
+    def select(self, tag, args):
+        if 'New' in args and not asked:
+            return asked.append(args) or self.no(tag, 'Request is throttled. Suggested Backoff Time: 10000 milliseconds')
+        Target.cmd_SELECT(self, tag, args)
+    boxes = {'INBOX': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, status=1, cmd_SELECT=select, refuse={archive.own_id(mails[1].data): 'NO no'})
+    assert {n: len(b.mails) for n, b in boxes.items()} == {'INBOX': 3, 'New': 3} and asked, got.err
+    assert got.err.count('error: ') == 1 and sum('SELECT "INBOX"' in line for line in lines) == 1, (got.err, lines)
+
+
 def test_restore_of_an_empty_mail(t):
     """As a full disk leaves it in a maildir; Dovecot takes no mail of zero octets, but one of a line end."""
     with scripted(t, {'INBOX': imapd.Mailbox([b'', b'Subject: s'])}):
