@@ -699,7 +699,27 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 
 enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_FOREIGN };
 
-/* Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). */
+/*
+ * Is the mailbox of this index the same one, on a server that spells INBOX otherwise or has another delimiter now?
+ * The file of both is the same, so what differs can only stand between the parts.
+ */
+static bool name_is_same(const char *a, const char *b)
+{
+	if (strncasecmp(a, "INBOX", 5) == 0 && strncasecmp(b, "INBOX", 5) == 0) {
+		a += 5;
+		b += 5;
+	}
+	while (*a != '\0' && (*a == *b || (ispunct((unsigned char)*a) && ispunct((unsigned char)*b)))) {
+		a++;
+		b++;
+	}
+	return *a == *b;
+}
+
+/*
+ * Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). One of
+ * the same mailbox under another name is to be made anew.
+ */
 static enum index_form index_header(int fd, const char *name, struct state *state,
 				    char other[MBOX_NAME_MAX + 1])
 {
@@ -716,7 +736,7 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	memcpy(other, head + NAME_AT, length);
 	other[length] = '\0';
 	if (name != NULL && strcmp(name, other) != 0)
-		return INDEX_FOREIGN; /* also of an older version */
+		return name_is_same(name, other) ? INDEX_DAMAGED : INDEX_FOREIGN; /* also of an older version */
 	if (head[15] != (uint8_t)index_magic[15] || !state_unpack(state, head + STATE_AT))
 		return INDEX_DAMAGED;
 	return INDEX_GOOD;

@@ -362,6 +362,23 @@ def test_names_that_decode_alike(t):
             assert len(right) == 1, (name, files)
 
 
+def test_names_spelled_otherwise_later(t):
+    """After its provider has moved: the same mailboxes, though INBOX is written and parts are joined in another way."""
+    def boxes(names, delimiter):
+        return {name: Mailbox(sample.many(2 + i, i), uidvalidity=ord(delimiter), delimiter=delimiter) for i, name in enumerate(names)}
+    moves = ('Inbox', 'Inbox/Sent', 'a/b/c', '/'), ('INBOX', 'INBOX.Sent', 'a.b.c', '.'), ('INBOX', 'INBOX\\Sent', 'a\\b\\c', '\\')
+    server = serve(t, {})
+    t.config(clear(t, server))
+    for number, (*names, delimiter) in enumerate(moves):
+        server.boxes = boxes(names, delimiter)
+        server.boxes[names[2]].add(with_id(b'%d' % number, b'x'))
+        said, bodies = fetched(t, server)
+        assert len(bodies) == (1 if number else 10), said
+        before = archive.digests(t.dest)
+        assert len(before) == 3 and not fetched(t, server)[1] and before == archive.digests(t.dest)
+    assert [m.state for m in archive.read(t.mbox('a/b/c'))] == [0, 1, 0, 1, 8, 8, 0]
+
+
 # ---- login ----
 
 def test_logins_refused(t):
