@@ -293,8 +293,8 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
 /*
  * The server has a mail 'uid' with this identity: is it stored? If so the UID is noted (as another
  * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
- * size: its RFC822.SIZE, or 0. If that of a mail whose UID was dropped, or that may be torn, differs, the
- * mail must be fetched, and mbox_end() compares.
+ * size: its RFC822.SIZE, or 0, unknown. Unless it is that of a mail whose UID was dropped, or that may be torn,
+ * the mail must be fetched, and mbox_end() compares.
  * Returns 1 if it is stored, 0 if it must be fetched, -1 with E_FORMAT or E_SYSTEM.
  */
 int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);

@@ -2057,10 +2057,10 @@ static int give_uid(struct mbox *m, uint32_t *place, uint32_t uid, struct err *e
 	return set_state(m, i, state_of(entry) & ~(unsigned)MBOX_GONE, e);
 }
 
-/* Return true if the mail of a record can have so many octets on the wire; 0: unknown. */
+/* Return true if the mail of a record can have so many octets on the wire; of 0, unknown, nobody can tell. */
 static bool is_of_size(const struct record *r, uint64_t size)
 {
-	return size == 0 || r->wire == UINT32_MAX || size == r->wire ||
+	return size == r->wire || (size > 0 && r->wire == UINT32_MAX) ||
 	       (r->kind & RECORD_SCANNED && size + 2 == r->wire);
 }
 
@@ -2108,7 +2108,7 @@ static int bind_name(struct mbox *m, uint32_t *place, const struct record *last,
 			       .wire = last->wire };
 	uint32_t i = first_of(m, place);
 
-	m->different += different;
+	m->different += different && size > 0;
 	if (rank_of(m, i) == RANK_NAME) {
 		m->entries[i].bits |= different ? ENTRY_DIFFERENT : 0;
 		return give_uid(m, place, uid, e);

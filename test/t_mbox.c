@@ -169,6 +169,20 @@ static struct mbox_id id_of_answer(const char *answer)
 	return id;
 }
 
+/* Bind a UID to a mail of the size that the last one of this identity has. */
+static int bound_id(struct mbox *m, uint32_t uid, const struct mbox_id *id)
+{
+	struct err e = { 0 };
+	struct record last = { 0 };
+	uint32_t *place;
+	int result;
+
+	check(ring_find(m, id, &place, &last, &e) == 0, "the ring: %s", e.text);
+	result = mbox_bind(m, uid, id, *place == 0 ? 0 : last.wire, &e);
+	check(result >= 0, "bind: %s", e.text);
+	return result;
+}
+
 static int bound_size(struct mbox *m, uint32_t uid, const char *id, uint64_t size)
 {
 	struct err e = { 0 };
@@ -183,7 +197,10 @@ static int bound_size(struct mbox *m, uint32_t uid, const char *id, uint64_t siz
 
 static int bound(struct mbox *m, uint32_t uid, const char *id)
 {
-	return bound_size(m, uid, id, 0);
+	struct mbox_id of;
+
+	id_of(&of, id);
+	return bound_id(m, uid, &of);
 }
 
 static void marked(struct mbox *m, uint32_t wanted)
@@ -806,27 +823,27 @@ static void test_bind_made(void)
 	struct mbox_id id = id_of_answer(b);
 	struct err e = { 0 };
 
-	check(mbox_bind(m, 1, &id, 0, &e) == 0, "nothing is known");
+	check(bound_id(m, 1, &id) == 0, "nothing is known");
 	check(keep(m, 1, b) == 1 && keep(m, 2, b) == 1 && keep(m, 3, b) == 1, "three alike");
-	check(mbox_bind(m, 4, &id, 0, &e) == 0 && mbox_bind(m, 2, &id, 0, &e) == 1, "a fourth is not");
+	check(bound_id(m, 4, &id) == 0 && bound_id(m, 2, &id) == 1, "a fourth is not");
 	mbox_forget_uids(m, NULL);
 	for (uint32_t uid = 11; uid < 14; uid++)
-		check(mbox_bind(m, uid, &id, 0, &e) == 1, "rekeyed: the %u.", uid - 10);
-	check(mbox_bind(m, 14, &id, 0, &e) == 0, "rekeyed: no fourth");
+		check(bound_id(m, uid, &id) == 1, "rekeyed: the %u.", uid - 10);
+	check(bound_id(m, 14, &id) == 0, "rekeyed: no fourth");
 	m = reopened(m, 0);
 	check(mbox_next_uid(m, 1) == 11 && m->now.stored == 3 && m->now.others == 0, "rekeyed: kept");
 	listed(m, "");
 	marked(m, 3);
-	check(mbox_bind(m, 1, &id, 0, &e) == 1 && m->came_back == 1, "the first is back");
+	check(bound_id(m, 1, &id) == 1 && m->came_back == 1, "the first is back");
 	check(bound(m, 2, "<bb7763d6c443cb0086032af396a5cc85fad0ac4a.3@imap_backup.py.local>") == 1, "the third is back, by its own name");
-	check(mbox_bind(m, 3, &id, 0, &e) == 1 && m->now.gone == 0, "the second is back");
+	check(bound_id(m, 3, &id) == 1 && m->now.gone == 0, "the second is back");
 	closed(reopened(m, 0));
 	/* A From field with a blank behind its name is quoted as a From line. */
 	id = id_of_answer("From : a@x\r\n\r\n");
 	write_file(path, "From x\n>From : a@x\n\nb\n\n", 23);
 	unlink(index_file);
 	m = opened(0);
-	check(mbox_bind(m, 1, &id, 0, &e) == 1, "a quoted From field");
+	check(bound_id(m, 1, &id) == 1, "a quoted From field");
 	closed(m);
 }
 
@@ -858,7 +875,7 @@ static void test_replaced(void)
 		      "replaced");
 		unlink(index_file); /* nor does it come back when the index is lost, and the server has more UIDs */
 		m = opened(how);
-		check(bound(m, 4, "<a@x>") == 1 && bound(m, 5, "<a@x>") == (how == 0), "lost index");
+		check(bound_size(m, 4, "<a@x>", size2) == 1 && bound(m, 5, "<a@x>") == (how == 0), "lost index");
 		marked(m, 0);
 		check(m->now.gone == 1, "lost index: still gone");
 		closed(reopened(m, how));
@@ -1224,7 +1241,7 @@ static void test_limits(void)
 	check(records_room(m, m->now.records + 1, &e) == -1 && e.code == E_FORMAT, "a mail too many");
 	m->now.records = records;
 	e = (struct err){ 0 };
-	check(mbox_bind(m, UINT32_MAX, &id, 0, &e) == 0 && bound(m, UINT32_MAX, "<a@x>") == 1 &&
+	check(bound_id(m, UINT32_MAX, &id) == 0 && bound(m, UINT32_MAX, "<a@x>") == 1 &&
 	      mbox_next_uid(m, 2) == UINT32_MAX, "the last UID");
 	closed(m);
 	memset(name, 'x', sizeof name);
@@ -1505,10 +1522,10 @@ static int bind_kind(struct mbox *m, enum kind kind, uint32_t n, uint32_t uid)
 
 	snprintf(text, sizeof text, kind == KIND_UNIQUE ? "<%u@x>" : "<s@x>", n);
 	if (kind < KIND_MADE || kind == KIND_LEFT)
-		return bound_size(m, uid, text, kind == KIND_LEFT ? 7 : 0);
+		return kind == KIND_LEFT ? bound_size(m, uid, text, 7) : bound(m, uid, text);
 	snprintf(text, sizeof text, "Subject: %u\r\n\r\n", kind == KIND_MADE ? 0 : n % (kind == KIND_MADE_TWO ? 2 : 40));
 	id = id_of_answer(text);
-	return mbox_bind(m, uid, &id, 0, &e);
+	return bound_id(m, uid, &id);
 }
 
 /* All that can be done with n mails of this kind. */
