@@ -5940,12 +5940,9 @@ static void fetch_merge(struct imap_fetch *to, const struct imap_fetch *from)
 {
 	if (from->uid != to->uid)
 		return;
-	if (!to->has_date && from->has_date)
-		to->date_sec = from->date_sec;
-	if (!to->has_flags && from->has_flags)
-		to->flags = from->flags;
-	if (!to->has_size && from->has_size)
-		to->size = from->size;
+	to->date_sec = to->has_date ? to->date_sec : from->date_sec;
+	to->flags = to->has_flags ? to->flags : from->flags;
+	to->size = to->has_size ? to->size : from->size;
 	to->has_date = to->has_date || from->has_date;
 	to->has_flags = to->has_flags || from->has_flags;
 	to->has_size = to->has_size || from->has_size;
@@ -6035,7 +6032,6 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
  */
 static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 {
-	uint64_t size = fetch->has_size ? fetch->size : 0;
 	bool made = fetch->section == SECTION_MADE;
 	struct mbox_id id;
 	int known;
@@ -6046,9 +6042,9 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	sync_passed(y, fetch->uid, false);
 	if (!mbox_header_end(&y->in.header, &id) && !made)
 		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch->uid, fetch->uid);
-	known = mbox_bind(y->m, fetch->uid, &id, size, &y->err);
+	known = mbox_bind(y->m, fetch->uid, &id, fetch->size, &y->err);
 	if (known == 0 && y->session->dry)
-		y->counts.octets += size;
+		y->counts.octets += fetch->size;
 	/* That is progress, if it lasts. */
 	y->session->steps += known > 0 && !y->session->dry && y->attempt.rekeys <= 1;
 	if (known <= 0)
@@ -6780,10 +6776,8 @@ static void session_send(struct session *s)
 
 		if (y != s->first && (s->alone || im->one_at_a_time))
 			return;
-		if (y == NULL) {
-			if ((y = *link = s->begin(s->context, s->first != NULL)) == NULL)
-				return;
-		}
+		if (y == NULL && (y = *link = s->begin(s->context, s->first != NULL)) == NULL)
+			return;
 		if (y->stage == SYNC_CLOSED && y->err.code == E_NONE) {
 			session_speak(s, y);
 			sync_open(y);
@@ -6797,11 +6791,10 @@ static void session_send(struct session *s)
 			return;
 		if (kind != KIND_NONE && y->attempt.literal && im->wire != y && im->taken != im->tag)
 			return; /* EXAMINE will wait for a continuation: nothing else may come then */
-		if (kind != KIND_NONE) {
-			if (sync_ask(y, kind) != 0)
-				return;
+		if (kind != KIND_NONE && sync_ask(y, kind) != 0)
+			return;
+		if (kind != KIND_NONE)
 			continue;
-		}
 		if (y->err.code == E_NONE && (y->attempt.careful_uid != 0 || y->foresee != 0 ||
 					      sync_first_todo(y, KINDS - 1) != KIND_NONE))
 			return; /* it has more to ask for, after the answers to come */

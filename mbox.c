@@ -705,21 +705,15 @@ enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_FOREIGN };
  */
 static bool name_is_same(const char *a, const char *b)
 {
-	if (strncasecmp(a, "INBOX", 5) == 0 && strncasecmp(b, "INBOX", 5) == 0) {
-		a += 5;
-		b += 5;
-	}
-	while (*a != '\0' && (*a == *b || (ispunct((unsigned char)*a) && ispunct((unsigned char)*b)))) {
-		a++;
-		b++;
-	}
-	return *a == *b;
+	const size_t n = strncasecmp(a, "INBOX", 5) == 0 && strncasecmp(b, "INBOX", 5) == 0 ? 5 : 0;
+
+	for (a += n, b += n; *a == *b || (ispunct((unsigned char)*a) && ispunct((unsigned char)*b)); a++, b++)
+		if (*a == '\0')
+			return true;
+	return false;
 }
 
-/*
- * Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). One of
- * the same mailbox under another name is to be made anew.
- */
+/* Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). */
 static enum index_form index_header(int fd, const char *name, struct state *state,
 				    char other[MBOX_NAME_MAX + 1])
 {

@@ -821,7 +821,6 @@ static void test_bind_made(void)
 	static const char b[] = "Subject: b\r\n\r\n";
 	struct mbox *m = fresh(0);
 	struct mbox_id id = id_of_answer(b);
-	struct err e = { 0 };
 
 	check(bound_id(m, 1, &id) == 0, "nothing is known");
 	check(keep(m, 1, b) == 1 && keep(m, 2, b) == 1 && keep(m, 3, b) == 1, "three alike");
@@ -1516,7 +1515,6 @@ enum kind { KIND_UNIQUE, KIND_NAMES, KIND_COPIES, KIND_MADE, KIND_MADE_TWO, KIND
 
 static int bind_kind(struct mbox *m, enum kind kind, uint32_t n, uint32_t uid)
 {
-	struct err e = { 0 };
 	struct mbox_id id;
 	char text[80];
 
