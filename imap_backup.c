@@ -6533,6 +6533,7 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 	const struct imap_result *result = &c->result;
 	unsigned sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
 	bool single = c->kind == KIND_MAIL;
+	uint32_t again = c->ranges[c->n - 1].high >= result->below ? result->below : 0; /* MESSAGELIMIT */
 
 	if (sec == VAGUE_SEC && single)
 		y->attempt.vague++;
@@ -6550,7 +6551,7 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
 			if (mbox_next_uid(y->m, uid) != uid && !sync_asked(y, uid) &&
 			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid &&
-			    sync_add(y, &y->todo[fetches[c->kind].then], uid, uid) != 0)
+			    sync_add(y, &y->todo[uid < again ? c->kind : fetches[c->kind].then], uid, uid) != 0)
 				return -1;
 	if (single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
