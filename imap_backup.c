@@ -3094,8 +3094,7 @@ static bool imap_literal(struct imap *im, uint64_t *octets)
 	imap_next(im);
 	if (*octets > UINT32_MAX)
 		stream_fail(&im->s, E_PROTO,
-			    "the server announces a literal of %.*s octets; no mail has more "
-			    "than 4294967295",
+			    "the server announces a literal of %.*s octets, more than a mail may have",
 			    (int)(end - text), text);
 	return true;
 }
@@ -3768,9 +3767,8 @@ static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
 /* Return true if one of many commands may be sent now. Some room is left for those that do not ask. */
 static bool imap_may_send(const struct imap *im)
 {
-	if (im->compress_tag != 0 || (im->one_at_a_time && im->done < im->tag))
-		return false;
-	return im->tag - im->taken < im->flight && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
+	return im->compress_tag == 0 && !(im->one_at_a_time && im->done < im->tag) &&
+	       im->tag - im->taken < im->flight && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
 }
 
 /*
@@ -5759,6 +5757,7 @@ enum sync_kind {
 	KIND_MAILS,
 	KIND_MAIL,         /* a single one, as it did not come with others, or may break the line */
 	KIND_STILL_LISTED, /* which of the mails that did not come are there? */
+	KIND_AGAIN,        /* as KIND_IDS, once all are bound whose sizes fit */
 	KINDS
 };
 
@@ -5821,6 +5820,7 @@ struct sync {
 	enum sync_stage stage;
 	struct mbox *m;
 	bool empty;                   /* the archive was: nothing can be known already */
+	bool unfit;                   /* what is bound now may be of another size than what is stored */
 	bool sampled;                 /* what is fetched now is compared with what is stored */
 	bool complete;                /* the listing was: what is not in it has gone */
 	struct mbox_claim old, claim; /* of the last complete pass; and, once EXAMINE told, of this one */
@@ -6032,7 +6032,6 @@ static int on_octets(void *context, const struct imap_fetch *fetch, const void *
  */
 static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 {
-	bool made = fetch->section == SECTION_MADE;
 	struct mbox_id id;
 	int known;
 
@@ -6040,9 +6039,13 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	if (!sync_wants(y, fetch->uid))
 		return imap_noise(y->session->im, fetch->octets);
 	sync_passed(y, fetch->uid, false);
-	if (!mbox_header_end(&y->in.header, &id) && !made)
+	if (!mbox_header_end(&y->in.header, &id) && fetch->section != SECTION_MADE)
 		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch->uid, fetch->uid);
 	known = mbox_bind(y->m, fetch->uid, &id, fetch->size, &y->err);
+	if (known > 1 && !y->unfit)
+		return sync_add(y, &y->todo[KIND_AGAIN], fetch->uid, fetch->uid);
+	if (known > 1)
+		known = mbox_bind(y->m, fetch->uid, &id, 0, &y->err);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += fetch->size;
 	/* That is progress, if it lasts. */
@@ -6311,6 +6314,11 @@ static void sync_next_stage(struct sync *y)
 	if (y->stage == SYNC_RECHECK) {
 		sync_count_failures(y);
 		sync_mark(y);
+	} else if (y->todo[KIND_AGAIN].n > 0) {
+		y->unfit = true;
+		set_free(&y->todo[KIND_IDS]);
+		y->todo[KIND_IDS] = y->todo[KIND_AGAIN];
+		y->todo[KIND_AGAIN] = (struct set){ 0 };
 	} else if (y->session->compare && !y->sampled) {
 		sync_sample(y);
 	} else {
@@ -6533,7 +6541,7 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 	const struct imap_result *result = &c->result;
 	unsigned sec = result->condition != IMAP_OK ? imap_wait_asked(result) : 0;
 	bool single = c->kind == KIND_MAIL;
-	uint32_t again = c->ranges[c->n - 1].high >= result->below ? result->below : 0; /* MESSAGELIMIT */
+	uint32_t low = c->ranges[c->n - 1].high >= result->below ? result->below : 0; /* by MESSAGELIMIT */
 
 	if (sec == VAGUE_SEC && single)
 		y->attempt.vague++;
@@ -6551,7 +6559,9 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
 			if (mbox_next_uid(y->m, uid) != uid && !sync_asked(y, uid) &&
 			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid &&
-			    sync_add(y, &y->todo[uid < again ? c->kind : fetches[c->kind].then], uid, uid) != 0)
+			    set_next(&y->todo[KIND_AGAIN], uid) != uid &&
+			    sync_add(y, &y->todo[uid < low ? c->kind : fetches[c->kind].then], uid,
+				     uid) != 0)
 				return -1;
 	if (single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
@@ -6703,7 +6713,7 @@ static int sync_open(struct sync *y)
 	y->empty = mbox_count(y->m) == 0;
 	y->since = s->im->capabilities & CAP_CONDSTORE && !y->attempt.plain ? y->old.highestmodseq : 0;
 	y->foresee = s->compare ? 0 : sync_foresees(y);
-	y->sampled = false;
+	y->unfit = y->sampled = false;
 	if (s->compare) {
 		mbox_forget_uids(y->m, NULL);
 		y->counts = (struct counts){ 0 };
@@ -6865,13 +6875,11 @@ static int session_run(struct session *s, struct err *e)
 				over = y;
 		}
 		usable = usable && im->s.err.code == E_NONE;
-		if (!usable)
-			break;
-		if (over != NULL) {
+		if (usable && over != NULL) {
 			session_finish(s, over);
-		} else if (s->first == NULL) {
+		} else if (usable && s->first == NULL) {
 			return 0;
-		} else if ((c = imap_answer(im)) == NULL) {
+		} else if (!usable || (c = imap_answer(im)) == NULL) {
 			usable = false;
 		} else if (c->owner != NULL) {
 			session_speak(s, c->owner);

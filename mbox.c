@@ -705,10 +705,10 @@ enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_FOREIGN };
  */
 static bool name_is_same(const char *a, const char *b)
 {
-	const size_t n = strncasecmp(a, "INBOX", 5) == 0 && strncasecmp(b, "INBOX", 5) == 0 ? 5 : 0;
+	size_t i = strncasecmp(a, "INBOX", 5) == 0 && strncasecmp(b, "INBOX", 5) == 0 ? 5 : 0;
 
-	for (a += n, b += n; *a == *b || (ispunct((unsigned char)*a) && ispunct((unsigned char)*b)); a++, b++)
-		if (*a == '\0')
+	for (; a[i] == b[i] || (ispunct((uint8_t)a[i]) && ispunct((uint8_t)b[i])); i++)
+		if (a[i] == '\0')
 			return true;
 	return false;
 }
@@ -730,7 +730,7 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	memcpy(other, head + NAME_AT, length);
 	other[length] = '\0';
 	if (name != NULL && strcmp(name, other) != 0)
-		return name_is_same(name, other) ? INDEX_DAMAGED : INDEX_FOREIGN; /* also of an older version */
+		return name_is_same(name, other) ? INDEX_DAMAGED : INDEX_FOREIGN; /* of any version */
 	if (head[15] != (uint8_t)index_magic[15] || !state_unpack(state, head + STATE_AT))
 		return INDEX_DAMAGED;
 	return INDEX_GOOD;
@@ -1587,8 +1587,7 @@ static int set_state(struct mbox *m, uint32_t i, unsigned state, struct err *e)
 			return -1;
 		if (good == 0) {
 			m->index_void = true;
-			return err_set(e, E_FORMAT,
-				       "%s: no message at octet %lld, where the index says that one begins",
+			return err_set(e, E_FORMAT, "%s: no message at octet %lld, where the index has one",
 				       m->path, (long long)r.offset);
 		}
 		if ((r.state & ours) != state) {
@@ -2059,35 +2058,32 @@ static bool is_of_size(const struct record *r, uint64_t size)
 }
 
 /*
- * A mail that the server has belongs to this ring. Give its UID to the first mail there that has none and
- * may be it, rather to one of its size. Returns 1; 0 if there is none, or it must be fetched and compared;
- * or -1.
+ * A mail that the server has belongs to this ring, whose last is 'last'. Give its UID to the first mail there that
+ * has none and is of its size. Returns 1; 2 if one of another size may be it; 0 if there is none, or it must be
+ * fetched and compared; or -1.
  */
-static int bind_first(struct mbox *m, uint32_t *place, uint32_t uid, uint64_t size, struct err *e)
+static int bind_first(struct mbox *m, uint32_t *place, const struct record *last, uint32_t uid,
+		      uint64_t size, struct err *e)
 {
-	uint32_t before = *place - 1, found = UINT32_MAX, i;
+	uint32_t before = *place - 1, i = m->entries[before].next;
+	struct record r = *last; /* of the only one */
+	int perhaps = 0;
 
-	for (int n = 0; n < COMPARED_MAX; n++, before = i) {
-		bool surely, same = true;
-		struct record r;
+	for (int n = 0; n < COMPARED_MAX && rank_of(m, i) <= RANK_GONE; n++) {
+		const bool surely = (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT)) == 0;
 
-		i = m->entries[before].next;
-		if (rank_of(m, i) > RANK_GONE)
-			break;
-		surely = (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT)) == 0;
-		if (!surely || (size > 0 && m->entries[i].next != i)) {
-			if (record_get(m, i, &r, e) != 0)
-				return -1;
-			same = is_of_size(&r, size);
+		if (i != before && record_get(m, i, &r, e) != 0)
+			return -1;
+		if ((surely && size == 0) || is_of_size(&r, size)) {
+			ring_prefer(m, place, before);
+			return give_uid(m, place, uid, e) != 0 ? -1 : 1;
 		}
-		found = same || (surely && found == UINT32_MAX) ? before : found;
-		if (same)
+		perhaps = surely ? 2 : perhaps;
+		before = i;
+		if ((i = m->entries[i].next) == first_of(m, place))
 			break;
 	}
-	if (found == UINT32_MAX)
-		return 0;
-	ring_prefer(m, place, found);
-	return give_uid(m, place, uid, e) != 0 ? -1 : 1;
+	return perhaps;
 }
 
 /* Note the UID as another name of a mail of this ring; 'last' is the ring's last. */
@@ -2137,7 +2133,7 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t s
 	if (*place == 0)
 		return 0;
 	take_name(m, place);
-	if ((r = bind_first(m, place, uid, size, e)) != 0)
+	if ((r = bind_first(m, place, &last, uid, size, e)) != 0)
 		return r;
 	if (keeps_copies(m, id) || m->entries[*place - 1].uid == 0 ||
 	    rank_of(m, first_of(m, place)) <= RANK_GONE)
@@ -2214,12 +2210,11 @@ static void find_stored(struct mbox *m, uint32_t *place)
 
 	take_name(m, place);
 	i = first_of(m, place);
-	if (rank_of(m, i) > RANK_GONE)
-		m->known_already = !keeps_copies(m, &m->header.id[0]) && m->entries[*place - 1].uid != 0;
-	else if (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT))
-		m->compare = true;
+	m->compare = rank_of(m, i) <= RANK_GONE && m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT);
+	if (rank_of(m, i) <= RANK_GONE)
+		m->known_already = !m->compare;
 	else
-		m->known_already = true;
+		m->known_already = !keeps_copies(m, &m->header.id[0]) && m->entries[*place - 1].uid != 0;
 }
 
 /* Return the number in the made ID of record i; 0: there is none. */
@@ -2450,7 +2445,9 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	known = record_by_uid(m, uid);
 	if (m->known_already || (known != NULL && (m->how & MBOX_LOOK) == 0)) {
 		mbox_abort(m);
-		return mbox_bind(m, uid, &r.id, m->wire, e) < 0 ? -1 : 0;
+		if ((new = mbox_bind(m, uid, &r.id, m->wire, e)) > 1)
+			new = mbox_bind(m, uid, &r.id, 0, e);
+		return new < 0 ? -1 : 0;
 	}
 	/* What was held back; then the line end that may be missing, then the empty line. */
 	if ((m->cr && put(m, "\r", 1, e) != 0) ||

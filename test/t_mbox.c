@@ -190,7 +190,8 @@ static int bound_size(struct mbox *m, uint32_t uid, const char *id, uint64_t siz
 	int result;
 
 	id_of(&of, id);
-	result = mbox_bind(m, uid, &of, size, &e);
+	if ((result = mbox_bind(m, uid, &of, size, &e)) > 1) /* and nothing else fits better */
+		result = mbox_bind(m, uid, &of, 0, &e);
 	check(result >= 0, "bind: %s", e.text);
 	return result;
 }

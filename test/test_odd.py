@@ -748,6 +748,18 @@ def test_messagelimit_untagged(t):
              for name, code in (('no', 'NO'), ('ok', 'OK'))})
 
 
+def test_messagelimit_below_a_batch(t):
+    """What was not looked at is asked for in the same way: no mail is downloaded again, or told as missing."""
+    box = Mailbox(letters(25))
+    server = serve(t, {'INBOX': box}, **untagged_window(10))
+    t.config(clear(t, server))
+    fetched(t, server)
+    box.renumber()
+    assert not fetched(t, server)[1]
+    t.backup('--verify', '--online')
+    assert not archive.compare(t.mbox(), held(box))
+
+
 def test_dates_that_cannot_be(t):
     """The Date header's day is taken then, else 1970: readers sort by it."""
     day = sample.T0 // 86400 * 86400
@@ -863,6 +875,32 @@ def test_other_mails_under_one_id(t):
     box.add(with_id(b'three', b'z'))
     said = t.backup('-v').err
     assert 'keep_duplicates' not in said and '1 mails are left out' in said, said
+
+
+def test_which_of_several_mails_with_one_identity(t):
+    """Where no UID is known, those bind first whose sizes fit: what is stored is neither stored again nor taken for another."""
+    for number in range(8):
+        keep, lost, made, email = number & 1, number & 2, number & 4, '%d@x' % number
+        first, second = (b'Subject: same\r\n\r\n%s\r\n' % x if made else with_id(b'one', x) for x in (b'the first', b'quite another one'))
+        box = Mailbox([with_id(b'two', b'y'), first, with_id(b'three', b'z')])
+        server = serve(t, {'INBOX': box})
+        t.config(clear(t, server, email=email), keep_duplicates=bool(keep))
+        fetched(t, server)
+        box.expunge(2)
+        box.add(second)
+        box.add(first)
+        if lost:
+            os.unlink(os.path.join(t.archive(email), 'INBOX.mbox.index'))
+        else:
+            box.renumber()
+        said, bodies = fetched(t, server)
+        path, every = os.path.join(t.archive(email), 'INBOX.mbox'), keep or made
+        complaints = archive.compare(path, held(box), duplicates=every)
+        assert not complaints and bodies == ([second] if every else []), (email, complaints, bodies, said)
+        assert every or 'keep_duplicates' in said, said
+        t.backup('--verify', '--online')
+        before = archive.digests(t.dest)
+        assert not fetched(t, server)[1] and before == archive.digests(t.dest)
 
 
 def test_uids_used_again(t):
