@@ -86,16 +86,7 @@ static void put_number(uint8_t *p, unsigned octets, uint64_t number)
 		p[i] = (uint8_t)(number >> 8 * i);
 }
 
-static uint64_t get_number(const uint8_t *p, unsigned octets)
-{
-	uint64_t number = 0;
-
-	for (unsigned i = octets; i-- > 0;)
-		number = number << 8 | p[i];
-	return number;
-}
-
-/* The same for 8 octets: one load, where the machine has it. */
+/* Eight octets: one load, where the machine has it. Of a shorter number it has what follows, too, above it. */
 static inline __attribute__((always_inline)) uint64_t get_word(const uint8_t *p)
 {
 	return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
@@ -676,24 +667,24 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 {
 	uint32_t n[10];
 
-	if (get_number(p + 72, 8) != sum_of(p, 72))
+	if (get_word(p + 72) != sum_of(p, 72))
 		return false;
 	for (unsigned i = 0; i < 10; i++)
-		n[i] = (uint32_t)get_number(p + 4 * i, 4);
+		n[i] = (uint32_t)get_word(p + 4 * i);
 	*s = (struct state){ .writing = n[0] != 0,
 			     .records = n[1],
 			     .stored = n[2],
 			     .gone = n[3],
 			     .others = n[4],
-			     .octets = (off_t)get_number(p + 56, 8),
-			     .mix = get_number(p + MIX_AT, 8) };
+			     .octets = (off_t)get_word(p + 56),
+			     .mix = get_word(p + MIX_AT) };
 	s->claim = (struct mbox_claim){ .uidvalidity = n[5],
 					.uidnext = n[6],
 					.messages = n[7],
 					.unseen = n[8],
 					.traits = n[9],
-					.highestmodseq = get_number(p + 40, 8),
-					.when_sec = (int64_t)get_number(p + 48, 8) };
+					.highestmodseq = get_word(p + 40),
+					.when_sec = (int64_t)get_word(p + 48) };
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;
 }
 
@@ -723,9 +714,9 @@ static enum index_form index_header(int fd, const char *name, struct state *stat
 	for (ssize_t r; got < sizeof head; got += (size_t)r)
 		if ((r = pread(fd, head + got, sizeof head - got, (off_t)got)) <= 0)
 			return INDEX_DAMAGED;
-	length = (size_t)get_number(head + 16, 4);
+	length = (uint32_t)get_word(head + 16);
 	if (memcmp(head, index_magic, 15) != 0 || length > MBOX_NAME_MAX ||
-	    get_number(head + 20, 4) != (uint32_t)sum_of(head + NAME_AT, length))
+	    (uint32_t)get_word(head + 20) != (uint32_t)sum_of(head + NAME_AT, length))
 		return INDEX_DAMAGED;
 	memcpy(other, head + NAME_AT, length);
 	other[length] = '\0';

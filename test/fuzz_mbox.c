@@ -196,7 +196,7 @@ static void index_make(const uint8_t *p, size_t n, uint8_t right)
 	put_number(octets + 20, 4, sum_of((const uint8_t *)"INBOX", 5));
 	memcpy(octets + NAME_AT, "INBOX", 5);
 	memcpy(octets + STATE_AT, p, n < 12 ? n : 12); /* writing, records, stored */
-	put_number(octets + STATE_AT + 56, 2, n > 13 ? get_number(p + 12, 2) : 0);
+	put_number(octets + STATE_AT + 56, 2, n > 13 ? p[12] + 256u * p[13] : 0);
 	if (right & 1)
 		put_number(octets + STATE_AT + 72, 8, sum_of(octets + STATE_AT, 72));
 	p += n < 16 ? n : 16;
@@ -205,10 +205,10 @@ static void index_make(const uint8_t *p, size_t n, uint8_t right)
 		uint8_t *record = octets + RECORDS_AT + records * RECORD_OCTETS;
 
 		record[0] = p[0]; /* a small UID */
-		put_number(record + 4, 4, get_number(p + 1, 4));
-		put_number(record + 8, 2, get_number(p + 5, 2));
+		put_number(record + 4, 4, get_word(p + 1));
+		put_number(record + 8, 2, get_word(p + 5));
 		record[15] = right & 4 ? p[7] : 0;
-		put_number(record + 16, 2, get_number(p + 8, 2));
+		put_number(record + 16, 2, get_word(p + 8));
 		record[24] = p[10] & 3; /* few IDs */
 		put_number(record + 48, 1, p[11]); /* the lines in front, as the digits say, or not */
 		record[7] = right & 8 ? p[12] : (uint8_t)(p[11] - 5);
