@@ -1946,10 +1946,7 @@ void mbox_tally(const struct mbox *m, struct mbox_info *info)
 				    .lost = m->lost,
 				    .different = m->different,
 				    .name = m->name };
-	/* All records with a UID, but for other names, are mails that are not gone: mostly nothing is left to count. */
-	if (m->how & MBOX_READ || (m->now.others == 0 && m->known == m->now.stored - m->now.gone))
-		return;
-	for (uint32_t i = 0; i < m->now.records; i++) {
+	for (uint32_t i = 0; i < m->now.records && (m->how & MBOX_READ) == 0; i++) {
 		info->unbound += rank_of(m, i) == RANK_LIVE && (m->entries[i].bits & ENTRY_LEFT) == 0;
 		info->all_different += rank_of(m, i) == RANK_NAME_BOUND &&
 				       m->entries[i].bits & ENTRY_DIFFERENT;
