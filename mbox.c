@@ -2532,13 +2532,12 @@ static int commit(struct mbox *m, const struct mbox_claim *claim, struct err *e)
 		put_number(m->disk + UIDVALIDITY_AT, 4, 0);
 		put_number(m->disk + STATE_OCTETS - 8, 8, sum_of(m->disk, STATE_OCTETS - 8));
 		if (write_all(m, m->index, m->disk, sizeof m->disk, STATE_AT, e) != 0 ||
-		    sync_file(m, m->index, e) != 0 || records_update(m, e) != 0 ||
 		    sync_file(m, m->index, e) != 0)
 			return -1;
 	}
-	m->index_rekeyed = false;
-	if (records_update(m, e) != 0)
+	if (records_update(m, e) != 0 || (m->index_rekeyed && sync_file(m, m->index, e) != 0))
 		return -1;
+	m->index_rekeyed = false;
 	/* No record of a run that died before it wrote a mail may be taken for one of those that come now. */
 	if (marking && ftruncate(m->index, record_at(m->now.records)) != 0)
 		return err_errno(e, E_SYSTEM, "%s.index: cannot cut off what it does not count", m->path);
