@@ -69,8 +69,7 @@ enum {
 	BODY_AT = DIGITS_AT + 5,                 /* and where the mail itself begins */
 	DIGITS_MAX = 255,                        /* digits further from the From line are not looked for */
 	COUNTS = 1 << 12,                        /* places for counts of mails that have one made ID */
-	COMPARED_MAX = 64,                       /* stored copies with which a mail is compared */
-	NOTED_MAX = 256                          /* damaged mails that are looked for at once */
+	COMPARED_MAX = 64                        /* stored copies with which a mail is compared */
 };
 
 static const char index_magic[] = "imap_backup idx3";
@@ -2640,34 +2639,29 @@ static int heal(struct mbox *m, uint32_t i, struct record *r, struct err *e)
 
 int mbox_heal(struct mbox *m, struct err *e)
 {
-	long long noted[NOTED_MAX]; /* offsets of mails */
+	long long noted; /* a mail's offset */
 	char path[PATH_OCTETS + 16];
-	struct record r;
+	struct record r = { 0 };
 	int fd, good, healed = 0;
-	unsigned n, k;
+	uint32_t i = 0;
 	FILE *f;
 
 	index_path(m->path, ".damaged", path);
 	if ((fd = open_file(path, O_RDONLY, &(struct err){ 0 })) < 0 || (f = fdopen(fd, "r")) == NULL)
 		return 0;
 	m->now.claim.uidnext = 0; /* all is asked for once more */
-	do {
-		for (n = 0; n < NOTED_MAX && fscanf(f, "%lld%*[^\n]", &noted[n]) == 1;)
-			n++;
-		/* The digits in the mbox are ahead of the index, as it says then. */
-		for (uint32_t i = 0; n > 0 && mark_writing(m, e) == 0 && i < m->now.records; i++) {
-			if (m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN))
-				continue;
-			if (record_get(m, i, &r, e) != 0)
+	/* The digits in the mbox are ahead of the index, as it says then. */
+	while (fscanf(f, "%lld%*[^\n]", &noted) == 1 && mark_writing(m, e) == 0) {
+		i = noted <= r.offset ? 0 : i; /* mostly they ascend, as the records do */
+		for (; i < m->now.records && e->code == E_NONE; i++)
+			if ((m->entries[i].bits & (ENTRY_OTHER | ENTRY_TORN)) == 0 &&
+			    (record_get(m, i, &r, e) != 0 || r.offset >= noted))
 				break;
-			for (k = 0; k < n && noted[k] != r.offset;)
-				k++;
-			good = k < n ? heal(m, i, &r, e) : 0;
-			if (good < 0)
-				break;
-			healed += good;
-		}
-	} while (e->code == E_NONE && n == NOTED_MAX);
+		good = i < m->now.records && r.offset == noted && e->code == E_NONE ? heal(m, i, &r, e) : 0;
+		if (good < 0)
+			break;
+		healed += good;
+	}
 	fclose(f);
 	if (e->code != E_NONE)
 		return -1;
