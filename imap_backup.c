@@ -6041,11 +6041,9 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 	sync_passed(y, fetch->uid, false);
 	if (!mbox_header_end(&y->in.header, &id) && fetch->section != SECTION_MADE)
 		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch->uid, fetch->uid);
-	known = mbox_bind(y->m, fetch->uid, &id, fetch->size, &y->err);
-	if (known > 1 && !y->unfit)
-		return sync_add(y, &y->todo[KIND_AGAIN], fetch->uid, fetch->uid);
+	known = mbox_bind(y->m, fetch->uid, &id, fetch->size, y->unfit, &y->err);
 	if (known > 1)
-		known = mbox_bind(y->m, fetch->uid, &id, 0, &y->err);
+		return sync_add(y, &y->todo[KIND_AGAIN], fetch->uid, fetch->uid);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += fetch->size;
 	/* That is progress, if it lasts. */

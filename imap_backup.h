@@ -294,10 +294,12 @@ void mbox_drop_uids(struct mbox *m, bool (*live)(void *context, uint32_t uid), v
  * name if the stored mail has one already and copies are not kept) and a mark "gone" taken off.
  * size: its RFC822.SIZE, or 0, unknown. Unless it is that of a mail whose UID was dropped, or that may be torn,
  * the mail must be fetched, and mbox_end() compares.
- * Returns 1 if it is stored; 2 if it may be one that is stored in another size and has no UID yet: when all others
- * are bound, 0 for its size decides; 0 if it must be fetched; -1 with E_FORMAT or E_SYSTEM.
+ * unfit: all whose size fits are bound; a mail that is stored in another size and has no UID yet is taken for it.
+ * Returns 1 if it is stored; 2 if there is such a mail, and not unfit; 0 if it must be fetched; -1 with E_FORMAT
+ * or E_SYSTEM.
  */
-int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e);
+int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, bool unfit,
+	      struct err *e);
 
 /*
  * Every listed UID has been bound or stored: mark what has no UID left as gone. Copies of a mail that

@@ -2107,7 +2107,8 @@ static bool keeps_copies(const struct mbox *m, const struct mbox_id *id)
 	return m->how & MBOX_DUPLICATES || id_is_made(id);
 }
 
-int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, struct err *e)
+int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t size, bool unfit,
+	      struct err *e)
 {
 	struct record last;
 	uint32_t *place;
@@ -2120,7 +2121,9 @@ int mbox_bind(struct mbox *m, uint32_t uid, const struct mbox_id *id, uint64_t s
 	if (*place == 0)
 		return 0;
 	take_name(m, place);
-	if ((r = bind_first(m, place, &last, uid, size, e)) != 0)
+	if ((r = bind_first(m, place, &last, uid, size, e)) > 1 && unfit)
+		r = bind_first(m, place, &last, uid, 0, e);
+	if (r != 0)
 		return r;
 	if (keeps_copies(m, id) || m->entries[*place - 1].uid == 0 ||
 	    rank_of(m, first_of(m, place)) <= RANK_GONE)
@@ -2432,9 +2435,7 @@ int mbox_end(struct mbox *m, uint32_t uid, int64_t when_sec, unsigned flags, str
 	known = record_by_uid(m, uid);
 	if (m->known_already || (known != NULL && (m->how & MBOX_LOOK) == 0)) {
 		mbox_abort(m);
-		if ((new = mbox_bind(m, uid, &r.id, m->wire, e)) > 1)
-			new = mbox_bind(m, uid, &r.id, 0, e);
-		return new < 0 ? -1 : 0;
+		return mbox_bind(m, uid, &r.id, m->wire, true, e) < 0 ? -1 : 0;
 	}
 	/* What was held back; then the line end that may be missing, then the empty line. */
 	if ((m->cr && put(m, "\r", 1, e) != 0) ||

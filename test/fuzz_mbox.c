@@ -118,10 +118,10 @@ static void play(struct mbox *m, const uint8_t *p, size_t n)
 		switch (p[0] % 9) {
 		case 0:
 			if (m->now.records > 0 && record_get(m, p[1] % m->now.records, &r, &e) == 0)
-				mbox_bind(m, uid, &r.id, p[0] / 9, &e);
+				mbox_bind(m, uid, &r.id, p[0] / 9, false, &e);
 			break;
 		case 1:
-			mbox_bind(m, uid, &(struct mbox_id){ { 1 } }, p[0] / 9, &e);
+			mbox_bind(m, uid, &(struct mbox_id){ { 1 } }, p[0] / 9, false, &e);
 			break;
 		case 2:
 			mbox_set_flags(m, uid, p[0] / 9 & 7u, &e);

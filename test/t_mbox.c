@@ -178,7 +178,7 @@ static int bound_id(struct mbox *m, uint32_t uid, const struct mbox_id *id)
 	int result;
 
 	check(ring_find(m, id, &place, &last, &e) == 0, "the ring: %s", e.text);
-	result = mbox_bind(m, uid, id, *place == 0 ? 0 : last.wire, &e);
+	result = mbox_bind(m, uid, id, *place == 0 ? 0 : last.wire, false, &e);
 	check(result >= 0, "bind: %s", e.text);
 	return result;
 }
@@ -190,8 +190,7 @@ static int bound_size(struct mbox *m, uint32_t uid, const char *id, uint64_t siz
 	int result;
 
 	id_of(&of, id);
-	if ((result = mbox_bind(m, uid, &of, size, &e)) > 1) /* and nothing else fits better */
-		result = mbox_bind(m, uid, &of, 0, &e);
+	result = mbox_bind(m, uid, &of, size, true, &e); /* nothing else fits better */
 	check(result >= 0, "bind: %s", e.text);
 	return result;
 }
