@@ -50,7 +50,6 @@
 
 enum {
 	BUFFER_OCTETS = 64 << 10, /* between us and the mbox file, both ways */
-	HEADER_OCTETS = 48 << 10, /* of a header are held there; quoted, they are up to 56 << 10 */
 	SECTOR_OCTETS = 4096,     /* of a disk, or a page: what cannot be read otherwise than as a whole */
 	COMMIT_OCTETS = 32 << 20, /* so much mail at most is unsynced ... */
 	COMMIT_MS = 20000,        /* ... or for so long */
@@ -488,7 +487,6 @@ struct mbox {
 	struct sum sum;
 	uint64_t wire; /* octets of the mail so far, as they came */
 	struct mbox_header header;
-	bool whole_header; /* all of it is held in 'buffer', until its header has ended */
 	bool header_over;
 	bool known_already;     /* it is not kept */
 	struct count *counted;  /* it gets the number behind those that this counts; or NULL */
@@ -1491,13 +1489,12 @@ static int untouched(struct mbox *m, struct err *e)
 		       (long long)st.st_size, (long long)m->flushed);
 }
 
-/* Write out the buffer, but for a mail that is held there. */
+/* Write out the buffer. */
 static int flush(struct mbox *m, struct err *e)
 {
-	bool held = m->start >= 0 && m->whole_header;
-	size_t n = held ? (size_t)(m->start - m->flushed) : m->buffered;
+	const size_t n = m->buffered;
 
-	if (!held && m->start >= 0) {
+	if (m->start >= 0) {
 		sum_feed(&m->sum, m->buffer + m->summed, n - m->summed);
 		m->summed = n;
 	}
@@ -1515,9 +1512,7 @@ static int flush(struct mbox *m, struct err *e)
 	m->flushed += (off_t)n;
 	m->whole = m->start >= 0 ? m->start : m->flushed;
 	m->written = m->came;
-	m->buffered -= n;
-	m->summed = held ? m->summed - n : 0;
-	memmove(m->buffer, m->buffer + n, m->buffered);
+	m->buffered = m->summed = 0;
 	m->data_dirty = true;
 	return 0;
 }
@@ -2175,22 +2170,19 @@ int mbox_begin(struct mbox *m, struct err *e)
 		return err_set(e, E_SYSTEM, "%s: a write failed before", m->path);
 	if ((m->how & MBOX_LOOK) == 0 && mark_writing(m, e) != 0)
 		return -1;
+	if (BUFFER_OCTETS - m->buffered < BODY_AT && flush(m, e) != 0) /* our lines are in no sum */
+		return -1;
 	m->start = m->flushed + (off_t)m->buffered;
 	if (m->buffered == 0)
 		m->whole = m->flushed;
 	m->sum = (struct sum){ 0 };
 	m->wire = 0;
 	mbox_header_init(&m->header);
-	m->whole_header = true;
 	m->counted = NULL;
 	m->header_over = m->known_already = m->compare = m->cr = m->quotes = false;
 	m->prefix = 0;
-	if (put(m, own_lines, BODY_AT, e) != 0) { /* mbox_end() knows better; disown_part() looks for them */
-		mbox_abort(m);
-		return -1;
-	}
-	m->summed = m->buffered;
-	return 0;
+	m->summed = m->buffered + BODY_AT;
+	return put(m, own_lines, BODY_AT, e); /* mbox_end() knows better; disown_part() looks for them */
 }
 
 /* The mail in hand belongs to this ring: have we got it? */
@@ -2239,11 +2231,11 @@ static int insert_made_id(struct mbox *m, const uint32_t *place, struct err *e)
 		m->counted = *place != 0 ? count_of(m, id, place) : NULL;
 		k = m->counted != NULL ? m->counted->mails + 1 : 1;
 	}
-	if ((!m->whole_header || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
+	if ((m->start < m->flushed || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
 		return -1;
 	length += header_made(&m->header, id, line + length, k);
 	line[length++] = '\n';
-	if (m->whole_header) {
+	if (m->start >= m->flushed) {
 		uint8_t *body = m->buffer + m->summed;
 
 		memmove(body + length, body, m->buffered - m->summed);
@@ -2251,7 +2243,7 @@ static int insert_made_id(struct mbox *m, const uint32_t *place, struct err *e)
 		m->buffered += length;
 		return 0;
 	}
-	/* A long header is in the file: move all of it, block by block. What is left goes behind it. */
+	/* It is in the file: move all of it, block by block. What is left goes behind it. */
 	m->sum = (struct sum){ 0 };
 	memcpy(m->buffer, line, length);
 	for (off_t at = m->start + BODY_AT; at < m->flushed; at += (off_t)got) {
@@ -2284,7 +2276,6 @@ static int header_over(struct mbox *m, struct err *e)
 			return -1;
 	}
 	m->header_over = true;
-	m->whole_header = false;
 	return 0;
 }
 
@@ -2341,23 +2332,10 @@ static int put_quoted(struct mbox *m, const uint8_t *p, size_t n, struct err *e)
 
 int mbox_write(struct mbox *m, const void *octets, size_t n, struct err *e)
 {
-	const uint8_t *p = octets;
-
-	while (n > 0 && !m->header_over) {
-		size_t room = m->whole_header ? HEADER_OCTETS - (size_t)m->wire : n,
-		       part = n < room ? n : room;
-
-		if (put_quoted(m, p, part, e) != 0)
-			return -1;
-		m->wire += part;
-		m->whole_header = m->whole_header && m->wire < HEADER_OCTETS;
-		if (mbox_header_feed(&m->header, p, part) && header_over(m, e) != 0)
-			return -1;
-		p += part;
-		n -= part;
-	}
 	m->wire += n;
-	return m->known_already ? 0 : put_quoted(m, p, n, e);
+	if (!m->known_already && put_quoted(m, octets, n, e) != 0)
+		return -1;
+	return !m->header_over && mbox_header_feed(&m->header, octets, n) ? header_over(m, e) : 0;
 }
 
 const char *mbox_date(const struct mbox *m)
