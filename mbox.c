@@ -685,8 +685,6 @@ static bool state_unpack(struct state *s, const uint8_t p[STATE_OCTETS])
 	return s->records <= MBOX_MAILS_MAX && s->octets >= 0;
 }
 
-enum index_form { INDEX_DAMAGED, INDEX_GOOD, INDEX_FOREIGN };
-
 /*
  * Is the mailbox of this index the same one, on a server that spells INBOX otherwise or has another delimiter now?
  * The file of both is the same, so what differs can only stand between the parts.
@@ -701,27 +699,23 @@ static bool name_is_same(const char *a, const char *b)
 	return false;
 }
 
-/* Read the index's header, whose mailbox 'other' receives. INDEX_FOREIGN: that is not 'name' (NULL: any). */
-static enum index_form index_header(int fd, const char *name, struct state *state,
-				    char other[MBOX_NAME_MAX + 1])
+/* Read the index's header. Return true if it is whole; 'name' receives its mailbox, in any version, or "". */
+static bool index_header(int fd, struct state *state, char name[MBOX_NAME_MAX + 1])
 {
 	uint8_t head[RECORDS_AT];
 	size_t got = 0, length;
 
+	name[0] = '\0';
 	for (ssize_t r; got < sizeof head; got += (size_t)r)
 		if ((r = pread(fd, head + got, sizeof head - got, (off_t)got)) <= 0)
-			return INDEX_DAMAGED;
+			return false;
 	length = (uint32_t)get_word(head + 16);
 	if (memcmp(head, index_magic, 15) != 0 || length > MBOX_NAME_MAX ||
 	    (uint32_t)get_word(head + 20) != (uint32_t)sum_of(head + NAME_AT, length))
-		return INDEX_DAMAGED;
-	memcpy(other, head + NAME_AT, length);
-	other[length] = '\0';
-	if (name != NULL && strcmp(name, other) != 0)
-		return name_is_same(name, other) ? INDEX_DAMAGED : INDEX_FOREIGN; /* of any version */
-	if (head[15] != (uint8_t)index_magic[15] || !state_unpack(state, head + STATE_AT))
-		return INDEX_DAMAGED;
-	return INDEX_GOOD;
+		return false;
+	memcpy(name, head + NAME_AT, length);
+	name[length] = '\0';
+	return head[15] == (uint8_t)index_magic[15] && state_unpack(state, head + STATE_AT);
 }
 
 /*
@@ -763,7 +757,7 @@ void mbox_peek(const char *path, const char *name, struct mbox_info *info)
 	index_path(path, "", index);
 	if ((fd = open_file(index, O_RDONLY, &ignored)) < 0)
 		return;
-	if (index_header(fd, name, &state, other) == INDEX_GOOD) {
+	if (index_header(fd, &state, other) && (name == NULL || strcmp(name, other) == 0)) {
 		info->claim = state.claim;
 		info->stored = state.stored;
 		info->gone = state.gone;
@@ -1803,11 +1797,11 @@ static int rebuild(struct mbox *m, const char *why, uint32_t stored, struct err 
 /* Read the index and make it fit the mbox; for MBOX_READ only its header. */
 static int put_in_order(struct mbox *m, struct err *e)
 {
-	char path[PATH_OCTETS + 16], name[MBOX_NAME_MAX + 1];
+	char path[PATH_OCTETS + 16], name[MBOX_NAME_MAX + 1] = "";
 	const char *why = "missing";
 	const bool look = m->how & MBOX_LOOK;
-	enum index_form form = INDEX_DAMAGED;
-	struct state state;
+	struct state state = { 0 };
+	bool whole = false;
 	int loaded = 0;
 
 	index_path(m->path, "", path);
@@ -1815,21 +1809,21 @@ static int put_in_order(struct mbox *m, struct err *e)
 	if (m->index < 0 && errno != ENOENT)
 		return err_errno(e, E_SYSTEM, "%s: cannot open", path);
 	if (m->index >= 0) {
-		form = index_header(m->index, m->how & MBOX_READ ? NULL : m->name, &state, name);
+		whole = index_header(m->index, &state, name);
 		why = "does not fit the mbox";
 	}
 	if (m->how & MBOX_READ) {
-		if (form != INDEX_GOOD)
+		if (!whole)
 			snprintf(m->mended, sizeof m->mended, "the index %s",
 				 m->index < 0 ? "is missing" : why);
-		m->now = form == INDEX_GOOD ? state : m->now;
-		strcpy(m->name, form == INDEX_GOOD ? name : "");
+		m->now = whole ? state : m->now;
+		strcpy(m->name, whole ? name : "");
 		return 0;
 	}
-	if (form == INDEX_FOREIGN)
+	if (name[0] != '\0' && !name_is_same(name, m->name))
 		return err_set(e, E_FORMAT, "%s: this archive is of the mailbox \"%s\", not of \"%s\"",
 			       path, name, m->name);
-	if (form == INDEX_GOOD) {
+	if (whole && strcmp(name, m->name) == 0) {
 		state_pack(&state, m->disk);
 		if ((loaded = load(m, &state, e)) < 0)
 			return -1;
@@ -1847,7 +1841,7 @@ static int put_in_order(struct mbox *m, struct err *e)
 	if (look)
 		return 0;
 	if (loaded == 0)
-		return rebuild(m, why, form == INDEX_GOOD ? state.stored : 0, e);
+		return rebuild(m, why, state.stored, e);
 	if (take_over(m, e) != 0)
 		return -1;
 	snprintf(m->mended, sizeof m->mended, "%lu mails were behind the index's end: taken over",
