@@ -5645,10 +5645,10 @@ struct export {
 	const struct options *o;
 	struct mbox_id id[2]; /* of the one mail, without and with brackets */
 	char name[2][1200];   /* its Message-ID likewise, which tells those without one of their own apart */
-	unsigned found;
-	bool differs, write; /* the second pass writes the first mail that was found, and is done */
-	uint64_t sum;        /* of that mail */
-	char place[PATH_MAX_OCTETS + 400];
+	struct mbox_mail mail; /* the first that was found, ... */
+	struct mbox *m;        /* ... and its archive, left open to write it at the end. Owned */
+	bool differs;          /* another one that was found */
+	char place[PATH_MAX_OCTETS + 400]; /* of the first, or "" */
 };
 
 static int take_output(void *context, const void *octets, size_t n)
@@ -5671,10 +5671,10 @@ static void export_compare(struct export *x, const struct archive *a, const stru
 	char place[sizeof x->place];
 
 	snprintf(place, sizeof place, "%s at %lld", a->path, (long long)mail->offset);
-	if (x->found++ == 0) {
-		x->sum = mail->sum;
+	if (x->place[0] == '\0') {
+		x->mail = *mail;
 		memcpy(x->place, place, sizeof place);
-	} else if (mail->sum != x->sum) {
+	} else if (mail->sum != x->mail.sum) {
 		if (!x->differs)
 			log_error("mails with this Message-ID differ: %s", x->place);
 		log_error("and: %s", place);
@@ -5689,17 +5689,14 @@ static int archive_export(void *context, struct archive *a)
 	off_t at = 0;
 	int failed = 0;
 
-	while (failed == 0 && mbox_walk(a->m, &at, &mail, &a->err) > 0) {
-		if (x->o->all) {
-			if (!x->o->gone || mail.state & MBOX_GONE)
-				failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &a->err);
-		} else if (export_wants(x, &mail)) {
-			if (!x->write)
-				export_compare(x, a, &mail);
-			else if (x->found > 0)
-				failed = mbox_read(a->m, &mail, MBOX_LF, take_output, NULL, &a->err);
-			x->found = x->write ? 0 : x->found;
-		}
+	while (failed == 0 && mbox_walk(a->m, &at, &mail, &a->err) > 0)
+		if (!x->o->all && export_wants(x, &mail))
+			export_compare(x, a, &mail);
+		else if (x->o->all && (!x->o->gone || mail.state & MBOX_GONE))
+			failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &a->err);
+	if (x->m == NULL && x->place[0] != '\0') {
+		x->m = a->m;
+		a->m = NULL;
 	}
 	return failed != 0 || a->err.code != E_NONE;
 }
@@ -5709,6 +5706,7 @@ static int archives_export(const struct config *c, const struct options *o)
 {
 	struct export x = { .o = o };
 	struct mbox_header header;
+	struct err e = { 0 };
 	char field[1300];
 	int status = 0, one;
 
@@ -5720,21 +5718,21 @@ static int archives_export(const struct config *c, const struct options *o)
 		mbox_header_feed(&header, field, strlen(field));
 		mbox_header_end(&header, &x.id[i]);
 	}
-	for (int pass = 0; pass < 1 + (o->what != NULL); pass++) {
-		for (unsigned i = 0; i < c->n_accounts; i++) {
-			if (!c->accounts[i].wanted)
-				continue;
-			one = archives_walk(c, o, &c->accounts[i], archive_export, &x);
-			status = status == 1 || one == 0 ? status : one;
-		}
-		log_context("", "");
-		if (o->what != NULL && !x.write && x.found == 0)
-			log_error("%s: not found", o->what);
-		if (o->what != NULL && !x.write && (x.found == 0 || x.differs))
-			return 1;
-		x.write = true;
+	for (unsigned i = 0; i < c->n_accounts; i++) {
+		if (!c->accounts[i].wanted)
+			continue;
+		one = archives_walk(c, o, &c->accounts[i], archive_export, &x);
+		status = status == 1 || one == 0 ? status : one;
 	}
-	return output_end(status);
+	log_context("", "");
+	if (o->what != NULL && x.m == NULL)
+		err_set(&e, E_FORMAT, "%s: not found", o->what);
+	else if (o->what != NULL && !x.differs)
+		mbox_read(x.m, &x.mail, MBOX_LF, take_output, NULL, &e);
+	mbox_close(x.m, NULL, NULL, &e);
+	if (e.code != E_NONE)
+		log_error("%s", e.text);
+	return output_end(e.code != E_NONE || x.differs ? 1 : status);
 }
 
 /* ======== sync: makes one archive match its mailbox ======== */
