@@ -1034,14 +1034,11 @@ static void ring_prefer(struct mbox *m, uint32_t *place, uint32_t before)
 /* Put each ring into the order of enum rank, and of storing: so are mails told apart that nothing else does. */
 static void rings_sort(struct mbox *m)
 {
-	bool any = false;
-
 	for (uint32_t at = 0; at < m->table_room; at++) {
 		uint32_t end = m->table[at], i = end, follows;
 
 		if (end == 0 || m->entries[end - 1].next == end - 1)
 			continue;
-		any = true;
 		m->table[at] = 0;
 		do { /* 'next' remembers the ring's place meanwhile */
 			follows = m->entries[i - 1].next + 1;
@@ -1049,7 +1046,7 @@ static void rings_sort(struct mbox *m)
 			i = follows;
 		} while (i != end);
 	}
-	for (enum rank rank = 0; any && rank < RANKS; rank++)
+	for (enum rank rank = 0; rank < RANKS; rank++)
 		for (uint32_t i = 0; i < m->now.records; i++)
 			if (m->entries[i].next > MBOX_MAILS_MAX && rank_of(m, i) == rank) {
 				uint32_t *place = m->table + (m->entries[i].next ^ UINT32_MAX);
