@@ -1404,14 +1404,12 @@ static int verify(struct mbox *m, struct record *r, struct mbox_mail *mail, cons
 		  struct err *e)
 {
 	struct record found;
-	int begins = from_at(m, r->offset, e), more;
+	int more = mail_read(m, r->offset, r->offset + r->octets, &found, mail, e);
 
-	if (begins < 0 || (more = mail_read(m, r->offset, r->offset + r->octets, &found, mail, e)) < 0)
+	if (more < 0)
 		return -1;
 	*wrong = NULL;
-	if (begins == 0)
-		*wrong = "no From line stands where it begins";
-	else if (found.digits != r->digits || found.head != r->head ||
+	if (found.digits != r->digits || found.head != r->head ||
 		 (found.from != r->from && r->from != 0))
 		*wrong = "its first lines are damaged";
 	else if (more == 0 && found.octets < r->octets)
