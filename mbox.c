@@ -37,7 +37,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -604,12 +604,9 @@ static int sync_file(struct mbox *m, int fd, struct err *e)
 
 static int sync_folder(struct mbox *m, struct err *e)
 {
-	char folder[PATH_OCTETS];
-	char *slash;
+	char path[PATH_OCTETS];
+	const char *folder = dirname(strcpy(path, m->path));
 
-	memcpy(folder, m->path, sizeof folder);
-	slash = strrchr(folder, '/');
-	memcpy(slash != NULL ? slash + 1 : folder, ".", 2);
 	return folder_sync(folder) == 0 ? 0 : err_errno(e, E_SYSTEM, "%s: cannot sync the folder", folder);
 }
 
