@@ -5511,8 +5511,8 @@ static void archive_name(struct archive *a, const char *file)
 {
 	struct mbox_info info = { 0 };
 	uint32_t traits;
-	size_t length = 0, n = 0, end = strlen(file) - 5; /* without .mbox */
-	char part[NAME_OCTETS];
+	size_t n = 0, end = strlen(file) - 5; /* without .mbox */
+	char text[NAME_OCTETS];
 
 	if (a->m != NULL)
 		mbox_tally(a->m, &info);
@@ -5521,22 +5521,16 @@ static void archive_name(struct archive *a, const char *file)
 				   .delimiter = traits != 0 ? (char)(traits >> 8 & 0xFF) : '/',
 				   .special = traits & 0xFF,
 				   .prefix = traits >> 16 };
-	for (size_t i = 0; i <= end && length + 2 < NAME_OCTETS; i++) {
-		unsigned octet;
+	for (size_t i = 0; i < end && n < sizeof text; i++) {
+		unsigned octet = file[i] == '.' ? '/' : (uint8_t)file[i];
 
-		if (i == end || file[i] == '.') {
-			length += mutf7_encode(a->name + length, NAME_OCTETS - length - 1, part, n, '/');
-			if (i < end)
-				a->name[length++] = '/';
-			n = 0;
-		} else if (file[i] == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
-			part[n++] = (char)octet;
+		if (octet == '%' && i + 2 < end && sscanf(file + i + 1, "%2X", &octet) == 1) {
+			octet = octet == '/' ? '_' : octet; /* within a part */
 			i += 2;
-		} else {
-			part[n++] = file[i];
 		}
+		text[n++] = (char)octet;
 	}
-	a->name[length] = '\0';
+	mutf7_encode(a->name, sizeof a->name, text, n, '\0');
 	if (traits != 0)
 		snprintf(a->name, sizeof a->name, "%s", info.name);
 	name_text(a->text, a->name, a->box.delimiter);
