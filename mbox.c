@@ -2217,19 +2217,11 @@ static int insert_made_id(struct mbox *m, const uint32_t *place, struct err *e)
 		m->counted = *place != 0 ? count_of(m, id, place) : NULL;
 		k = m->counted != NULL ? m->counted->mails + 1 : 1;
 	}
-	if ((m->start < m->flushed || BUFFER_OCTETS - m->buffered < sizeof line) && flush(m, e) != 0)
+	if (flush(m, e) != 0)
 		return -1;
 	length += header_made(&m->header, id, line + length, k);
 	line[length++] = '\n';
-	if (m->start >= m->flushed) {
-		uint8_t *body = m->buffer + m->summed;
-
-		memmove(body + length, body, m->buffered - m->summed);
-		memcpy(body, line, length);
-		m->buffered += length;
-		return 0;
-	}
-	/* It is in the file: move all of it, block by block. What is left goes behind it. */
+	/* It is in the file by now: move all of it, block by block. What is left goes behind it. */
 	m->sum = (struct sum){ 0 };
 	memcpy(m->buffer, line, length);
 	for (off_t at = m->start + BODY_AT; at < m->flushed; at += (off_t)got) {
