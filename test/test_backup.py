@@ -316,6 +316,7 @@ def test_original_archives_are_continued(t):
         data = f.read()
     flagged = [s for s in re.findall(rb'X-Mozilla-Status: (....)', data)]
     assert flagged == [b'%04x' % m.state for m in held['INBOX']], flagged
+    assert ', 0 damaged' in t.backup('--verify', '--online').err   # also where it put an ID in front of one that it overlooked
     imap = t.imap()
     delete(imap, '1')
     sample.deliver(imap, 'INBOX', few(1, 'new'))
