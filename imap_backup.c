@@ -5913,9 +5913,8 @@ static int on_uids(void *context, uint32_t from, uint32_t to)
 
 static bool sync_wants(const struct sync *y, uint32_t uid)
 {
-	bool wanted = y->sampled ? mbox_place(y->m, uid) >= 0 : mbox_next_uid(y->m, uid) != uid;
-
-	return uid != 0 && wanted && sync_asked(y, uid);
+	return uid != 0 && (y->sampled ? mbox_place(y->m, uid) >= 0 : mbox_next_uid(y->m, uid) != uid) &&
+	       sync_asked(y, uid);
 }
 
 /* A mail, or its header, has come: the line is not broken by it, nor by those before it. */
@@ -6258,6 +6257,7 @@ static void sync_count_failures(struct sync *y)
 		return;
 	y->counts.failures += n;
 	set_take(&y->listing, UINT_MAX, ranges, uids);
+	set_clear(&y->listing); /* once, also if this stage is begun again */
 	log_error("%llu mails listed that %s: UID %.100s", (unsigned long long)n,
 		  y->session->compare ? "the last backup should have, and has not" : "could not be fetched", uids);
 }
@@ -6982,8 +6982,7 @@ static void restore_sort(struct restore *r)
 {
 	size_t n = 0;
 
-	if (r->n > 0)
-		qsort(r->held, r->n, sizeof *r->held, holding_compare);
+	qsort(r->held, r->n, sizeof *r->held, holding_compare);
 	for (size_t i = 0; i < r->n; i++)
 		if (n > 0 && holding_compare(&r->held[n - 1], &r->held[i]) == 0)
 			r->held[n - 1].mails++;
@@ -7036,9 +7035,10 @@ static int restore_look(struct restore *r)
 	tag = imap_send(im, NULL, "SELECT %s", r->quoted);
 	im->ring[tag % IMAP_RING].examines = true;
 	im->ring[tag % IMAP_RING].owner = r;
-	if ((result = imap_wait(im, tag)) == NULL || imap_refused(&r->err, result, "opening the mailbox") != 0)
+	if ((result = imap_wait(im, tag)) == NULL || result->condition == IMAP_OK)
+		r->err = (struct err){ 0 }; /* whatever it tells of CREATE */
+	if (result == NULL || imap_refused(&r->err, result, "opening the mailbox") != 0)
 		return -1;
-	r->err = (struct err){ 0 }; /* whatever it tells of CREATE */
 	if (im->exists > MBOX_MAILS_MAX)
 		return err_set(&r->err, E_FORMAT, "the mailbox has more than %d mails", MBOX_MAILS_MAX);
 	r->room = im->exists;

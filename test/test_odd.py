@@ -1069,6 +1069,22 @@ def test_a_header_that_breaks_the_line_proves_nothing(t):
         assert not fetched(t, server)[1] and not archive.compare(path, held(box))
 
 
+def test_failures_are_counted_once(t):
+    """Mails that never come, more ranges of them than a command holds, while another mail goes on under a second UID."""
+    def fetch_mail(self, number, m, items):
+        if m.uid < 5 or m.uid % 2 or 'BODY.PEEK[]' not in items:
+            Session.fetch_mail(self, number, m, items)
+    box = Mailbox([with_id(b'one', b'x'), with_id(b'two', b'y'), with_id(b'one', b'x')])
+    server = serve(t, {'INBOX': box}, fetch_mail=fetch_mail)
+    t.config(clear(t, server))
+    fetched(t, server)
+    box.expunge(1)
+    for i in range(300):
+        box.add(with_id(b'new%d' % i, b'z'))
+    said = fetched(t, server, status=1)[0]
+    assert said.count('could not be fetched') == 1 and '149 FAILED' in said, said
+
+
 def test_a_search_that_breaks_the_server(t):
     """UID FETCH 1:* (UID) lists as well."""
     def case(act, **more):

@@ -356,6 +356,27 @@ def test_restore_goes_past_what_keeps_failing(t):
         assert got.err.count('error: ') == 1, got.err
 
 
+def test_restore_to_a_mailbox_that_is_not_listed(t):
+    """CREATE is refused, as it is there, and the line breaks before it is open: that is tried again."""
+    fill(t, {'INBOX': few(2), 'Zed': few(3, 'z')})
+    t.config()
+    t.backup()
+    broke = []
+
+    def listed(what):
+        return lambda self, name, *more: name == 'Zed' or what(self, name, *more)
+
+    def select(self, tag, args):
+        if 'Zed' in args and not broke:
+            broke.append(tag)
+            self.drop('rst')
+        Target.cmd_SELECT(self, tag, args)
+    boxes = {'INBOX': imapd.Mailbox(), 'Zed': imapd.Mailbox()}
+    got, lines = restore_to(t, boxes, list_line=listed(Target.list_line), status_line=listed(Target.status_line),
+                            cmd_CREATE=lambda self, tag, args: self.no(tag, 'it is there'), cmd_SELECT=select)
+    assert broke and {n: len(b.mails) for n, b in boxes.items()} == {'INBOX': 2, 'Zed': 3}, got.err
+
+
 def test_restore_goes_on_after_a_long_pause(t):
     """A server that wants more than ten seconds gets them; nothing is sent, or told, a second time."""
     mails = few(4)
