@@ -7456,9 +7456,8 @@ struct worker { /* a process's own */
 	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
 	struct session session;
-	unsigned expiries;  /* sessions in a row without progress that ended with their token */
-	bool token_refused; /* in this run */
-	unsigned cuts;      /* connections in a row that broke at a second command */
+	unsigned stale; /* access tokens in a row, without progress, that were refused or expired */
+	unsigned cuts;  /* connections in a row that broke at a second command */
 	int64_t told_ms;
 };
 
@@ -7885,25 +7884,18 @@ static int worker_connect(struct worker *w, struct err *e)
 	const struct account *account = w->board->account;
 	const struct config *config = w->run->config;
 	const struct trust *trust = account_trust(w->run, account);
+	char *token = NULL;
+	int result;
 
-	for (;;) {
-		char *token = NULL;
-		int result;
-
-		if (account->oauth != NULL &&
-		    oauth_token(config, account->oauth, trust, w->im.refused, &token, e) != 0)
-			return -1;
-		w->slot->counts.connections++;
-		result = imap_open(&w->im, account, w->board->one_at_a_time,
-				   token != NULL ? token : account->password, trust, config->timeout_sec);
-		free(token);
-		*e = w->im.s.err;
-		if (result == 0 || !w->im.refused || w->token_refused)
-			return result;
-		worker_hang_up(w);
-		w->token_refused = true; /* once a run: then a fresh one is tried */
-		*e = (struct err){ 0 };
-	}
+	if (account->oauth != NULL &&
+	    oauth_token(config, account->oauth, trust, w->im.refused, &token, e) != 0)
+		return -1;
+	w->slot->counts.connections++;
+	result = imap_open(&w->im, account, w->board->one_at_a_time,
+			   token != NULL ? token : account->password, trust, config->timeout_sec);
+	free(token);
+	*e = w->im.s.err;
+	return result;
 }
 
 /* -- what --list and --check print -- */
@@ -8062,14 +8054,15 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
+	/* A fresh token goes on, and that is no retry: once where it was refused, more often where it expired. */
+	if (w->im.refused && e->code == w->im.s.err.code && w->stale++ < (w->im.expired ? 3 : 1))
+		return true;
 	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */
 		slot->tries = w->run->config->retries;
 	} else if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
 		account_fail(w, e);
 		return false;
 	}
-	if (w->im.expired && w->expiries++ < 3) /* a fresh token goes on: no retry */
-		return true;
 	if (++slot->tries <= w->run->config->retries)
 		return worker_pause(w, e);
 	if (connected && w->session.first != NULL) {
@@ -8097,7 +8090,7 @@ static void worker_run(struct worker *w)
 		if (connected && session_run(&w->session, &e) == 0)
 			break;
 		if (w->slot->counts.mails > before || w->session.steps > 0)
-			w->slot->tries = w->expiries = 0;
+			w->slot->tries = w->stale = 0;
 		if (!worker_recovers(w, connected, &e))
 			break;
 	}
