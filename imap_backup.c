@@ -344,21 +344,21 @@ static void *allocate_shared(size_t n)
 	return p;
 }
 
-/* RFC 4648; the last two stand for the two before them where the text goes into a URL. */
-static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_";
+/* RFC 4648, but for the last two: "+/", in a URL "-_", in a mailbox's name "+,". */
+static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
 
-/* Decode a text up to its end, "=" or "-"; out may be the text. Returns how many octets it has. */
+/* Decode a text that is for no URL up to its end, "=" or "-"; out may be the text. Returns how many octets it has. */
 static size_t base64_decode(uint8_t *out, const char *text)
 {
 	uint32_t bits = 0;
 	size_t n = 0;
 
 	for (unsigned digits = 0; *text != '\0' && *text != '=' && *text != '-'; text++) {
-		const char *digit = memchr(base64_digits, *text, 64);
+		const char *digit = strchr(base64_digits, *text);
 
-		if (digit == NULL)
+		if (digit == NULL && strchr("+/,", *text) == NULL)
 			continue;
-		bits = bits << 6 | (uint32_t)(digit - base64_digits);
+		bits = bits << 6 | (digit != NULL ? (uint32_t)(digit - base64_digits) : *text == '+' ? 62u : 63u);
 		if (digits++ % 4 != 0)
 			out[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
 	}
@@ -3899,8 +3899,11 @@ static unsigned imap_compress(struct imap *im)
 
 /* From the greeting through STARTTLS and SASL to where mailboxes can be opened, and the goodbye. */
 
-/* Encode n octets: 4 for each 3, and NUL; 'url': for URLs, without padding. Returns out. */
-static char *base64(char *out, const void *octets, size_t n, bool url)
+/*
+ * Encode n octets: 4 for each 3, and NUL. 'last' are the last two digits: base64_digits; where they are not
+ * "+/", there is no padding. Returns out.
+ */
+static char *base64(char *out, const void *octets, size_t n, const char *last)
 {
 	const uint8_t *p = octets;
 	size_t length = 0;
@@ -3910,9 +3913,9 @@ static char *base64(char *out, const void *octets, size_t n, bool url)
 		unsigned two = (unsigned)p[i] << 8 | (i + 1 < n ? p[i + 1] : 0u);
 		unsigned digit = two >> (10 - bit % 8) & 63;
 
-		out[length++] = base64_digits[url && digit > 61 ? digit + 2 : digit];
+		out[length++] = digit < 62 ? base64_digits[digit] : last[digit - 62];
 	}
-	while (!url && length % 4 != 0)
+	while (strcmp(last, "+/") == 0 && length % 4 != 0)
 		out[length++] = '=';
 	out[length] = '\0';
 	return out;
@@ -3952,7 +3955,7 @@ static struct string sasl_response(const struct mechanism *m, const struct accou
 	} else {
 		t.n = (size_t)snprintf(t.at, t.size, "%c%s%c%s", 0, user, 0, secret);
 	}
-	base64(coded.at, t.at, t.n, false);
+	base64(coded.at, t.at, t.n, "+/");
 	string_free(&t);
 	return coded;
 }
@@ -4769,10 +4772,10 @@ static struct json *oauth_paste(struct oauth_job *k)
 		err_errno(k->e, E_SYSTEM, "no random numbers: /dev/urandom");
 		return NULL;
 	}
-	base64(verifier, random, 32, true);
-	base64(state, random + 32, 16, true);
+	base64(verifier, random, 32, "-_");
+	base64(state, random + 32, 16, "-_");
 	sha256(hash, verifier, strlen(verifier));
-	base64(challenge, hash, sizeof hash, true);
+	base64(challenge, hash, sizeof hash, "-_");
 	t = string_new(FORM_MAX);
 	string_add(&t, "%s%sclient_id=%f&response_type=code&redirect_uri=%f&scope=%f&state=%f", o->auth_url,
 		   strchr(o->auth_url, '?') != NULL ? "&" : "?", o->client_id, o->redirect, o->scope,
@@ -4879,40 +4882,33 @@ struct mailbox {
 
 enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escaped name */
 
-static const char mutf7_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+,";
-
-/* Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3); 'delimiter' becomes '_'. */
+/*
+ * Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3): UTF-16, in base64 between '&' and '-',
+ * for what is not printable ASCII. 'delimiter' becomes '_'.
+ */
 static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
 {
-	uint64_t bits = 0;
-	unsigned pending = 0;
-	bool shifted = false;
-	size_t length = 0, octets;
+	uint8_t wide[NAME_OCTETS];
+	char coded[2 * NAME_OCTETS];
+	size_t length = 0, m = 0, octets;
 
-	for (size_t i = 0; i <= n && length + 16 < size; i += octets > 0 ? octets : 1) {
+	for (size_t i = 0; i <= n && length + 2 * m + 16 < size && m + 4 < sizeof wide; i += octets > 0 ? octets : 1) {
 		uint32_t code = '_';
 
 		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 0;
 		if (code < 0x20 || code > 0x7E) {
-			if (!shifted)
-				out[length++] = '&';
-			shifted = true;
 			if (code > 0xFFFF) {
-				bits = bits << 16 | (0xD7C0 + (code >> 10));
-				pending += 16;
+				wide[m++] = (uint8_t)((0xD7C0 + (code >> 10)) >> 8);
+				wide[m++] = (uint8_t)(0xD7C0 + (code >> 10));
 				code = 0xDC00 | (code & 0x3FF);
 			}
-			bits = bits << 16 | code;
-			for (pending += 16; pending >= 6; pending -= 6)
-				out[length++] = mutf7_digits[bits >> (pending - 6) & 63];
+			wide[m++] = (uint8_t)(code >> 8);
+			wide[m++] = (uint8_t)code;
 			continue;
 		}
-		if (pending > 0)
-			out[length++] = mutf7_digits[bits << (6 - pending) & 63];
-		if (shifted)
-			out[length++] = '-';
-		shifted = false;
-		pending = 0;
+		if (m > 0)
+			length += (size_t)sprintf(out + length, "&%s-", base64(coded, wide, m, "+,"));
+		m = 0;
 		if (i < n)
 			out[length++] = code == (uint8_t)delimiter ? '_' : (char)code;
 		if (i < n && code == '&')
@@ -4928,41 +4924,31 @@ static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, c
  */
 static size_t mutf7_decode(char *out, size_t size, const char *text, size_t n)
 {
-	char again[NAME_OCTETS];
-	uint32_t bits = 0, pending = 0, high = 0;
-	bool shifted = false;
-	size_t length = 0;
+	char copy[NAME_OCTETS], again[NAME_OCTETS];
+	uint8_t wide[NAME_OCTETS];
+	uint32_t high = 0;
+	size_t length = 0, octets;
 
-	for (size_t i = 0; i < n && length + 5 <= size; i++) {
-		if (!shifted && text[i] != '&') {
-			out[length++] = text[i];
-		} else if (!shifted) {
-			shifted = true;
-			bits = pending = high = 0;
-		} else if (text[i] == '-') {
-			if (text[i - 1] == '&')
-				out[length++] = '&';
-			shifted = false;
-		} else {
-			const char *digit = memchr(mutf7_digits, text[i], 64);
-			uint32_t code;
+	snprintf(copy, sizeof copy, "%.*s", (int)n, text);
+	for (const char *p = copy, *end; *p != '\0' && length + 5 <= size; p++) {
+		if (*p != '&' || p[1] == '-') {
+			out[length++] = *p;
+			p += *p == '&';
+			continue;
+		}
+		if ((end = strchr(p, '-')) == NULL)
+			return 0;
+		octets = base64_decode(wide, p + 1);
+		for (size_t i = 0; i + 1 < octets && length + 5 <= size; i += 2) {
+			uint32_t code = (uint32_t)wide[i] << 8 | wide[i + 1];
 
-			if (digit == NULL)
-				return 0;
-			bits = bits << 6 | (uint32_t)(digit - mutf7_digits);
-			pending += 6;
-			if (pending < 16)
-				continue;
-			pending -= 16;
-			code = bits >> pending & 0xFFFF;
-			if (code >= 0xD800 && code <= 0xDBFF) {
-				high = code;
-				continue;
-			}
 			if (code >= 0xDC00 && code <= 0xDFFF)
 				code = 0x10000 + ((high & 0x3FF) << 10 | (code & 0x3FF));
-			length += utf8_put(out + length, code);
+			high = code;
+			if (code < 0xD800 || code > 0xDBFF)
+				length += utf8_put(out + length, code);
 		}
+		p = end;
 	}
 	return mutf7_encode(again, sizeof again, out, length, '\0') == n && memcmp(again, text, n) == 0 ? length
 														 : 0;
