@@ -3102,8 +3102,6 @@ static bool imap_literal(struct imap *im, uint64_t *octets)
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
 static void imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
-	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
-		imap_noise(im, octets);
 	while (octets > 0 && imap_peek(im) >= 0) {
 		size_t n = (size_t)(im->s.end - im->s.at);
 
@@ -3128,8 +3126,8 @@ static uint64_t imap_string(struct imap *im, char *out, size_t size)
 		return imap_word(im, ENDS_NAME, out, size);
 	if (quoted)
 		imap_next(im);
-	else if (imap_literal(im, &octets) && octets > IMAP_NOISE_MAX)
-		imap_noise(im, octets); /* do not even wait for it */
+	else
+		imap_literal(im, &octets);
 	for (; (quoted || n < octets) && (c = imap_peek(im)) >= 0; n++) {
 		if (quoted && (c == '\r' || c == '\n')) /* it is not closed */
 			break;
