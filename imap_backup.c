@@ -5075,24 +5075,28 @@ struct mailboxes {
 	bool all;                /* whatever STATUS says, each is opened */
 	bool folds;              /* the file system takes "a" and "A" for the same name */
 	struct mailbox *boxes;   /* owned; planned: those with work first, largest first */
-	uint32_t n, room, todo;
+	uint32_t n, todo;
 	uint32_t listed; /* LIST responses */
 	unsigned broken[2]; /* how often the line broke while it listed, and at NAMESPACE: see mailboxes_list() */
 	size_t name_octets;
-	uint32_t *table[2]; /* owned: of 2 * room places each, by enum mailbox_key */
+	uint32_t *table[2]; /* owned: of MAILBOX_PLACES each, by enum mailbox_key */
 	struct err odd;  /* the first mailbox that cannot be backed up for its name */
 };
 
-static void mailboxes_free(struct mailboxes *l)
+enum { MAILBOX_PLACES = 2 * MAILBOXES_MAX };
+
+/* Make the list empty. There is room for all that it may hold: of this the system gives what is used. */
+static void mailboxes_clear(struct mailboxes *l)
 {
 	for (uint32_t i = 0; i < l->n; i++)
 		free(l->boxes[i].name);
 	free(l->boxes);
-	for (int i = 0; i < 2; i++)
+	l->boxes = allocate(MAILBOXES_MAX * sizeof *l->boxes);
+	for (int i = 0; i < 2; i++) {
 		free(l->table[i]);
-	memset(l->table, 0, sizeof l->table);
-	l->boxes = NULL;
-	l->n = l->room = l->todo = l->listed = 0;
+		l->table[i] = allocate(MAILBOX_PLACES * sizeof **l->table);
+	}
+	l->n = l->todo = l->listed = 0;
 	l->name_octets = 0;
 }
 
@@ -5132,30 +5136,11 @@ static bool mailbox_is(const struct mailboxes *l, const struct mailbox *box, enu
  */
 static uint32_t *mailboxes_find(const struct mailboxes *l, enum mailbox_key key, const char *text)
 {
-	uint32_t *table = l->table[key], at = name_hash(text) % (2 * l->room);
+	uint32_t *table = l->table[key], at = name_hash(text) % MAILBOX_PLACES;
 
 	while (table[at] != 0 && !mailbox_is(l, &l->boxes[table[at] - 1], key, text))
-		at = (at + 1) % (2 * l->room);
+		at = (at + 1) % MAILBOX_PLACES;
 	return &table[at];
-}
-
-/* Make room for more mailboxes. */
-static void mailboxes_grow(struct mailboxes *l)
-{
-	struct mailbox *boxes;
-
-	l->room = l->room > 0 ? 2 * l->room : 16;
-	boxes = allocate(l->room * sizeof *boxes);
-	if (l->n > 0)
-		memcpy(boxes, l->boxes, l->n * sizeof *boxes);
-	free(l->boxes);
-	l->boxes = boxes;
-	for (int i = 0; i < 2; i++) {
-		free(l->table[i]);
-		l->table[i] = allocate(2 * l->room * sizeof **l->table);
-	}
-	for (uint32_t i = 0; i < l->n; i++)
-		*mailboxes_find(l, BY_NAME, boxes[i].name) = i + 1;
 }
 
 static int on_list(void *context, const char *name, size_t n, char delimiter, bool selectable,
@@ -5173,8 +5158,6 @@ static int on_list(void *context, const char *name, size_t n, char delimiter, bo
 			MBOX_NAME_MAX, name);
 		return 0;
 	}
-	if (l->n == l->room && l->n < MAILBOXES_MAX)
-		mailboxes_grow(l);
 	place = mailboxes_find(l, BY_NAME, name);
 	if (*place > 0) { /* old Couriers list one twice */
 		l->boxes[*place - 1].selectable |= selectable;
@@ -5244,8 +5227,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	const struct imap_result *result;
 	unsigned tag = 0;
 
-	mailboxes_free(l);
-	mailboxes_grow(l);
+	mailboxes_clear(l);
 	l->im = im;
 	im->context = l;
 	im->on_list = on_list;
