@@ -7376,9 +7376,8 @@ struct board { /* of an account, in shared memory */
 	volatile bool over;                        /* it is done, or there is no use in going on */
 	volatile bool locked;                      /* another run is at work */
 	volatile bool one_at_a_time;               /* the server breaks at a second command */
-	unsigned died;                             /* account's processes without a mailbox in hand */
 	unsigned blamed;                           /* these: */
-	uint32_t blame[BLAME_MAX];                 /* the hashes that were in hand when a process died */
+	uint32_t blame[BLAME_MAX]; /* the hashes in hand when a process died; 0: an account's, without any */
 	struct slot slots[CONFIG_PROCESSES_MAX];   /* the account's process has the first */
 	/* The parent's: */
 	int output;                /* a pipe: the processes' stdout, which ends when all of them have */
@@ -7417,8 +7416,7 @@ struct worker { /* a process's own */
 	char folder[PATH_MAX_OCTETS];
 	int lock; /* descriptor of the account's lock file */
 	struct mailboxes list;
-	bool listed;
-	atomic_uint *states; /* shared: of the first list.todo mailboxes */
+	atomic_uint *states; /* shared: of the first list.todo mailboxes; NULL: they are not listed yet */
 	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
 	struct session session;
@@ -7512,8 +7510,7 @@ static bool slot_reap(struct run *run, struct board *b, struct slot *slot, int h
 	if (status != 0) {
 		log_warn("a worker died: %s %d", WIFSIGNALED(status) ? "signal" : "exit status",
 			 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-		b->died += slot == b->slots && slot->hand == 0;
-		if (slot->hand != 0 && b->blamed < BLAME_MAX)
+		if ((slot->hand != 0 || slot == b->slots) && b->blamed < BLAME_MAX)
 			b->blame[b->blamed++] = slot->hand;
 	}
 	slot->hand = 0;
@@ -7525,10 +7522,10 @@ static bool slot_reap(struct run *run, struct board *b, struct slot *slot, int h
 
 /* -- mailboxes in hand -- */
 
-/* How many processes died with this mailbox in hand. */
+/* How many processes died with this mailbox in hand; NULL: an account's, with none. */
 static unsigned board_deaths(const struct board *b, const struct mailbox *box)
 {
-	uint32_t hash = b->blamed > 0 ? name_hash(box->name) : 0;
+	uint32_t hash = b->blamed > 0 && box != NULL ? name_hash(box->name) : 0;
 	unsigned deaths = 0;
 
 	for (unsigned i = 0; i < b->blamed; i++)
@@ -7987,7 +7984,6 @@ static int account_list(struct worker *w, struct err *e)
 		return -1;
 	if (mode == RUN_RESTORE ? account_restore(w, e) != 0 : l->n == 0)
 		return err_set(e, E_REFUSED, "the server lists no mailbox at all");
-	w->listed = true;
 	if (first && l->odd.code != E_NONE)
 		worker_complain(w, &l->odd);
 	if (mailboxes_select(l) == 0 && mode != RUN_RESTORE) {
@@ -8051,7 +8047,7 @@ static void worker_run(struct worker *w)
 	while (!stop_due() && !w->board->over) {
 		uint64_t before = w->slot->counts.mails;
 		struct err e = { 0 };
-		bool connected = worker_connect(w, &e) == 0 && (w->listed || account_list(w, &e) == 0);
+		bool connected = worker_connect(w, &e) == 0 && (w->states != NULL || account_list(w, &e) == 0);
 
 		if (connected && session_run(&w->session, &e) == 0)
 			break;
@@ -8243,7 +8239,7 @@ static void account_run(struct run *run, struct board *b)
 		session_speak(&w->session, NULL);
 	}
 	if (run_is_offline(o)) {
-		w->listed = true;
+		b->over = true;
 	} else if (account_prepare(w, &e) == 0) {
 		worker_run(w);
 	} else {
@@ -8258,7 +8254,7 @@ static void account_run(struct run *run, struct board *b)
 	/* What helpers left undone, because they died or had to wait, is for another process. */
 	while (left < w->list.todo && w->states[left] == BOX_OVER)
 		left++;
-	b->over = b->over || (w->listed && left == w->list.todo);
+	b->over = b->over || (w->states != NULL && left == w->list.todo);
 	fflush(stdout);
 	_exit(0);
 }
@@ -8303,14 +8299,14 @@ static void board_end(struct run *run, struct board *b)
 		b->slots[k].pid = 0;
 		place_pass(run, &b->slots[k], NULL);
 	}
-	if (!b->over && (b->died > 1 || b->blamed == BLAME_MAX)) {
+	if (!b->over && (board_deaths(b, NULL) > 1 || b->blamed == BLAME_MAX)) {
 		log_error("the account's process died again and again");
 		b->slots->counts.failures++;
 		b->over = true;
 	}
 	if (b->over) {
 		b->ended_ms = now_ms();
-	} else if (b->died > 0 && run->options->mode == RUN_RESTORE) {
+	} else if (b->blamed > 0 && run->options->mode == RUN_RESTORE) {
 		log_info("the server may still be storing what was sent: going on in %d s", BACKOFF_SEC);
 		b->not_before_ms = now_ms() + BACKOFF_SEC * 1000;
 	}
@@ -8431,9 +8427,7 @@ static void run_all(struct run *run)
 
 	run->began_ms = run->rate_ms = now_ms();
 	while (left) {
-		bool stop = stop_asked && !run->stopping;
-
-		run->stopping = run->stopping || stop;
+		run->stopping = stop_asked != 0;
 		if (!run->stopping)
 			run_start(run);
 		left = false;
@@ -8441,7 +8435,7 @@ static void run_all(struct run *run)
 			const struct board *b = &run->boards[i];
 			pid_t pid = b->slots->pid;
 
-			if (stop && pid != 0)
+			if (run->stopping && pid != 0)
 				kill(pid, SIGTERM);
 			fds[i] = (struct pollfd){ .fd = -1, .events = POLLIN };
 			if (pid != 0 && (!left || run->options->mode == RUN_BACKUP))
