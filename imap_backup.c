@@ -7402,8 +7402,7 @@ struct run {
 	struct board *boards; /* in there */
 	unsigned n_boards;
 	bool stopping;
-	int64_t began_ms, drawn_ms, rate_ms;
-	uint64_t rate_octets, rate; /* octets a second, smoothed */
+	int64_t began_ms, drawn_ms;
 };
 
 /* A word for each mailbox with news: free, over, or in the hand of the worker with this slot. */
@@ -8350,7 +8349,7 @@ static struct counts board_sum(const struct board *b)
 /* The one live line of a terminal: what matters most stands first, for it is cut where the screen ends. */
 static void run_draw(struct run *run)
 {
-	unsigned long long mails = 0, octets = 0, weight = 0, left;
+	unsigned long long mails = 0, octets = 0, weight = 0, left, rate;
 	unsigned columns = 80, used;
 	char line[500] = "\r\033[K", hand[200] = "", amount[16], *end = line + 4;
 	int64_t now = now_ms();
@@ -8372,20 +8371,14 @@ static void run_draw(struct run *run)
 				snprintf(hand, sizeof hand, "%.80s %s", b->account->email,
 					 b->slots[k].name);
 	}
-	if (now - run->rate_ms >= 1000) {
-		uint64_t fresh = (octets - run->rate_octets) * 1000 / (uint64_t)(now - run->rate_ms);
-
-		run->rate = run->rate == 0 ? fresh : (run->rate * 3 + fresh) / 4;
-		run->rate_octets = octets;
-		run->rate_ms = now;
-	}
+	rate = octets * 1000 / (unsigned long long)(now - run->began_ms + 1);
 	if (weight > 0)
 		end += sprintf(end, "%llu%% ", mails * 100 / weight);
 	end += sprintf(end, "%llu mails %s", mails, log_octets(amount, octets));
-	if (run->rate > 0)
-		end += sprintf(end, " %s/s", log_octets(amount, run->rate));
-	if (run->rate > 0 && mails > 0 && weight > mails) {
-		left = octets / mails * (weight - mails) / run->rate;
+	if (rate > 0)
+		end += sprintf(end, " %s/s", log_octets(amount, rate));
+	if (rate > 0 && mails > 0 && weight > mails) {
+		left = octets / mails * (weight - mails) / rate;
 		end += sprintf(end, " %llu:%02llu left", left / 60, left % 60);
 	}
 	sprintf(end, " %s", hand);
@@ -8425,7 +8418,7 @@ static void run_all(struct run *run)
 	struct pollfd *fds = allocate(run->n_boards * sizeof *fds);
 	bool left = true;
 
-	run->began_ms = run->rate_ms = now_ms();
+	run->began_ms = now_ms();
 	while (left) {
 		run->stopping = stop_asked != 0;
 		if (!run->stopping)
