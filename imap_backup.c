@@ -2884,10 +2884,9 @@ struct imap_fetch {   /* what a FETCH response has told so far */
 struct imap {
 	struct stream s;
 	unsigned capabilities; /* CAP_STARTTLS ... */
-	bool greeted, capabilities_known, preauth;
+	bool capabilities_known, preauth;
 	const char *mechanism; /* by which the login went: of SASL, or LOGIN */
-	bool one_at_a_time;    /* no second command before the first one's answer */
-	unsigned flight;       /* commands at a time */
+	unsigned flight;       /* commands at a time; 1: none before the last one's answer */
 	unsigned tag;          /* the last one given out */
 	unsigned done, taken;  /* all up to these have been answered; and looked at */
 	unsigned turned;       /* the one that imap_turn() looked at last */
@@ -3589,18 +3588,18 @@ static void imap_status_response(struct imap *im)
 /* Read "* OK text" and its like. */
 static void imap_condition(struct imap *im, const char *word)
 {
+	const bool greeting = im->tag == 0; /* no command was sent yet */
 	struct imap_result result;
 	bool refused;
 	unsigned sec;
 
 	imap_text(im, &result);
-	im->preauth = im->preauth || (word[0] == 'P' && !im->greeted);
+	im->preauth = im->preauth || (word[0] == 'P' && greeting);
 	/* Exchange gives up on pipelines; Zimbra on a command that is repeated 25 times. */
-	if (!im->greeted && strstr(result.text, "Microsoft Exchange") != NULL)
-		im->one_at_a_time = true;
-	if (!im->greeted && strstr(result.text, "Zimbra") != NULL)
+	if (greeting && strstr(result.text, "Microsoft Exchange") != NULL)
+		im->flight = 1;
+	if (greeting && strstr(result.text, "Zimbra") != NULL)
 		im->flight = 20;
-	im->greeted = true;
 	if (strcmp(word, "BYE") != 0 || im->s.err.code != E_NONE)
 		return;
 	/* A refusal, a reason to wait, or merely the end of this connection. */
@@ -3765,8 +3764,8 @@ static const struct imap_result *imap_wait(struct imap *im, unsigned tag)
 /* Return true if one of many commands may be sent now. Some room is left for those that do not ask. */
 static bool imap_may_send(const struct imap *im)
 {
-	return im->compress_tag == 0 && !(im->one_at_a_time && im->done < im->tag) &&
-	       im->tag - im->taken < im->flight && im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
+	return im->compress_tag == 0 && im->tag - im->taken < im->flight &&
+	       im->in_flight < IMAP_FLIGHT_OCTETS - IMAP_LINE_MAX;
 }
 
 /*
@@ -3882,7 +3881,7 @@ static void imap_continue(struct imap *im, unsigned tag, const char *line)
 /* Return true if the server can compress, was not asked yet, and the config does not say no. */
 static bool imap_may_compress(const struct imap *im)
 {
-	return (im->capabilities & CAP_COMPRESS) != 0 && !im->one_at_a_time &&
+	return (im->capabilities & CAP_COMPRESS) != 0 && im->flight > 1 &&
 	       im->s.account->compress != COMPRESS_OFF;
 }
 
@@ -4133,7 +4132,7 @@ static void imap_await_greeting(struct imap *im)
 }
 
 /* Connect, greet, log in with a password or token that is hidden, and say who we are (NetEase wants that before EXAMINE). */
-static int imap_open(struct imap *im, const struct account *account, bool one_at_a_time,
+static int imap_open(struct imap *im, const struct account *account, unsigned flight,
 		     const char *password, const struct trust *trust, unsigned timeout_sec)
 {
 	struct string secret;
@@ -4143,8 +4142,7 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 	memset(im, 0, offsetof(struct imap, ranges));
 	im->trace = log_to.level >= LOG_TRACE;
 	im->mechanism = "PREAUTH";
-	im->flight = IMAP_FLIGHT_MAX - 8;
-	im->one_at_a_time = one_at_a_time;
+	im->flight = flight;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0)
 		return -1;
 	imap_await_greeting(im);
@@ -4160,7 +4158,7 @@ static int imap_open(struct imap *im, const struct account *account, bool one_at
 	if (im->capabilities & CAP_ID) {
 		tag = imap_send(im, NULL, "ID (\"name\" \"imap_backup\" \"version\" \"" VERSION "\")");
 		/* Its answer comes with that of the next command, unless there is to be only one at a time. */
-		if (tag == 0 || (im->one_at_a_time && imap_wait(im, tag) == NULL))
+		if (tag == 0 || (im->flight == 1 && imap_wait(im, tag) == NULL))
 			return -1;
 	}
 	if (account->compress == COMPRESS_ON && imap_may_compress(im))
@@ -5235,7 +5233,7 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->prefix[0] = im->delimiter = '\0';
 	if (im->capabilities & CAP_NAMESPACE && l->broken[1] < 2) {
 		tag = imap_send(im, NULL, "NAMESPACE");
-		if (im->one_at_a_time)
+		if (im->flight == 1)
 			imap_wait(im, tag);
 	}
 	snprintf(items, sizeof items, "(MESSAGES UIDNEXT UIDVALIDITY %s%s)",
@@ -6125,7 +6123,7 @@ static uint32_t sync_foresees(const struct sync *y)
 {
 	const struct imap_status *status = &y->box->status;
 
-	if (!status->known || status->messages == 0 || y->session->im->one_at_a_time ||
+	if (!status->known || status->messages == 0 || y->session->im->flight == 1 ||
 	    y->attempt.careful_uid != 0 || y->attempt.poison.n > 0)
 		return 0;
 	if (!y->empty && y->old.uidvalidity == status->uidvalidity)
@@ -6508,7 +6506,7 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 		return imap_refused(&y->err, result, "fetching mails");
 	}
 	if (result->condition == IMAP_BAD)
-		y->session->im->one_at_a_time = true;
+		y->session->im->flight = 1;
 	for (unsigned i = 0; i < c->n; i++)
 		for (uint32_t uid = set_next(&y->listing, c->ranges[i].low);
 		     uid != 0 && uid <= c->ranges[i].high;
@@ -6741,7 +6739,7 @@ static void session_send(struct session *s)
 		struct sync *y = *link;
 		enum sync_kind kind;
 
-		if (y != s->first && (s->alone || im->one_at_a_time))
+		if (y != s->first && (s->alone || im->flight == 1))
 			return;
 		if (y == NULL && (y = *link = s->begin(s->context, s->first != NULL)) == NULL)
 			return;
@@ -7853,7 +7851,7 @@ static int worker_connect(struct worker *w, struct err *e)
 	    oauth_token(config, account->oauth, trust, w->im.refused, &token, e) != 0)
 		return -1;
 	w->slot->counts.connections++;
-	result = imap_open(&w->im, account, w->board->one_at_a_time,
+	result = imap_open(&w->im, account, w->board->one_at_a_time ? 1 : IMAP_FLIGHT_MAX - 8,
 			   token != NULL ? token : account->password, trust, config->timeout_sec);
 	free(token);
 	*e = w->im.s.err;
