@@ -6697,11 +6697,10 @@ static void session_speak(const struct session *s, const struct sync *y)
 	log_context(s->list->account->email, name);
 }
 
-/* Return true if an error is of one mailbox only, so that the others can go on. */
+/* Return true if there is no error, or one of one mailbox only, so that the others can go on. */
 static bool err_is_local(const struct err *e)
 {
-	return e->code == E_REFUSED || e->code == E_FORMAT || e->code == E_STALE || e->code == E_SYSTEM ||
-	       e->code == E_FULL || e->code == E_LOCKED;
+	return e->code <= E_REFUSED;
 }
 
 /* Take a mailbox out of the session; whoever gave it is told. An archive that was put in order is tried again. */
@@ -6787,7 +6786,7 @@ static void session_break(struct session *s, struct err *e)
 		sync_broken(oldest->owner, oldest);
 	for (y = s->first; y != NULL; y = next) {
 		next = y->next;
-		if (y->err.code != E_NONE && !err_is_local(&y->err)) {
+		if (!err_is_local(&y->err)) {
 			*e = y->err;
 			y->err = (struct err){ 0 };
 		}
@@ -6823,7 +6822,7 @@ static int session_run(struct session *s, struct err *e)
 
 		session_send(s);
 		for (struct sync *y = s->first; y != NULL; y = y->next) {
-			usable = usable && (y->err.code == E_NONE || err_is_local(&y->err));
+			usable = usable && err_is_local(&y->err);
 			if (over == NULL && y->pending == 0 &&
 			    (y->stage == SYNC_OVER || y->err.code != E_NONE))
 				over = y;
@@ -7296,7 +7295,7 @@ static int archive_restore(void *context, struct archive *a)
 		restore_broken(r);
 	if (r->err.code == E_NONE)
 		r->err = im->s.err;
-	local = r->err.code == E_NONE || err_is_local(&r->err);
+	local = err_is_local(&r->err);
 	if (!local && (!restore_is_stuck(r) || r->err.code == E_ACCOUNT || r->err.code == E_STOPPED))
 		return 1;
 	if (r->err.code != E_NONE) {
@@ -8018,7 +8017,7 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 		return true;
 	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */
 		slot->tries = w->run->config->retries;
-	} else if (e->code != E_NET && e->code != E_PROTO && e->code != E_WAIT) {
+	} else if (e->code < E_NET || e->code > E_WAIT) {
 		account_fail(w, e);
 		return false;
 	}
