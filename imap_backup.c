@@ -5796,7 +5796,7 @@ struct session {
 	bool dry;           /* say what would be done */
 	bool alone;         /* only one mailbox at a time is in hand: see sync_examined() */
 	bool compare;       /* dry, and all mails are told by their Message-IDs, some octet by octet */
-	uint64_t mails, octets; /* that came, to guess the size of a batch */
+	uint64_t mails, octets; /* that came over it, to guess the size of a batch */
 	uint64_t steps;         /* mails told by their Message-IDs, or found to break the line: progress */
 	struct sync *first;     /* the mailboxes in hand, in the order in which they were begun. Owned */
 	/* Another mailbox to begin, closed; NULL: there is none, or not now. 'ahead': others are in hand. */
@@ -6811,7 +6811,6 @@ static int session_run(struct session *s, struct err *e)
 {
 	struct imap *im = s->im;
 
-	s->mails = s->octets = s->steps = 0;
 	im->on_uids = on_uids;
 	im->on_literal = on_literal;
 	im->on_octets = on_octets;
@@ -8043,8 +8042,10 @@ static void worker_run(struct worker *w)
 	while (!stop_due() && !w->board->over) {
 		uint64_t before = w->slot->counts.mails;
 		struct err e = { 0 };
-		bool connected = worker_connect(w, &e) == 0 && (w->states != NULL || account_list(w, &e) == 0);
+		bool connected;
 
+		w->session.mails = w->session.octets = w->session.steps = 0;
+		connected = worker_connect(w, &e) == 0 && (w->states != NULL || account_list(w, &e) == 0);
 		if (connected && session_run(&w->session, &e) == 0)
 			break;
 		if (w->slot->counts.mails > before || w->session.steps > 0)

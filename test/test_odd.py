@@ -945,6 +945,30 @@ def test_uids_are_bound_bit_by_bit(t):
     assert not bodies and not archive.compare(t.mbox(), held(box)), said
 
 
+def test_what_was_bound_is_progress_once(t):
+    """A server that goes away behind it is tried `retries` times, and not for ever."""
+    greetings = []
+
+    def greet(self):
+        greetings.append(1)
+        return self.drop('close') if len(greetings) in range(3, 20) else Session.greet(self)
+
+    def hook(session, tag, name, args):
+        if 'HEADER.FIELDS (MESSAGE-ID' in args:
+            session.asked = getattr(session, 'asked', 0) + 1
+            if session.asked > 4:   # the first three are about UIDs that there are no more
+                session.flush()
+                session.drop('close')
+    box = Mailbox(sample.many(9))
+    server = serve(t, {'INBOX': box}, greet=greet)
+    t.config(clear(t, server), header_batch_size=3, retries=1)
+    fetched(t, server)
+    box.renumber()
+    server.hook = hook
+    said, _ = fetched(t, server, status=1)
+    assert len(greetings) == 3 and said.count('trying again') == 1, said
+
+
 def test_other_uids_at_each_examine(t):
     """As GNU's imap4d: such a mailbox is alone on the wire, and Message-IDs decide."""
     for number, (capabilities, validity) in enumerate(((FULL, 0), (BARE, 0), (FULL, 1), (BARE, 1))):
