@@ -7665,7 +7665,6 @@ static void account_start_helpers(struct worker *w)
 			continue;
 		if (w->im.s.fd >= 0)
 			close(w->im.s.fd);
-		memset(&w->im, 0, offsetof(struct imap, ranges));
 		w->im.s.fd = -1;
 		w->slot = slot;
 		w->session.first = NULL;
