@@ -84,8 +84,7 @@ enum {
 	PATH_MAX_OCTETS = 3900,       /* mbox.c adds a suffix to it */
 	CA_FILE_MAX = 4 << 20,        /* octets of a CA bundle */
 	CHAIN_OCTETS = 32 << 10,      /* of the certificates that a server sends */
-	CHAIN_DEPTH = 8,              /* issuers of its own */
-	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could be made to cost */
+	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could be made to cost; it is no longer */
 	CONNECT_SEC = 15,             /* for an address of a host, unless it is the last one */
 	STREAM_RAW_OCTETS = 16 << 10, /* read from the socket at once */
 	DRIP_RATE = 16,               /* octets a second: what comes more slowly ... */
@@ -1855,18 +1854,15 @@ static int issuer_judge(const struct verifier *v, const struct cert *c, bool anc
 	bool ca = basic.at == NULL ? anchor && c->old
 				   : der_next(&basic, 0x01, &value) && der_octet(value, 0) != 0;
 	int place = name_judge(c->extension[X_CONSTRAINTS], v->tag, v->name); /* "*" may stand for it */
-	unsigned all = 0, between = 0;
+	unsigned between = 0;
 	char name[100];
 
 	for (const struct cert *b = c->below; b != NULL; b = b->below) {
-		all++;
 		if (b->below != NULL && der_same(b->subject, b->issuer))
 			continue; /* the same CA with another key (6.1.4) */
 		between += b->below != NULL;
 		place |= names_judge(c->extension[X_CONSTRAINTS], b);
 	}
-	if (all > CHAIN_DEPTH)
-		return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
 	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || !ca ||
 	    (der_next(&basic, DER_INTEGER, &value) &&
 	     (der_octets(value) != 1 || *value.at < between || *value.at > 127)))
