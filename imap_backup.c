@@ -2209,11 +2209,15 @@ static int stream_look(struct stream *s, bool silent, const char *what)
 				 : stream_fail(s, E_NET, "%s: nothing for %u seconds", what, s->given_sec);
 }
 
-/* Wait until the socket can be read (POLLIN) or written (POLLOUT). */
+/*
+ * Wait until the socket can be read (POLLIN) or written (POLLOUT). A server that says nothing in the clear may be
+ * waiting for TLS: that is told early, and it is waited for all the same.
+ */
 static int stream_wait(struct stream *s, short events, const char *what)
 {
 	const int64_t began = now_ms();
 	struct pollfd fd = { .fd = s->fd, .events = events };
+	unsigned sec = 0;
 	int n;
 
 	if (events == POLLIN && s->sent) {
@@ -2226,6 +2230,9 @@ static int stream_wait(struct stream *s, short events, const char *what)
 			return stream_fail(s, E_NET, "poll: %s", strerror(errno));
 		if (stream_look(s, n == 0, what) != 0)
 			return -1;
+		if (n == 0 && ++sec == SILENT_SEC && events == POLLIN && s->in == 0 && s->tls == NULL)
+			log_warn("%s, port %u, is silent; perhaps it wants \"ssl\": true", s->account->host,
+				 s->account->port);
 	} while (n <= 0);
 	s->waited_ms += now_ms() - began;
 	s->owed_ms += now_ms() - began;
@@ -4115,18 +4122,6 @@ static int imap_greet(struct imap *im, const struct trust *trust)
 	return 0;
 }
 
-/* A server that says nothing in the clear may be waiting for TLS: tell so early, and go on waiting. */
-static void imap_await_greeting(struct imap *im)
-{
-	struct pollfd fd = { .fd = im->s.fd, .events = POLLIN };
-	unsigned sec = 0;
-
-	while (im->s.tls == NULL && !stop_due() && sec < im->s.timeout_sec && poll(&fd, 1, 1000) == 0)
-		if (++sec == SILENT_SEC)
-			log_warn("%s, port %u, is silent; perhaps it wants \"ssl\": true",
-				 im->s.account->host, im->s.account->port);
-}
-
 /* Connect, greet, log in with a password or token that is hidden, and say who we are (NetEase wants that before EXAMINE). */
 static int imap_open(struct imap *im, const struct account *account, unsigned flight,
 		     const char *password, const struct trust *trust, unsigned timeout_sec)
@@ -4141,7 +4136,6 @@ static int imap_open(struct imap *im, const struct account *account, unsigned fl
 	im->flight = flight;
 	if (stream_open(&im->s, account, trust, timeout_sec) != 0)
 		return -1;
-	imap_await_greeting(im);
 	if (imap_greet(im, trust) != 0)
 		return -1;
 	if (!im->preauth) {
