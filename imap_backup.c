@@ -3713,7 +3713,6 @@ static int imap_response(struct imap *im)
 	char word[IMAP_ATOM_MAX];
 	bool asks = false;
 
-	im->depth = im->line_octets = 0;
 	im->over = false;
 	imap_turn(im);
 	while (imap_is(im, '\n')) /* an empty line */
@@ -5220,7 +5219,6 @@ static int mailboxes_list(struct mailboxes *l, struct imap *im, bool sizes, stru
 	im->context = l;
 	im->on_list = on_list;
 	im->on_status = on_status;
-	im->prefix[0] = im->delimiter = '\0';
 	if (im->capabilities & CAP_NAMESPACE && l->broken[1] < 2) {
 		tag = imap_send(im, NULL, "NAMESPACE");
 		if (im->flight == 1)
@@ -7580,14 +7578,12 @@ static void worker_over(void *context, struct sync *y)
 	worker_show(w, w->session.first != NULL ? w->session.first->box : NULL);
 }
 
-/* Give back the mailboxes in hand, for another worker or another time. */
+/* Give back the mailboxes in hand, whose archives are closed, for another worker or another time. */
 static void worker_drop(struct worker *w)
 {
 	while (w->session.first != NULL) {
 		struct sync *y = w->session.first;
 
-		session_speak(&w->session, y);
-		sync_close(y, false);
 		w->session.first = y->next;
 		y->counts.others = 0; /* they will be found again; the rest will not */
 		if (!w->session.compare)
@@ -7596,9 +7592,7 @@ static void worker_drop(struct worker *w)
 		set_free(&y->attempt.poison);
 		free(y);
 	}
-	w->next = 0;
 	worker_show(w, NULL);
-	session_speak(&w->session, NULL);
 }
 
 /* -- helpers -- */
@@ -7769,7 +7763,6 @@ static void worker_hang_up(struct worker *w)
 	c->in += w->im.s.in;
 	c->out += w->im.s.out;
 	c->waits += w->im.s.waits;
-	w->im.s.fd = -1;
 }
 
 /*
@@ -8208,7 +8201,6 @@ static void account_run(struct run *run, struct board *b)
 				       .progress = worker_progress,
 				       .over = worker_over,
 				       .context = w };
-	session_speak(&w->session, NULL);
 	/* A core dump is to hold no more than it must. */
 	for (const struct account *a = config->accounts; a < config->accounts + config->n_accounts; a++)
 		if (a != b->account && a->password != NULL)
@@ -8222,8 +8214,8 @@ static void account_run(struct run *run, struct board *b)
 				       &w->slot->counts);
 		w->slot->counts.failures += status == 1 && w->slot->counts.failures == 0;
 		b->locked = status == 3;
-		session_speak(&w->session, NULL);
 	}
+	session_speak(&w->session, NULL);
 	if (run_is_offline(o)) {
 		b->over = true;
 	} else if (account_prepare(w, &e) == 0) {
