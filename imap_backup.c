@@ -5413,11 +5413,6 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		counts->mailboxes++;
 		l->boxes[i].wanted = false;
 	}
-	for (uint32_t i = 0; i < l->n && !dry; i++)
-		if (l->boxes[i].wanted)
-			mailbox_adopt_original(l, &l->boxes[i]);
-	if (l->n > 0 && !dry && l->only == NULL)
-		mailboxes_tell_left(l);
 	for (uint32_t i = 0; i < l->n; i++) {
 		struct mailbox *box = &l->boxes[i];
 		char path[PATH_MAX_OCTETS + 300], file[MBOX_FILE_MAX + 8];
@@ -5426,6 +5421,8 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 
 		if (!box->wanted)
 			continue;
+		if (!dry)
+			mailbox_adopt_original(l, box);
 		counts->mailboxes++;
 		mailbox_file(box, file);
 		mailbox_path(l, file, path);
@@ -5441,8 +5438,9 @@ static void mailboxes_plan(struct mailboxes *l, bool dry, struct counts *counts)
 		box->has_news = true;
 		l->todo++;
 	}
-	if (l->n > 0)
-		qsort(l->boxes, l->n, sizeof *l->boxes, mailbox_compare);
+	if (!dry && l->only == NULL)
+		mailboxes_tell_left(l);
+	qsort(l->boxes, l->n, sizeof *l->boxes, mailbox_compare);
 }
 
 /* ======== archives: what is on disk, without a server ======== */
