@@ -1048,12 +1048,14 @@ static int config_load(struct config *c, const char *path)
 }
 
 /* What the command line asks for. Flags are int, as getopt_long() sets them. */
-enum run_mode { RUN_BACKUP, RUN_LIST, RUN_CHECK, RUN_VERIFY, RUN_RESTORE, RUN_EXPORT, RUN_AUTHORIZE };
+enum run_mode {
+	RUN_BACKUP, RUN_LIST, RUN_CHECK, RUN_VERIFY, RUN_RESTORE, RUN_EXPORT, RUN_EXPORT_ALL, RUN_AUTHORIZE
+};
 
 struct options {
 	enum run_mode mode;
 	int dry, json, online, yes, include_gone, paste;
-	int all, gone;           /* RUN_EXPORT: all mails; of these the ones that left the server */
+	int gone;                /* RUN_EXPORT_ALL: only mails that left the server */
 	const char *what;        /* RUN_EXPORT: a Message-ID; RUN_AUTHORIZE: a name in "oauth2" */
 	const char *into;        /* RUN_RESTORE: the mailbox above all, or NULL */
 	const char *config_path; /* NULL: the quick form, which has these: */
@@ -5634,9 +5636,9 @@ static int archive_export(void *context, struct archive *a)
 	int failed = 0;
 
 	while (failed == 0 && mbox_walk(a->m, &at, &mail, &a->err) > 0)
-		if (!x->o->all && export_wants(x, &mail))
+		if (x->o->mode == RUN_EXPORT && export_wants(x, &mail))
 			export_compare(x, a, &mail);
-		else if (x->o->all && (!x->o->gone || mail.state & MBOX_GONE))
+		else if (x->o->mode == RUN_EXPORT_ALL && (!x->o->gone || mail.state & MBOX_GONE))
 			failed = mbox_read(a->m, &mail, MBOX_AS_STORED, take_output, NULL, &a->err);
 	if (x->m == NULL && x->place[0] != '\0') {
 		x->m = a->m;
@@ -8433,9 +8435,9 @@ enum { /* modes that an option goes with, as bits; 0: all */
 	VERIFY = 1 << RUN_VERIFY,
 	RESTORE = 1 << RUN_RESTORE,
 	AUTHORIZE = 1 << RUN_AUTHORIZE,
-	EXPORT_ALL = 1 << (RUN_AUTHORIZE + 1), /* which is no mode of its own */
-	WITH_ACCOUNTS = AUTHORIZE - 1 + EXPORT_ALL,
-	WITH_NEWS = AUTHORIZE - 1 - (1 << RUN_EXPORT)
+	EXPORT_ALL = 1 << RUN_EXPORT_ALL,
+	WITH_ACCOUNTS = AUTHORIZE - 1, /* all but this one */
+	WITH_NEWS = (1 << RUN_EXPORT) - 1
 };
 
 #define TO(field) offsetof(struct options, field)
@@ -8458,7 +8460,7 @@ static const struct option_row {
 	{ TAKE_FLAG, 0, "include-gone", NULL, TO(include_gone), RESTORE, "... mail that left it, too" },
 	{ TAKE_TEXT, 0, "into", "MAILBOX", TO(into), RESTORE, "... all below this mailbox" },
 	{ TAKE_MODE, 0, "export", "MESSAGE-ID", RUN_EXPORT, 0, "write one archived mail to stdout" },
-	{ TAKE_MODE, 0, "export-all", NULL, RUN_EXPORT, 0, "write all archived mail as one mbox ..." },
+	{ TAKE_MODE, 0, "export-all", NULL, RUN_EXPORT_ALL, 0, "write all archived mail as one mbox ..." },
 	{ TAKE_FLAG, 0, "gone", NULL, TO(gone), EXPORT_ALL, "... or only what left the server" },
 	{ TAKE_MODE, 0, "authorize", "NAME", RUN_AUTHORIZE, 0, "sign in for an entry of \"oauth2\" ..." },
 	{ TAKE_FLAG, 0, "paste", NULL, TO(paste), AUTHORIZE, "... with an address that is pasted" },
@@ -8507,10 +8509,8 @@ static void options_help(void)
 /* Check that the options (bits of rows) fit the mode and each other. Returns -1, or the exit status. */
 static int options_check(const struct options *o, const struct option_row *mode, unsigned given)
 {
-	unsigned bit = o->all ? (unsigned)EXPORT_ALL : 1u << o->mode;
-
 	for (unsigned i = 0; i < OPTION_ROWS; i++)
-		if (given & 1u << i && option_rows[i].modes != 0 && !(option_rows[i].modes & bit))
+		if (given & 1u << i && option_rows[i].modes != 0 && !(option_rows[i].modes & 1u << o->mode))
 			return usage_error("--%s does not go together with %s%s", option_rows[i].name,
 					   mode != NULL ? "--" : "a ",
 					   mode != NULL ? mode->name : "backup");
@@ -8592,7 +8592,6 @@ static int options_parse(struct options *o, int argc, char **argv)
 			return output_end(0);
 		}
 	}
-	o->all = o->mode == RUN_EXPORT && o->what == NULL;
 	if (optind < argc)
 		o->config_path = argv[optind++];
 	if (optind < argc)
@@ -8853,7 +8852,7 @@ static int run_authorize(struct run *run)
 static void run_print_json(const struct run *run, const struct pile *errors, int status, time_t began)
 {
 	static const char *const modes[] = { "backup",  "list",   "check",    "verify",
-					     "restore", "export", "authorize" };
+					     "restore", "export", "export",   "authorize" };
 	const struct options *o = run->options;
 	char when[32] = "", email[1300], counts[400];
 	struct tm tm;
@@ -8934,7 +8933,7 @@ static int run_main(struct run *run, struct options *o, int argc, char **argv)
 		return 2;
 	if ((status = accounts_choose(&config, o)) != 0)
 		return status;
-	if (o->mode == RUN_EXPORT)
+	if (o->mode == RUN_EXPORT || o->mode == RUN_EXPORT_ALL)
 		return archives_export(&config, o);
 	run_catch_signals();
 	if (o->mode == RUN_RESTORE && !o->dry && !o->yes && !restore_confirmed(&config, o))

@@ -400,11 +400,11 @@ static void test_options(void)
 	      strcmp(o.accounts->child->next->text, "a@x") == 0 && strcmp(o.mailboxes->child->text, "A/*") == 0 &&
 	      strcmp(o.mailboxes->child->next->text, "INBOX") == 0 && o.mailboxes->child->next->next == NULL, "options");
 	free_options(&o);
-	check(take_options(&o, "--export <a@x> -q -- -c.json", words) == -1 && o.mode == RUN_EXPORT && !o.all &&
+	check(take_options(&o, "--export <a@x> -q -- -c.json", words) == -1 && o.mode == RUN_EXPORT &&
 	      strcmp(o.what, "<a@x>") == 0 && strcmp(o.config_path, "-c.json") == 0 && log_to.level == LOG_WARN,
 	      "a file with a dash");
 	free_options(&o);
-	check(take_options(&o, "--export-all", words) == -1 && o.mode == RUN_EXPORT && o.all, "all of them");
+	check(take_options(&o, "--export-all", words) == -1 && o.mode == RUN_EXPORT_ALL, "all of them");
 	free_options(&o);
 	log_to.level = LOG_INFO;
 }
