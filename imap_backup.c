@@ -84,7 +84,7 @@ enum {
 	PATH_MAX_OCTETS = 3900,       /* mbox.c adds a suffix to it */
 	CA_FILE_MAX = 4 << 20,        /* octets of a CA bundle */
 	CHAIN_OCTETS = 32 << 10,      /* of the certificates that a server sends */
-	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could be made to cost; it is no longer */
+	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could cost; it is no longer */
 	CONNECT_SEC = 15,             /* for an address of a host, unless it is the last one */
 	STREAM_RAW_OCTETS = 16 << 10, /* read from the socket at once */
 	DRIP_RATE = 16,               /* octets a second: what comes more slowly ... */
@@ -343,10 +343,10 @@ static void *allocate_shared(size_t n)
 	return p;
 }
 
-/* RFC 4648, but for the last two: "+/", in a URL "-_", in a mailbox's name "+,". */
-static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+/* RFC 4648. The last two are "+/", but "-_" in a URL, and "+," in a mailbox's name. */
+static const char base64_digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_+,";
 
-/* Decode a text that is for no URL up to its end, "=" or "-"; out may be the text. Returns how many octets it has. */
+/* Decode a text up to its end, "=" or "-"; out may be the text. Returns how many octets it has. */
 static size_t base64_decode(uint8_t *out, const char *text)
 {
 	uint32_t bits = 0;
@@ -355,9 +355,9 @@ static size_t base64_decode(uint8_t *out, const char *text)
 	for (unsigned digits = 0; *text != '\0' && *text != '=' && *text != '-'; text++) {
 		const char *digit = strchr(base64_digits, *text);
 
-		if (digit == NULL && strchr("+/,", *text) == NULL)
+		if (digit == NULL)
 			continue;
-		bits = bits << 6 | (digit != NULL ? (uint32_t)(digit - base64_digits) : *text == '+' ? 62u : 63u);
+		bits = bits << 6 | (uint32_t)(digit - base64_digits < 64 ? digit - base64_digits : 63);
 		if (digits++ % 4 != 0)
 			out[n++] = (uint8_t)(bits >> (6 - 2 * ((digits - 1) % 4)));
 	}
@@ -2212,7 +2212,7 @@ static int stream_look(struct stream *s, bool silent, const char *what)
 }
 
 /*
- * Wait until the socket can be read (POLLIN) or written (POLLOUT). A server that says nothing in the clear may be
+ * Wait until the socket can be read (POLLIN) or written (POLLOUT). A server that is silent in the clear may be
  * waiting for TLS: that is told early, and it is waited for all the same.
  */
 static int stream_wait(struct stream *s, short events, const char *what)
@@ -3900,10 +3900,7 @@ static unsigned imap_compress(struct imap *im)
 
 /* From the greeting through STARTTLS and SASL to where mailboxes can be opened, and the goodbye. */
 
-/*
- * Encode n octets: 4 for each 3, and NUL. 'last' are the last two digits: base64_digits; where they are not
- * "+/", there is no padding. Returns out.
- */
+/* Encode n octets: 4 for each 3, and NUL; without padding where the last digits are not "+/". Returns out. */
 static char *base64(char *out, const void *octets, size_t n, const char *last)
 {
 	const uint8_t *p = octets;
@@ -4870,8 +4867,8 @@ struct mailbox {
 enum { NAME_OCTETS = MBOX_NAME_MAX * 3 + 4 }; /* room for a decoded, or an escaped name */
 
 /*
- * Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3): UTF-16, in base64 between '&' and '-',
- * for what is not printable ASCII. 'delimiter' becomes '_'.
+ * Write a part of a mailbox's name in modified UTF-7 (RFC 3501 5.1.3): what is not printable ASCII as UTF-16
+ * in base64 between '&' and '-'. 'delimiter' becomes '_'.
  */
 static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, char delimiter)
 {
@@ -4879,7 +4876,8 @@ static size_t mutf7_encode(char *out, size_t size, const char *part, size_t n, c
 	char coded[2 * NAME_OCTETS];
 	size_t length = 0, m = 0, octets;
 
-	for (size_t i = 0; i <= n && length + 2 * m + 16 < size && m + 4 < sizeof wide; i += octets > 0 ? octets : 1) {
+	for (size_t i = 0; i <= n && length + 2 * m + 16 < size && m + 4 < sizeof wide;
+	     i += octets > 0 ? octets : 1) {
 		uint32_t code = '_';
 
 		octets = i < n ? utf8_char((const uint8_t *)part + i, n - i, &code) : 0;
@@ -7361,7 +7359,7 @@ struct board { /* of an account, in shared memory */
 	volatile bool locked;                      /* another run is at work */
 	volatile bool one_at_a_time;               /* the server breaks at a second command */
 	unsigned blamed;                           /* these: */
-	uint32_t blame[BLAME_MAX]; /* the hashes in hand when a process died; 0: an account's, without any */
+	uint32_t blame[BLAME_MAX]; /* the hashes in hand when a process died; 0: an account's, without */
 	struct slot slots[CONFIG_PROCESSES_MAX];   /* the account's process has the first */
 	/* The parent's: */
 	int output;                /* a pipe: the processes' stdout, which ends when all of them have */
@@ -7993,7 +7991,7 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
-	/* A fresh token goes on, and that is no retry: once where it was refused, more often where it expired. */
+	/* A fresh token goes on, and that is no retry: once if it was refused, more often if it expired. */
 	if (w->im.refused && e->code == w->im.s.err.code && w->stale++ < (w->im.expired ? 3 : 1))
 		return true;
 	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */

@@ -25,7 +25,7 @@
 
 /* ======== for all: errors, wiping, chance, folders, UTF-8, clock, calendar (in json.c) ======== */
 
-/* What is lost (up to E_REFUSED one mailbox or mail, up to E_WAIT the connection), and whether to come back. */
+/* What is lost (to E_REFUSED one mailbox or mail, to E_WAIT the connection), and whether to come back. */
 enum err_code {
 	E_NONE = 0,
 	E_FORMAT,  /* a file is not what it should be, or another program changed it */
