@@ -2906,7 +2906,7 @@ struct imap {
 	size_t line_octets;
 	const char *secret[3]; /* borrowed during the login: what is sent, in the forms that are */
 	char challenge[200];   /* the text of the last continuation request */
-	bool refused, expired; /* the access token was, or is not taken any more; that, in mid-session */
+	bool refused; /* the access token was, or is not taken any more */
 	uint64_t depth;        /* of lists, in the response in hand: a line end within one may be a blank */
 	bool over;             /* the response in hand has ended within a list: its line end is consumed */
 	bool takes_forwarded;  /* $Forwarded, says PERMANENTFLAGS */
@@ -3283,7 +3283,7 @@ static void imap_text(struct imap *im, struct imap_result *result)
 	if (strcmp(result->code, "ALERT") == 0 && im->alerts++ < ALERTS_MAX)
 		log_info("the server says: %s", result->text);
 	if (strstr(result->text, "AccessTokenExpired") != NULL && im->secret[0] == NULL) { /* Exchange */
-		im->refused = im->expired = true;
+		im->refused = true;
 		stream_fail(&im->s, E_NET, "the session ended: its access token has expired");
 	}
 	imap_line_end(im);
@@ -7991,8 +7991,8 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
-	/* A fresh token goes on, and that is no retry: once if it was refused, more often if it expired. */
-	if (w->im.refused && e->code == w->im.s.err.code && w->stale++ < (w->im.expired ? 3 : 1))
+	/* A fresh token goes on, and that is no retry: once if it was refused, more often if it ran out. */
+	if (w->im.refused && w->stale++ < (e->code == E_NET ? 3 : 1))
 		return true;
 	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */
 		slot->tries = w->run->config->retries;
