@@ -569,6 +569,7 @@ struct account {
 	unsigned pins; /* SHA-256 fingerprints of the certificate; 0: use the CAs */
 	uint8_t pin[CONFIG_PINS_MAX][32];
 	const struct json *ignore, *mailboxes; /* arrays of names, or NULL */
+	const struct trust *trust;             /* what its servers are judged by: see run_prepare() */
 };
 
 struct config {
@@ -7811,26 +7812,19 @@ static struct trust *run_trust(struct run *run, const char *named)
 	return t;
 }
 
-/* Return the CA bundle that an account's server is judged by; NULL: it needs none. */
-static struct trust *account_trust(struct run *run, const struct account *account)
-{
-	return account->pins > 0 && account->oauth == NULL ? NULL : run_trust(run, account->ca_file);
-}
-
 static int worker_connect(struct worker *w, struct err *e)
 {
 	const struct account *account = w->board->account;
 	const struct config *config = w->run->config;
-	const struct trust *trust = account_trust(w->run, account);
 	char *token = NULL;
 	int result;
 
 	if (account->oauth != NULL &&
-	    oauth_token(config, account->oauth, trust, w->im.refused, &token, e) != 0)
+	    oauth_token(config, account->oauth, account->trust, w->im.refused, &token, e) != 0)
 		return -1;
 	w->slot->counts.connections++;
 	result = imap_open(&w->im, account, w->board->one_at_a_time ? 1 : IMAP_FLIGHT_MAX - 8,
-			   token != NULL ? token : account->password, trust, config->timeout_sec);
+			   token != NULL ? token : account->password, account->trust, config->timeout_sec);
 	free(token);
 	*e = w->im.s.err;
 	return result;
@@ -8152,7 +8146,6 @@ static int account_prepare(struct worker *w, struct err *e)
 {
 	const struct options *o = w->run->options;
 	struct account *account = w->board->account;
-	const struct trust *trust = account_trust(w->run, account);
 
 	/* Two restores at once would put all there twice; but what cannot be written to can be restored. */
 	if (!o->dry && (o->mode == RUN_BACKUP || (o->mode == RUN_RESTORE && access(w->folder, W_OK) == 0)) &&
@@ -8160,8 +8153,8 @@ static int account_prepare(struct worker *w, struct err *e)
 		return -1;
 	*e = (struct err){ 0 };
 	/* It will be refused, and its fingerprint told; elsewhere it may do without. */
-	if (account->pins == 0 && account->ssl == SSL_ON && trust->err.code != E_NONE)
-		log_warn("%s", trust->err.text);
+	if (account->pins == 0 && account->ssl == SSL_ON && account->trust->err.code != E_NONE)
+		log_warn("%s", account->trust->err.text);
 	if (account->password != NULL || account->oauth != NULL)
 		return 0;
 	if (account->password_command != NULL)
@@ -8674,7 +8667,8 @@ static void run_prepare(struct run *run)
 			a->processes = 1;
 		if (run_is_offline(o))
 			continue;
-		account_trust(run, a);
+		if (a->pins == 0 || a->oauth != NULL) /* else the fingerprints alone decide */
+			a->trust = run_trust(run, a->ca_file);
 		if (a->password == NULL && a->password_command == NULL && a->oauth == NULL && !stop_asked)
 			a->password = password_prompt(a->email);
 	}
