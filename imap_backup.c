@@ -7384,7 +7384,6 @@ struct run {
 	struct shared *shared;
 	struct board *boards; /* in there */
 	unsigned n_boards;
-	bool stopping;
 	int64_t began_ms, drawn_ms;
 };
 
@@ -8390,20 +8389,19 @@ static void run_all(struct run *run)
 
 	run->began_ms = now_ms();
 	while (left) {
-		run->stopping = stop_asked != 0;
-		if (!run->stopping)
+		if (!stop_asked)
 			run_start(run);
 		left = false;
 		for (unsigned i = 0; i < run->n_boards; i++) {
 			const struct board *b = &run->boards[i];
 			pid_t pid = b->slots->pid;
 
-			if (run->stopping && pid != 0)
+			if (stop_asked && pid != 0)
 				kill(pid, SIGTERM);
 			fds[i] = (struct pollfd){ .fd = -1, .events = POLLIN };
 			if (pid != 0 && (!left || run->options->mode == RUN_BACKUP))
 				fds[i].fd = b->output;
-			left = left || pid != 0 || (b->ended_ms == 0 && !run->stopping);
+			left = left || pid != 0 || (b->ended_ms == 0 && !stop_asked);
 		}
 		if (!left || poll(fds, run->n_boards, log_to.terminal ? 250 : 500) < 0)
 			continue;
@@ -8709,7 +8707,7 @@ static void board_summary(const struct run *run, const struct board *b, const st
 	log_context(b->account->email, "");
 	if (run->options->mode == RUN_RESTORE)
 		log_info("%llu mailboxes: %llu mails put back, %s in %.1f s%s", c->mailboxes, c->stored, octets,
-			 board_seconds(b), run->stopping || c->failures > 0 ? ", NOT ALL" : "");
+			 board_seconds(b), stop_asked || c->failures > 0 ? ", NOT ALL" : "");
 	if (run->options->mode != RUN_BACKUP)
 		return;
 	if (others > 0)
@@ -8719,7 +8717,7 @@ static void board_summary(const struct run *run, const struct board *b, const st
 	log_info("%llu mailboxes (%llu without news): %llu %s, %llu gone, %llu back, %s in %.1f s%s%s",
 		 c->mailboxes, c->unchanged, c->stored, run->options->dry ? "would be fetched" : "new",
 		 c->gone, c->back, octets, board_seconds(b), failures,
-		 run->stopping && !b->over ? ", stopped: NOT WHOLE" : "");
+		 stop_asked && !b->over ? ", stopped: NOT WHOLE" : "");
 	log_detail("%llu connection%s, %llu waits for an answer, %llu octets in, %llu out", c->connections,
 		   c->connections == 1 ? "" : "s", c->waits, c->in, c->out);
 }
@@ -8728,7 +8726,7 @@ static void board_summary(const struct run *run, const struct board *b, const st
 static int run_summary(const struct run *run)
 {
 	const struct options *o = run->options;
-	bool failed = run->stopping, locked = false;
+	bool failed = stop_asked != 0, locked = false;
 	char line[PATH_MAX_OCTETS + 200];
 
 	for (const struct board *b = run->boards; b < run->boards + run->n_boards; b++) {
@@ -8749,7 +8747,7 @@ static int run_summary(const struct run *run)
 		else
 			log_write(well ? LOG_INFO : LOG_ERROR, "%s", line);
 	}
-	if (run->stopping)
+	if (stop_asked)
 		log_warn("stopped by a signal; what is done is kept, the rest is not done");
 	return failed ? 1 : locked ? 3 : 0;
 }
