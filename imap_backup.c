@@ -5700,7 +5700,8 @@ enum sync_kind {
 	KIND_MAILS,
 	KIND_MAIL,         /* a single one, as it did not come with others, or may break the line */
 	KIND_STILL_LISTED, /* which of the mails that did not come are there? */
-	KIND_AGAIN,        /* as KIND_IDS, once all are bound whose sizes fit */
+	KIND_AGAIN,        /* both kinds of IDs: asked as KIND_IDS, once all are bound whose sizes fit */
+	KIND_UNFIT,        /* never asked: those of the batch in hand for KIND_AGAIN */
 	KINDS
 };
 
@@ -5715,6 +5716,9 @@ static const struct {
 			    KIND_MAILS },
 	[KIND_MAILS] = { "(UID FLAGS INTERNALDATE BODY.PEEK[])", KIND_MAIL },
 	[KIND_MAIL] = { "(UID FLAGS INTERNALDATE RFC822.SIZE BODY.PEEK[])", KIND_STILL_LISTED },
+	[KIND_AGAIN] = { "(UID FLAGS RFC822.SIZE BODY.PEEK[HEADER.FIELDS "
+			 "(Message-ID From To Cc Date Subject)])",
+			 KIND_MAILS },
 };
 
 enum sync_stage {
@@ -5985,7 +5989,7 @@ static int sync_bind(struct sync *y, const struct imap_fetch *fetch)
 		return sync_add(y, &y->todo[KIND_MADE_IDS], fetch->uid, fetch->uid);
 	known = mbox_bind(y->m, fetch->uid, &id, fetch->size, y->unfit, &y->err);
 	if (known > 1)
-		return sync_add(y, &y->todo[KIND_AGAIN], fetch->uid, fetch->uid);
+		return sync_add(y, &y->todo[KIND_UNFIT], fetch->uid, fetch->uid);
 	if (known == 0 && y->session->dry)
 		y->counts.octets += fetch->size;
 	/* That is progress, if it lasts. */
@@ -6352,7 +6356,8 @@ static int sync_ask(struct sync *y, enum sync_kind kind)
 	if (kind == KIND_LISTING || kind == KIND_STILL_LISTED)
 		tag = sync_send_listing(y, uids);
 	else
-		tag = imap_send(im, NULL, "UID FETCH %s %s%s", uids, fetches[kind].items, changed);
+		tag = imap_send(im, NULL, "UID FETCH %s %s%s", uids,
+				fetches[y->unfit && kind == KIND_IDS ? KIND_AGAIN : kind].items, changed);
 	if (sync_sent(y, kind, tag) != 0)
 		return -1;
 	c = &im->ring[tag % IMAP_RING];
@@ -6499,11 +6504,15 @@ static int sync_batch_done(struct sync *y, const struct command *c)
 		     uid != 0 && uid <= c->ranges[i].high;
 		     uid = uid < UINT32_MAX ? set_next(&y->listing, uid + 1) : 0)
 			if (mbox_next_uid(y->m, uid) != uid && !sync_asked(y, uid) &&
-			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid &&
-			    set_next(&y->todo[KIND_AGAIN], uid) != uid &&
-			    sync_add(y, &y->todo[uid < low ? c->kind : fetches[c->kind].then], uid,
-				     uid) != 0)
-				return -1;
+			    set_next(&y->todo[KIND_MADE_IDS], uid) != uid) {
+				enum sync_kind then = uid < low ? c->kind : fetches[c->kind].then;
+
+				if (set_next(&y->todo[KIND_UNFIT], uid) == uid)
+					then = KIND_AGAIN;
+				if (sync_add(y, &y->todo[then], uid, uid) != 0)
+					return -1;
+			}
+	set_clear(&y->todo[KIND_UNFIT]);
 	if (single && result->condition != IMAP_OK)
 		log_detail("mail with UID %lu: %s %s", (unsigned long)c->ranges[0].low,
 			   result->condition == IMAP_NO ? "NO" : "BAD", result->text);

@@ -68,7 +68,8 @@ enum {
 	BODY_AT = DIGITS_AT + 5,                 /* and where the mail itself begins */
 	DIGITS_MAX = 255,                        /* digits further from the From line are not looked for */
 	COUNTS = 1 << 12,                        /* places for counts of mails that have one made ID */
-	COMPARED_MAX = 64                        /* stored copies with which a mail is compared */
+	COMPARED_MAX = 64,                       /* stored copies with which a mail is compared, ... */
+	SIZES_MAX = 16                           /* ... or of which only the size is */
 };
 
 static const char index_magic[] = "imap_backup idx3";
@@ -2037,7 +2038,7 @@ static int bind_first(struct mbox *m, uint32_t *place, const struct record *last
 	struct record r = *last; /* of the only one */
 	int perhaps = 0;
 
-	for (int n = 0; n < COMPARED_MAX && rank_of(m, i) <= RANK_GONE; n++) {
+	for (int n = 0; n < SIZES_MAX && rank_of(m, i) <= RANK_GONE; n++) {
 		const bool surely = (m->entries[i].bits & (ENTRY_LEFT | ENTRY_SUSPECT)) == 0;
 
 		if (i != before && record_get(m, i, &r, e) != 0)
