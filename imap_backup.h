@@ -92,6 +92,7 @@ unsigned month_of(const char *text);
 enum {
 	JSON_DEPTH_MAX = 32,       /* arrays and objects inside each other */
 	JSON_OCTETS_MAX = 4 << 20, /* a text longer than this is refused */
+	JSON_MEMBERS_MAX = 1000,   /* of an object, so that finding a name that is there twice takes no time */
 };
 
 enum json_type { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
@@ -119,7 +120,7 @@ struct json {
  *
  * Strict: one value, nothing behind it but white space; no comments, no trailing commas; strings
  * are valid UTF-8 without control characters, \u0000 and lone surrogates; a name stands once in an
- * object. One allocation, in proportion to 'length'.
+ * object, which has JSON_MEMBERS_MAX at most. One allocation, in proportion to 'length'.
  *
  * Returns the root (caller frees with json_free()), or NULL with E_FORMAT and a text that begins
  * with "LINE:COLUMN: " and says what was found and what was expected, or E_SYSTEM out of memory.

@@ -354,8 +354,10 @@ static int parse_name(struct parser *p, const struct json *object, struct json *
 	if (parse_string(p, &member->key) < 0)
 		return -1;
 	other = json_get(object, member->key);
-	if (other != NULL) {
+	if (other != NULL || object->count == JSON_MEMBERS_MAX) {
 		p->at = start;
+		if (other == NULL)
+			return fail(p, "fewer members in one object");
 		snprintf(expected, sizeof expected, "it once: its value is already at %u:%u", other->line,
 			 other->column);
 		return fail_found(p, "this name again", expected);
