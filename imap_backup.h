@@ -347,7 +347,7 @@ void mbox_abort(struct mbox *m);
 /*
  * Close and unlock. m may be NULL. With 'claim': commit with it. Without one: commit what there is,
  * the old claim stays. In both cases the index is at rest afterwards. The first error wins; the
- * struct is gone even after one. *info (NULL: not wanted) is as of mbox_tally(), at the end.
+ * struct is gone even after one. *info (NULL: not wanted) is as of mbox_tally() at the end, without a name.
  */
 int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info *info, struct err *e);
 

@@ -1710,8 +1710,9 @@ static int load(struct mbox *m, const struct state *state, struct err *e)
 			if (good <= 0 || !state->writing)
 				return good;
 		}
-		if (p == block) /* what cannot be read does not fit either */
-			read_all(m, m->index, block, sizeof block, record_at(i), &got, &(struct err){ 0 });
+		if (p == block &&
+		    read_all(m, m->index, block, sizeof block, record_at(i), &got, &(struct err){ 0 }) != 0)
+			return 0; /* nor does what cannot be read fit; and nothing is cut off for it */
 		good = 0;
 		if (got >= (size_t)(p - block) + RECORD_OCTETS && record_unpack(&r, p))
 			good = record_load(m, &r, state, e);
@@ -2536,8 +2537,10 @@ int mbox_close(struct mbox *m, const struct mbox_claim *claim, struct mbox_info 
 		if (unlink(path) != 0 && errno != ENOENT)
 			r = err_errno(e, E_SYSTEM, "%s: cannot remove", path);
 	}
-	if (info != NULL)
+	if (info != NULL) {
 		mbox_tally(m, info);
+		info->name = ""; /* it is m's, and gone now */
+	}
 	if (m->index >= 0)
 		close(m->index);
 	if (m->fd >= 0)

@@ -10,9 +10,15 @@
 /* What grows with the square does so in reads and hashes: these are counted. */
 static unsigned long work;
 
+static off_t unreadable = -1; /* records that stand there cannot be read; -1: all can */
+
 static ssize_t counted_pread(int fd, void *to, size_t n, off_t at)
 {
 	work++;
+	if (at == unreadable && n == 4096) {
+		errno = EIO;
+		return -1;
+	}
 	return pread(fd, to, n, at);
 }
 
@@ -997,6 +1003,28 @@ static void test_killed(void)
 	closed(m);
 }
 
+/* A run died, and the records of its mails cannot be read: these stay all the same. */
+static void test_killed_unread(void)
+{
+	struct mbox *m = fresh(0);
+	struct err e = { 0 };
+	char text[60];
+
+	for (uint32_t uid = 1; uid <= RECORDS_READ + 1; uid++) {
+		snprintf(text, sizeof text, "Message-ID: <%lu@x>\r\n\r\n", (unsigned long)uid);
+		check(keep(m, uid, text) == 1, "mail %lu", (unsigned long)uid);
+		m = uid == RECORDS_READ ? reopened(m, 0) : m;
+	}
+	check(flush(m, &e) == 0, "flush: %s", e.text);
+	m->stuck = true;
+	closed(m);
+	unreadable = record_at(RECORDS_READ);
+	m = opened(0);
+	unreadable = -1;
+	check(m->now.stored == RECORDS_READ + 1, "killed, unread: %lu mails", (unsigned long)m->now.stored);
+	closed(m);
+}
+
 /* A write fails while the end of a large mail is not written yet: nothing of it stays. */
 static void test_no_room(void)
 {
@@ -1728,6 +1756,7 @@ int main(void)
 	test_named();
 	test_unlike();
 	test_killed();
+	test_killed_unread();
 	test_no_room();
 	test_rekeyed();
 	test_rewritten();
