@@ -84,7 +84,8 @@ enum {
 	PATH_MAX_OCTETS = 3900,       /* mbox.c adds a suffix to it */
 	CA_FILE_MAX = 4 << 20,        /* octets of a CA bundle */
 	CHAIN_OCTETS = 32 << 10,      /* of the certificates that a server sends */
-	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could cost; it is no longer */
+	CHAIN_DEPTH = 8,              /* issuers of its own */
+	CHAIN_SIGNATURES = 32,        /* checked, of all that a chain could be made to cost */
 	CONNECT_SEC = 15,             /* for an address of a host, unless it is the last one */
 	STREAM_RAW_OCTETS = 16 << 10, /* read from the socket at once */
 	DRIP_RATE = 16,               /* octets a second: what comes more slowly ... */
@@ -1857,15 +1858,18 @@ static int issuer_judge(const struct verifier *v, const struct cert *c, bool anc
 	bool ca = basic.at == NULL ? anchor && c->old
 				   : der_next(&basic, 0x01, &value) && der_octet(value, 0) != 0;
 	int place = name_judge(c->extension[X_CONSTRAINTS], v->tag, v->name); /* "*" may stand for it */
-	unsigned between = 0;
+	unsigned all = 0, between = 0;
 	char name[100];
 
 	for (const struct cert *b = c->below; b != NULL; b = b->below) {
+		all++;
 		if (b->below != NULL && der_same(b->subject, b->issuer))
 			continue; /* the same CA with another key (6.1.4) */
 		between += b->below != NULL;
 		place |= names_judge(c->extension[X_CONSTRAINTS], b);
 	}
+	if (all > CHAIN_DEPTH)
+		return err_set(e, E_ACCOUNT, "the certificate has more than %d issuers", CHAIN_DEPTH);
 	if ((usage.at != NULL && (der_octet(usage, 1) & 0x04) == 0) || !ca ||
 	    (der_next(&basic, DER_INTEGER, &value) &&
 	     (der_octets(value) != 1 || *value.at < between || *value.at > 127)))
@@ -3107,6 +3111,8 @@ static bool imap_literal(struct imap *im, uint64_t *octets)
 /* Hand a literal's octets, as they arrive, to the callback, or to nobody. */
 static void imap_pour(struct imap *im, uint64_t octets, const struct imap_fetch *fetch)
 {
+	if (fetch == NULL && im->noise + octets > IMAP_NOISE_MAX)
+		imap_noise(im, octets);
 	while (octets > 0 && imap_peek(im) >= 0) {
 		size_t n = (size_t)(im->s.end - im->s.at);
 
@@ -3131,8 +3137,8 @@ static uint64_t imap_string(struct imap *im, char *out, size_t size)
 		return imap_word(im, ENDS_NAME, out, size);
 	if (quoted)
 		imap_next(im);
-	else
-		imap_literal(im, &octets);
+	else if (imap_literal(im, &octets) && octets > IMAP_NOISE_MAX)
+		imap_noise(im, octets); /* do not even wait for it */
 	for (; (quoted || n < octets) && (c = imap_peek(im)) >= 0; n++) {
 		if (quoted && (c == '\r' || c == '\n')) /* it is not closed */
 			break;
@@ -7410,7 +7416,8 @@ struct worker { /* a process's own */
 	uint32_t next;       /* the first of them that may be free */
 	struct imap im;
 	struct session session;
-	unsigned stale; /* access tokens in a row, without progress, that were refused or expired */
+	unsigned stale;     /* access tokens in a row, without progress, that ran out */
+	bool token_refused; /* in this run */
 	unsigned cuts;  /* connections in a row that broke at a second command */
 	int64_t told_ms;
 };
@@ -7993,9 +8000,11 @@ static bool worker_recovers(struct worker *w, bool connected, const struct err *
 	worker_hang_up(w);
 	if (e->code == E_NONE) /* one mailbox gave the line up */
 		return true;
-	/* A fresh token goes on, and that is no retry: once if it was refused, more often if it ran out. */
-	if (w->im.refused && w->stale++ < (e->code == E_NET ? 3 : 1))
+	/* A fresh token goes on, and that is no retry: once a run if it was refused, more often if it ran out. */
+	if (w->im.refused && (e->code == E_NET ? w->stale++ < 3 : !w->token_refused)) {
+		w->token_refused = w->token_refused || e->code != E_NET;
 		return true;
+	}
 	if (e->code == E_ACCOUNT && !connected && slot != w->board->slots) { /* the first one was let in */
 		slot->tries = w->run->config->retries;
 	} else if (e->code < E_NET || e->code > E_WAIT) {

@@ -824,7 +824,7 @@ def test_lies(t):
             'cmd_LIST', '* LIST () "/" {99999999999999999999}\r\n')),
         'hugename': lie('more than 16777216 octets', cmd_LIST=lambda self, tag, args: (
             self.put('* LIST () "/" {4294967295}\r\n'), endless('x' * 9999, 'x')['x'](self))),
-        'hugeskip': lie('nothing for 2 seconds', **says_when('cmd_LIST', '* XYZZY {4294967295}\r\n')),
+        'hugeskip': lie(flood, **says_when('cmd_LIST', '* XYZZY {4294967295}\r\n')),
         'huge': Case(runs=(1,), fails=1, skips=('INBOX',), says='literal of 4294967296 octets',
                      **says_when(fetched, '* 1 FETCH (UID 1 BODY[] {4294967296}\r\n')),
         'cutliteral': lie('nothing for 2 seconds', cmd_UID_FETCH=lambda self, tag, args: self.put(
