@@ -3,6 +3,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -720,6 +721,30 @@ def test_a_session_whose_token_ends(t):
         ends[:] = [True] * 99   # one that always says so is given up
         got = t.backup(status=1)
         assert len(ends) > 90, got.err
+
+
+def test_a_token_that_is_refused_again(t):
+    """A token is refreshed once a run because the server refuses it, also with mails in between (DESIGN 10)."""
+    p = started(t)
+    ends = []
+
+    def hook(session, tag, name, args):
+        if name == 'UID_FETCH' and 'BODY.PEEK[]' in args and ends and ends.pop():
+            p.expire()   # the file says that it is good
+            session.bye('going down')
+    with Server({'INBOX': Mailbox(letters(30))}, session=Taking, hook=hook, certificate=t.certs.good,
+                tls=True) as server:
+        server.provider = p
+        account = t.account(server, oauth2='work')
+        del account['password']
+        t.config(account, oauth2={'work': p.entry()}, ca_file=t.certs.ca, retries=2, email_batch_size=5)
+        sign_in(t, p)
+        for times, status in (1, 0), (2, 1):
+            ends[:] = [True, False] * times
+            before = p.grants()
+            shutil.rmtree(t.archive(), ignore_errors=True)
+            got = t.backup(status=status)
+            assert p.grants() == before + 1 and not server.faults, (times, got.err)
 
 
 def test_no_token_stays_in_memory(t):
